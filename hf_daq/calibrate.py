@@ -1,0 +1,250 @@
+"""`calibrate`: initial bounds and scales of every quantizer, from the weights and from batches of real inputs."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .config import DaqConfig
+from .errors import CalibrationError, ModelError
+from .initial import activation_bounds, weight_bounds
+from .layers import LAYER_TYPES, QuantizedLayer, quantized_layers
+from .quantizers import ActivationQuantizer, WeightQuantizer
+
+_BINS = 8192
+_SAMPLES = 2**20
+
+
+@contextmanager
+def calibrate(model: nn.Module) -> Iterator[nn.Module]:
+    """Set bounds and scales from every batch that goes through the model inside the context.
+
+        with hf_daq.calibrate(model):
+            for images, _ in islice(loader, 8):
+                model(images)
+
+    Inside, the model computes in full precision, in evaluation mode and without gradients, while the inputs of each
+    quantized layer are recorded as histograms. At the end the bounds are set, the batches are run once more to match
+    the mean absolute output of each quantized layer to the float one (the paper's start of its output scale), and
+    training mode is what it was before. Under `torch.distributed` all statistics are reduced, so every rank ends with
+    the same values; a rank may bring no batch at all, if each layer is reached on some rank. The inputs given to the
+    model are kept until the end. If the body raises, the quantizers stay as they were.
+
+    Args:
+        model: a model after `apply_daq`, before it is wrapped or prepared.
+
+    Raises:
+        ModelError: the model is not quantized.
+        CalibrationError: a layer was not reached, or its inputs or weights are not finite.
+    """
+    layers = quantized_layers(model)
+    config: DaqConfig | None = getattr(model, "daq_config", None)
+    if not layers or config is None:
+        raise ModelError("calibrate needs the model that apply_daq returned, not a float or wrapped one")
+    training = {module: module.training for module in model.modules()}
+    observers = {name: _Observer(layer.weight.device) for name, layer in layers.items()}
+    batches: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        batches.append((_copied(args), _copied(kwargs)))
+
+    try:
+        model.eval()
+        with torch.no_grad(), _float_layers(layers.values()):
+            hooks = [layer.register_forward_pre_hook(observers[name].observe) for name, layer in layers.items()]
+            hooks.append(model.register_forward_pre_hook(record, with_kwargs=True))
+            try:
+                yield model
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            _reduce(observers)
+            values = {name: _initial_values(name, layer, observers[name], config) for name, layer in layers.items()}
+            _match_outputs(model, layers, values, batches)
+        for name, layer in layers.items():
+            _write(layer, values[name])
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+class _Observer:
+    """What a layer's inputs look like: count, range, moments, and a histogram over [-2**k, 2**k) that grows with them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.exponent = torch.full((), -126.0, device=device)
+        self.extremes = torch.full((2,), -math.inf, device=device)  # -min, max
+        self.sums = torch.zeros(3, device=device, dtype=torch.float64)  # count, sum, sum of squares
+        self.histogram = torch.zeros(_BINS, device=device, dtype=torch.float64)
+
+    def observe(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach().float().flatten()
+        if x.numel() == 0:
+            return
+        low, high = x.aminmax()
+        self.extremes = torch.maximum(self.extremes, torch.stack([-low, high]))
+        double = x.double()
+        self.sums += torch.stack([double.new_tensor(x.numel()), double.sum(), double.square().sum()])
+        largest = float(torch.maximum(-low, high))
+        if math.isfinite(largest):
+            self.grow(torch.tensor(math.frexp(largest)[1] if largest > 0 else -126.0))
+            samples = x[:: (x.numel() // _SAMPLES) | 1]
+            edge = 2.0 ** float(self.exponent)
+            counts = torch.histc(samples, _BINS, -edge, edge).double()
+            self.histogram += counts * (x.numel() / samples.numel())
+
+    def grow(self, exponent: Tensor) -> None:
+        """Widen the range to [-2**exponent, 2**exponent), merging bins in pairs around the middle."""
+        while float(self.exponent) < float(exponent):
+            if not self.histogram.any():
+                self.exponent = exponent.to(self.exponent)
+                return
+            merged = self.histogram.view(-1, 2).sum(1)
+            self.histogram = nn.functional.pad(merged, (_BINS // 4, _BINS // 4))
+            self.exponent += 1
+
+    def centers(self) -> Tensor:
+        edge = 2.0 ** float(self.exponent)
+        return (torch.arange(_BINS, device=self.histogram.device, dtype=torch.float64) + 0.5) * (2 * edge / _BINS) - edge
+
+
+def _reduce(observers: dict[str, _Observer]) -> None:
+    """Join the statistics of all ranks."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    for observer in observers.values():
+        exponent = observer.exponent.clone()
+        dist.all_reduce(exponent, dist.ReduceOp.MAX)
+        observer.grow(exponent)
+        dist.all_reduce(observer.extremes, dist.ReduceOp.MAX)
+        dist.all_reduce(observer.sums)
+        dist.all_reduce(observer.histogram)
+
+
+@dataclass
+class _Values:
+    """Quantizers of one layer with their initial values, before they are written to the layer."""
+
+    w_quant: WeightQuantizer
+    a_quant: ActivationQuantizer | None
+
+
+def _initial_values(name: str, layer: QuantizedLayer, observer: _Observer, config: DaqConfig) -> _Values:
+    count, total, squares = observer.sums.tolist()
+    low, high = -float(observer.extremes[0]), float(observer.extremes[1])
+    if count == 0:
+        raise CalibrationError(
+            f"calibration never reached layer {name!r}; run the model inside `with hf_daq.calibrate(model):` on inputs "
+            f"that use it, or keep it in full precision: DaqConfig(..., modules_to_not_convert=[{name!r}])"
+        )
+    if not math.isfinite(squares):
+        raise CalibrationError(f"the inputs of layer {name!r} have NaN or infinite values (from {low} to {high})")
+    weight = _quantized_class(layer).float_weight(layer)
+    if not weight.isfinite().all():
+        raise CalibrationError(f"the weight of layer {name!r} has NaN or infinite values")
+    w_quant, a_quant = copy.deepcopy(layer.w_quant), copy.deepcopy(layer.a_quant)
+    lower, upper, scale = weight_bounds(w_quant, weight, config.weight_init)
+    if a_quant is not None:
+        if low == 0 and high == 0:
+            warnings.warn(f"layer {name!r} saw only zeros in calibration; its input bounds start at 0 and 1", stacklevel=4)
+            bounds = (0.0, 1.0)
+        elif config.activation_init == "3std":
+            reach = 3 * math.sqrt(max(squares / count - (total / count) ** 2, 0.0)) or high
+            bounds = (-reach if low < 0 else 0.0, reach)
+        else:
+            bounds = activation_bounds(observer.centers(), observer.histogram, low, high, a_quant.bits)
+        a_quant.lower.fill_(bounds[0])
+        a_quant.upper.fill_(bounds[1])
+        a_quant.finish()
+        scale = scale * a_quant.span
+    w_quant.lower.copy_(lower)
+    w_quant.upper.copy_(upper)
+    w_quant.scale.copy_(scale)
+    w_quant.finish()
+    return _Values(w_quant, a_quant)
+
+
+def _match_outputs(
+    model: nn.Module,
+    layers: dict[str, QuantizedLayer],
+    values: dict[str, _Values],
+    batches: list[tuple[tuple[Any, ...], dict[str, Any]]],
+) -> None:
+    """Multiply each scale by mean|float output| / mean|quantized output|, over all batches of all ranks."""
+    sums = {name: torch.zeros(2, len(v.w_quant.scale), device=v.w_quant.scale.device) for name, v in values.items()}
+    weights = {name: v.w_quant(_quantized_class(layers[name]).float_weight(layers[name])) for name, v in values.items()}
+
+    def compare(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(layer: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> None:
+            quantized, kind = values[name], _quantized_class(layer)
+            x = args[0]
+            outputs = (
+                kind.compute(layer, x, kind.float_weight(layer), None),
+                kind.compute(layer, x if quantized.a_quant is None else quantized.a_quant(x), weights[name], None),
+            )
+            for row, output in zip(sums[name], outputs, strict=True):
+                row += _mean_abs(output, kind, len(row)) * x.shape[0]
+
+        return hook
+
+    hooks = [layer.register_forward_hook(compare(name)) for name, layer in layers.items()]
+    try:
+        for args, kwargs in batches:
+            model(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, sides in sums.items():
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sides)
+        usable = (sides > 0).all(0)
+        values[name].w_quant.scale *= torch.where(usable, sides[0] / sides[1], 1.0)
+
+
+def _mean_abs(output: Tensor, kind: type[QuantizedLayer], size: int) -> Tensor:
+    """Mean absolute output, of the whole layer or a channel, shape (size,)."""
+    output = output.float().abs()
+    if size == 1:
+        return output.mean().view(1)
+    return output.movedim(1 if issubclass(kind, nn.Conv2d) else -1, 0).flatten(1).mean(1)
+
+
+def _quantized_class(layer: nn.Module) -> type[QuantizedLayer]:
+    return LAYER_TYPES[type(layer)]
+
+
+def _write(layer: QuantizedLayer, values: _Values) -> None:
+    layer.w_quant.load_state_dict(values.w_quant.state_dict())
+    if layer.a_quant is not None and values.a_quant is not None:
+        layer.a_quant.load_state_dict(values.a_quant.state_dict())
+
+
+@contextmanager
+def _float_layers(layers: Collection[QuantizedLayer]) -> Iterator[None]:
+    """The layers compute with their float classes inside."""
+    classes = [(layer, type(layer)) for layer in layers]
+    try:
+        for layer, _ in classes:
+            layer.__class__ = layer.float_class
+        yield
+    finally:
+        for layer, quantized_class in classes:
+            layer.__class__ = quantized_class
+
+
+def _copied(value: Any) -> Any:
+    """A copy of the tensors in nested containers: loaders may reuse their buffers."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return type(value)(_copied(item) for item in value) if type(value) in (list, tuple) else value

@@ -1,0 +1,230 @@
+"""`DaqConfig`: what is quantized, to how many bits, and how. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from .errors import ConfigError
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "daq"
+
+_CHOICES = {
+    "rounding": ("daq", "ste", "soft"),
+    "weight_granularity": ("tensor", "channel"),
+    "weight_normalization": ("scale", "standardize"),
+    "weight_init": ("mse", "3std"),
+    "activation_init": ("mse", "3std"),
+}
+_POSITIVE = ("weight_gamma", "weight_sigma", "activation_gamma", "activation_sigma", "temperature")
+_RULE_KEYS = ("pattern", "skip", "bits", "weight_bits", "activation_bits")
+
+
+@dataclass(frozen=True)
+class DaqConfig:
+    """How a model is quantized with Distance-aware Quantization (Kim, Lee, Ham, ICCV 2021).
+
+    Args:
+        bits: short for the same number of weight and activation bits.
+        weight_bits: bits of the weights, 1 to 8.
+        activation_bits: bits of the layer inputs, 1 to 8; None quantizes weights only.
+        rounding: gradient of rounding. "daq": follows the distance to the codes (paper, equation of section 3);
+            "ste": straight-through, the identity; "soft": the soft assignment at a fixed `temperature` in training,
+            rounding in evaluation. The forward of "daq" and "ste" is the same exact rounding.
+        weight_gamma, weight_sigma, activation_gamma, activation_sigma: gamma and sigma of the gradient of "daq";
+            gamma scales it, sigma gives it its shape. The defaults are the paper's.
+        temperature: fixed temperature of "soft"; the other roundings do not use it.
+        weight_granularity: "tensor": one pair of bounds and one scale a layer (paper); "channel": one an output channel.
+        weight_normalization: "scale": the bounds are in units of the weight's root mean square, and quantization
+            starts where the float weights are; "standardize": the weight's mean is removed as well (paper).
+        weight_init, activation_init: initial bounds. "mse": the widest bounds whose squared error is close to the
+            smallest for this number of bits; "3std": three standard deviations (paper).
+        first_last_bits: bits of the first convolution (or patch embedding) and the classifier; None keeps them in
+            full precision.
+        rules: exceptions, e.g. `[{"pattern": "layer1.*", "weight_bits": 8}, {"pattern": "re:.*downsample.*",
+            "skip": True}]`. A pattern is a glob, or a regular expression after "re:", over module names; it also
+            covers every module below the ones it names. The first rule that matches decides; keys it leaves out keep
+            the values of the config. A rule is stronger than the default for first and last layers.
+        modules_to_not_convert: patterns of modules that stay in full precision, before any rule.
+        layers: the resolved bits, one entry a quantized layer. Written by `apply_daq`; if given, it alone decides.
+
+    Raises:
+        ConfigError: a value out of range, or a key that does not exist.
+    """
+
+    bits: InitVar[int | None] = None
+    weight_bits: int = None  # type: ignore[assignment]
+    activation_bits: int | None = None
+    rounding: str = "daq"
+    weight_gamma: float = 2.0
+    weight_sigma: float = 1.0
+    activation_gamma: float = 2.0
+    activation_sigma: float = 2.0
+    temperature: float = 4.0
+    weight_granularity: str = "tensor"
+    weight_normalization: str = "scale"
+    weight_init: str = "mse"
+    activation_init: str = "mse"
+    first_last_bits: int | None = None
+    rules: Sequence[Mapping[str, Any]] = ()
+    modules_to_not_convert: Sequence[str] = ()
+    layers: Mapping[str, Mapping[str, int | None]] | None = None
+
+    def __post_init__(self, bits: int | None) -> None:
+        if bits is not None:
+            if self.weight_bits is not None or self.activation_bits is not None:
+                raise ConfigError(
+                    "bits sets weight_bits and activation_bits at once; pass either bits, or weight_bits and "
+                    "activation_bits, e.g. DaqConfig(weight_bits=2, activation_bits=4)"
+                )
+            object.__setattr__(self, "weight_bits", bits)
+            object.__setattr__(self, "activation_bits", bits)
+        if self.weight_bits is None:
+            raise ConfigError("the number of bits is missing; write DaqConfig(bits=3) or DaqConfig(weight_bits=3)")
+        check_bits("weight_bits", self.weight_bits)
+        if self.activation_bits is not None:
+            check_bits("activation_bits", self.activation_bits)
+        if self.first_last_bits is not None:
+            check_bits("first_last_bits", self.first_last_bits)
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 100:
+                raise ConfigError(f"{name}={value!r} must be a number above 0 and at most 100")
+            object.__setattr__(self, name, float(value))
+        object.__setattr__(self, "rules", tuple(_checked_rule(rule) for rule in _sequence("rules", self.rules)))
+        patterns = _sequence("modules_to_not_convert", self.modules_to_not_convert)
+        object.__setattr__(self, "modules_to_not_convert", tuple(_checked_pattern(pattern) for pattern in patterns))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", _checked_layers(self.layers))
+
+    @classmethod
+    def paper(cls, bits: int | None = None, **kwargs: Any) -> DaqConfig:
+        """The settings of the paper: standardised weights with bounds at +-3, activation bounds at 3 standard
+        deviations, per tensor, gamma 2, sigma 1 for weights and 2 for activations. Arguments as `DaqConfig`."""
+        settings = {"weight_normalization": "standardize", "weight_init": "3std", "activation_init": "3std"}
+        return cls(bits, **(settings | kwargs))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DaqConfig:
+        """Inverse of `to_dict`. Unknown keys and newer format versions raise `ConfigError`."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"a quantization config must be a mapping, got {type(values).__name__}")
+        values = dict(values)
+        method = values.pop("quant_method", QUANT_METHOD)
+        if method != QUANT_METHOD:
+            raise ConfigError(f"quant_method={method!r} is not {QUANT_METHOD!r}: these are not DAQ settings")
+        version = values.pop("format_version", FORMAT_VERSION)
+        if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+            raise ConfigError(
+                f"format_version={version!r} is not known here (this hf_daq reads 1 to {FORMAT_VERSION}); "
+                "install a newer hf_daq: pip install -U hf_daq"
+            )
+        known = {"bits", *(field.name for field in dataclasses.fields(cls))}
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"unknown key {key!r}{did_you_mean(str(key), known)}; keys: {', '.join(sorted(known))}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types: every field, the quantization method and the format version."""
+        fields = {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, **fields}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> DaqConfig:
+        try:
+            values = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ConfigError(f"the quantization config is not JSON: {error}") from None
+        return cls.from_dict(values)
+
+    def replace(self, **changes: Any) -> DaqConfig:
+        """A copy with some fields changed, validated like a new one."""
+        return dataclasses.replace(self, bits=None, **changes)
+
+
+def check_bits(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 8:
+        raise ConfigError(f"{name}={value!r} is out of range: bits are whole numbers from 1 to 8")
+
+
+def did_you_mean(name: str, known: Sequence[str] | set[str]) -> str:
+    close = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.4)
+    return f" (did you mean {', '.join(map(repr, close))}?)" if close else ""
+
+
+def pattern_matches(pattern: str, name: str) -> bool:
+    """True if the glob, or the regular expression after "re:", names the module or one that contains it."""
+    parts = name.split(".")
+    names = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    if pattern.startswith("re:"):
+        return any(re.fullmatch(pattern[3:], candidate) for candidate in names)
+    return any(fnmatchcase(candidate, pattern) for candidate in names)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _sequence(name: str, value: object) -> Sequence[Any]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ConfigError(f"{name}={value!r} must be a list")
+    return value
+
+
+def _checked_pattern(pattern: object) -> str:
+    if not isinstance(pattern, str) or not pattern:
+        raise ConfigError(f"pattern {pattern!r} must be a glob such as 'layer1.*', or 're:' and a regular expression")
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise ConfigError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+    return pattern
+
+
+def _checked_rule(rule: object) -> dict[str, Any]:
+    if not isinstance(rule, Mapping) or "pattern" not in rule:
+        raise ConfigError(f"rule {rule!r} must be a mapping with a pattern, e.g. {{'pattern': 'layer1.*', 'bits': 8}}")
+    _checked_pattern(rule["pattern"])
+    for key, value in rule.items():
+        if key not in _RULE_KEYS:
+            raise ConfigError(f"rule {dict(rule)!r}: unknown key {key!r}; keys: {', '.join(_RULE_KEYS)}")
+        if key == "skip" and not isinstance(value, bool):
+            raise ConfigError(f"rule {dict(rule)!r}: skip must be True or False")
+        if key.endswith("bits") and not (key == "activation_bits" and value is None):
+            check_bits(f"rule {rule['pattern']!r}: {key}", value)
+    chosen = set(rule) - {"pattern"}
+    if not chosen or (rule.get("skip") and len(chosen) > 1) or ("bits" in chosen and len(chosen) > 1):
+        raise ConfigError(
+            f"rule {dict(rule)!r} must say one thing: skip, or bits, or weight_bits and/or activation_bits"
+        )
+    return dict(rule)
+
+
+def _checked_layers(layers: object) -> dict[str, dict[str, int | None]]:
+    if not isinstance(layers, Mapping) or not layers:
+        raise ConfigError(f"layers={layers!r} must map module names to their bits")
+    for name, entry in layers.items():
+        if not isinstance(name, str) or not isinstance(entry, Mapping) or set(entry) != {"weight_bits", "activation_bits"}:
+            raise ConfigError(f"layers[{name!r}]={entry!r} must be a mapping with weight_bits and activation_bits")
+        check_bits(f"layers[{name!r}]: weight_bits", entry["weight_bits"])
+        if entry["activation_bits"] is not None:
+            check_bits(f"layers[{name!r}]: activation_bits", entry["activation_bits"])
+    return {name: dict(entry) for name, entry in layers.items()}

@@ -1,0 +1,151 @@
+"""Quantized layers. Each is the float layer's class with `QuantizedLayer` in front: same parameters, same names.
+
+An instance is made by giving a float layer its quantized class (`quantize_layer`), so references to it, hooks on it
+and its Parameter objects stay what they were.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import timm.layers
+import torch.nn.functional as F
+from timm.layers.padding import pad_same
+from torch import Tensor, nn
+
+from .config import DaqConfig
+from .errors import CalibrationError
+from .quantizers import ActivationQuantizer, WeightQuantizer
+
+
+class QuantizedLayer(nn.Module):
+    """Quantizes input and weight, then does what the float layer does.
+
+    w_quant: `WeightQuantizer`. a_quant: `ActivationQuantizer`, or None for weights only. daq_name: the module's name in
+    the model, for error messages.
+    """
+
+    float_class: ClassVar[type[nn.Module]]
+    w_quant: WeightQuantizer
+    a_quant: ActivationQuantizer | None
+    daq_name: str
+
+    def float_weight(self) -> Tensor:
+        """The weight the float layer computes with, shape (out, in / groups, ...)."""
+        weight: Tensor = self.weight
+        return weight
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The float layer's function of an input, a weight as from `float_weight`, and a bias."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.w_quant.calibrated and (self.a_quant is None or self.a_quant.calibrated)):
+            raise CalibrationError(
+                f"layer {self.daq_name!r} is not calibrated; before the first forward write\n"
+                "    with hf_daq.calibrate(model):\n        model(batch)  # a few batches of real inputs"
+            )
+        if self.a_quant is not None:
+            x = self.a_quant(x)
+        return self.compute(x, self.w_quant(self.float_weight()), self.bias)
+
+
+class DaqLinear(QuantizedLayer, nn.Linear):
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+
+class DaqTimmLinear(QuantizedLayer, timm.layers.Linear):
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+
+class DaqConv2d(QuantizedLayer, nn.Conv2d):
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(x, weight, bias)
+
+
+class DaqConv2dSame(QuantizedLayer, timm.layers.Conv2dSame):
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x = pad_same(x, weight.shape[-2:], self.stride, self.dilation)
+        return F.conv2d(x, weight, bias, self.stride, (0, 0), self.dilation, self.groups)
+
+
+class _StandardizedConv(QuantizedLayer):
+    """timm's weight-standardised convolutions: the standardised weight is what gets quantized."""
+
+    def float_weight(self) -> Tensor:
+        gain = (self.gain * self.scale).view(-1) if hasattr(self, "gain") else None
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(flat, None, None, weight=gain, training=True, momentum=0.0, eps=self.eps)
+        return weight.reshape_as(self.weight)
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if getattr(self, "same_pad", False):
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class DaqStdConv2d(_StandardizedConv, timm.layers.StdConv2d):
+    pass
+
+
+class DaqStdConv2dSame(_StandardizedConv, timm.layers.StdConv2dSame):
+    pass
+
+
+class DaqScaledStdConv2d(_StandardizedConv, timm.layers.ScaledStdConv2d):
+    pass
+
+
+class DaqScaledStdConv2dSame(_StandardizedConv, timm.layers.ScaledStdConv2dSame):
+    pass
+
+
+LAYER_TYPES: dict[type[nn.Module], type[QuantizedLayer]] = {
+    nn.Linear: DaqLinear,
+    timm.layers.Linear: DaqTimmLinear,
+    nn.Conv2d: DaqConv2d,
+    timm.layers.Conv2dSame: DaqConv2dSame,
+    timm.layers.StdConv2d: DaqStdConv2d,
+    timm.layers.StdConv2dSame: DaqStdConv2dSame,
+    timm.layers.ScaledStdConv2d: DaqScaledStdConv2d,
+    timm.layers.ScaledStdConv2dSame: DaqScaledStdConv2dSame,
+}
+for _float_class, _quantized_class in LAYER_TYPES.items():
+    _quantized_class.float_class = _float_class
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """The quantized layers of a model by name, in the order of `named_modules`."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def quantize_layer(layer: nn.Module, name: str, config: DaqConfig, weight_bits: int, activation_bits: int | None) -> None:
+    """Turn a float layer into its quantized form, in place. Its type must be a key of `LAYER_TYPES`."""
+    device = layer.weight.device
+    shared: dict[str, Any] = {"rounding": config.rounding, "temperature": config.temperature, "device": device}
+    w_quant = WeightQuantizer(
+        weight_bits,
+        layer.weight.shape[0] if config.weight_granularity == "channel" else None,
+        normalization=config.weight_normalization,
+        gamma=config.weight_gamma,
+        sigma=config.weight_sigma,
+        **shared,
+    )
+    a_quant = None
+    if activation_bits is not None:
+        a_quant = ActivationQuantizer(
+            activation_bits, gamma=config.activation_gamma, sigma=config.activation_sigma, **shared
+        )
+    layer.__class__ = LAYER_TYPES[type(layer)]
+    layer.register_module("w_quant", w_quant)
+    layer.register_module("a_quant", a_quant)
+    layer.daq_name = name
+    layer.train(layer.training)
+
+
+def restore_layer(layer: QuantizedLayer) -> None:
+    """Inverse of `quantize_layer`: the float class, without quantizers."""
+    del layer.w_quant, layer.a_quant, layer.daq_name
+    layer.__class__ = layer.float_class

@@ -1,0 +1,61 @@
+"""Optimizer parameter groups for a quantized model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .errors import ModelError
+from .layers import quantized_layers
+
+
+def param_groups(
+    model: nn.Module, lr: float, quantizer_lr: float | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Parameter groups for any torch optimizer.
+
+    Args:
+        model: a model after `apply_daq` and `calibrate`, or after loading.
+        lr: learning rate of weights, biases and normalisation layers.
+        quantizer_lr: learning rate of bounds and scales; `lr` if None. Never decayed.
+        weight_decay: of everything with two or more dimensions, except what `model.no_weight_decay()` names.
+
+    Returns:
+        Groups with the keys "name" ("decay", "no_decay", "quantizer"), "params", "lr" and "weight_decay". Frozen
+        parameters are left out, and so are empty groups.
+
+    Raises:
+        ModelError: the model is not quantized.
+    """
+    layers = quantized_layers(model)
+    if not layers:
+        raise ModelError("the model has no quantized layers; the order is: apply_daq, calibrate, param_groups")
+    quantizer = {
+        id(parameter)
+        for layer in layers.values()
+        for module in (layer.w_quant, layer.a_quant)
+        if module is not None
+        for parameter in module.parameters()
+    }
+    undecayed = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "quantizer": []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in quantizer:
+            groups["quantizer"].append(parameter)
+        elif parameter.ndim <= 1 or name.endswith(".bias") or name in undecayed:
+            groups["no_decay"].append(parameter)
+        else:
+            groups["decay"].append(parameter)
+    settings = {
+        "decay": (lr, weight_decay),
+        "no_decay": (lr, 0.0),
+        "quantizer": (lr if quantizer_lr is None else quantizer_lr, 0.0),
+    }
+    return [
+        {"name": name, "params": params, "lr": settings[name][0], "weight_decay": settings[name][1]}
+        for name, params in groups.items()
+        if params
+    ]
