@@ -1,12 +1,30 @@
-"""Distance-aware Quantization (Kim, Lee, Ham, ICCV 2021) for timm and transformers models."""
+"""Distance-aware Quantization (Kim, Lee, Ham, ICCV 2021) for timm and transformers models.
+
+    hf_daq.apply_daq(model, bits=3)
+    with hf_daq.calibrate(model):
+        model(images)
+    optimizer = torch.optim.SGD(hf_daq.param_groups(model, lr=0.01, quantizer_lr=1e-4))
+    hf_daq.save_pretrained(model, "out")
+"""
 
 from .apply import apply_daq, remove_daq
 from .calibrate import calibrate
+from .checkpoint import from_pretrained, save_pretrained
 from .config import DaqConfig
 from .errors import DaqError
 from .matching import plan
 from .training import param_groups
+from .version import __version__
 
-__version__ = "0.1.0"
-
-__all__ = ["DaqConfig", "DaqError", "apply_daq", "calibrate", "param_groups", "plan", "remove_daq"]
+__all__ = [
+    "DaqConfig",
+    "DaqError",
+    "__version__",
+    "apply_daq",
+    "calibrate",
+    "from_pretrained",
+    "param_groups",
+    "plan",
+    "remove_daq",
+    "save_pretrained",
+]

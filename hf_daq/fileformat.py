@@ -1,0 +1,179 @@
+"""One checkpoint on disk: `model.safetensors` with the quantization config in its header, and `config.json`.
+
+The header's metadata has one key, "hf_daq", with a JSON string `{"hf_daq_version": ..., "quantization_config": ...}`.
+Files may come from strangers: the header, every name, dtype and shape, and the values of the quantizers are checked
+before anything is written to a model. No pickle is read or written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .config import DaqConfig
+from .errors import CalibrationError, CheckpointError, ConfigError
+from .layers import quantized_layers
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+METADATA_KEY = "hf_daq"
+_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a weights file says of itself: quantization config, library version, and name -> (dtype, shape)."""
+
+    config: DaqConfig
+    version: str
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+
+
+def write(directory: Path, tensors: Mapping[str, Tensor], config: DaqConfig, description: dict[str, Any], version: str) -> None:
+    """Write both files, each to a temporary file that is then renamed: an interrupted save leaves the old files.
+
+    Args:
+        description: content of config.json, without the version.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(description | {"hf_daq_version": version}, indent=2) + "\n"
+    metadata = {"hf_daq_version": version, "quantization_config": config.to_dict()}
+    contents = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    header = {"format": "pt", METADATA_KEY: json.dumps(metadata, sort_keys=True)}
+    replace_file(directory / WEIGHTS_NAME, lambda path: save_file(contents, path, metadata=header))
+    replace_file(directory / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def replace_file(target: Path, write_to: Callable[[Path], Any]) -> None:
+    """Let `write_to` write a temporary file beside `target`, then rename it to `target`."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    os.close(descriptor)
+    try:
+        write_to(Path(temporary))
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_description(directory: Path) -> dict[str, Any]:
+    """The content of config.json."""
+    path = directory / CONFIG_NAME
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} has no {CONFIG_NAME}; is it a folder written by hf_daq.save_pretrained?") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(description, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return description
+
+
+def read_header(path: Path) -> Header:
+    """Names, dtypes, shapes and the quantization config of a weights file, without reading a tensor."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
+    if METADATA_KEY not in metadata:
+        raise CheckpointError(f"{path} has no {METADATA_KEY!r} metadata: it was not written by hf_daq.save_pretrained")
+    try:
+        content = json.loads(metadata[METADATA_KEY])
+        config = DaqConfig.from_dict(content["quantization_config"])
+        version = str(content["hf_daq_version"])
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: quantization config: {error}") from None
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged {METADATA_KEY!r} metadata: {error!r}") from None
+    if config.layers is None:
+        raise CheckpointError(f"{path}: the quantization config has no resolved layers")
+    return Header(config, version, tensors)
+
+
+def check_fits(model: nn.Module, header: Header, path: Path) -> None:
+    """Compare names, shapes and kinds of number of the file with a quantized model, which may be on the meta device."""
+    expected = model.state_dict()
+    problems = []
+    for title, names in (
+        ("missing from the file", expected.keys() - header.tensors.keys()),
+        ("not in the model", header.tensors.keys() - expected.keys()),
+    ):
+        if names:
+            problems.append(f"{len(names)} {title}: {', '.join(sorted(names)[:5])}")
+    for name in expected.keys() & header.tensors.keys():
+        dtype, shape = header.tensors[name]
+        if shape != tuple(expected[name].shape):
+            problems.append(f"{name} has shape {shape}, the model {tuple(expected[name].shape)}")
+        if dtype not in _DTYPES or dtype.startswith(("F", "BF")) != expected[name].is_floating_point():
+            problems.append(f"{name} has dtype {dtype}, the model {expected[name].dtype}")
+    if problems:
+        raise CheckpointError(f"{path} does not fit the model: " + "; ".join(problems[:8]))
+
+
+def load(model: nn.Module, path: Path) -> None:
+    """Load a weights file into a quantized model, after all checks; on an error the model is left as it was."""
+    header = read_header(path)
+    check_fits(model, header, path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in header.tensors}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    for name, layer in quantized_layers(model).items():
+        for side in ("w_quant", "a_quant"):
+            if getattr(layer, side) is None:
+                continue
+            prefix = f"{name}.{side}."
+            values = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+            problem = bounds_problem(values, side)
+            if problem:
+                raise CheckpointError(f"{path}: {prefix[:-1]}: {problem}")
+    model.load_state_dict(tensors)
+
+
+def check_values(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Refuse to save quantizers that were never calibrated, or whose values could not be loaded again."""
+    for name, layer in quantized_layers(model).items():
+        for side in ("w_quant", "a_quant"):
+            quantizer = getattr(layer, side)
+            if quantizer is None:
+                continue
+            if not quantizer.calibrated:
+                raise CalibrationError(f"layer {name!r} is not calibrated; run hf_daq.calibrate(model) before saving")
+            problem = bounds_problem({key: tensors[f"{name}.{side}.{key}"] for key in quantizer.state_dict()}, side)
+            if problem:
+                raise CheckpointError(f"cannot save: {name}.{side}: {problem}; a smaller quantizer_lr usually helps")
+
+
+def bounds_problem(values: Mapping[str, Tensor], side: str) -> str | None:
+    """What is wrong with the bounds and scale of a quantizer, or None."""
+    for key, value in values.items():
+        if not torch.isfinite(value).all():
+            return f"{key} is not finite"
+    lower, upper = values["lower"].float(), values["upper"].float()
+    if not (lower < upper).all():
+        return f"lower {lower.max().item():g} is not below upper {upper.min().item():g}"
+    if side == "a_quant" and not ((lower <= 0).all() and (upper >= 0).all()):
+        return f"the bounds {lower.item():g} and {upper.item():g} do not contain 0"
+    return None
