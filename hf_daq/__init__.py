@@ -1,10 +1,10 @@
 """Distance-aware Quantization (Kim, Lee, Ham, ICCV 2021) for timm and transformers models.
 
-    hf_daq.apply_daq(model, bits=3)
-    with hf_daq.calibrate(model):
-        model(images)
-    optimizer = torch.optim.SGD(hf_daq.param_groups(model, lr=0.01, quantizer_lr=1e-4))
-    hf_daq.save_pretrained(model, "out")
+hf_daq.apply_daq(model, bits=3)
+with hf_daq.calibrate(model):
+    model(images)
+optimizer = torch.optim.SGD(hf_daq.param_groups(model, lr=0.01, quantizer_lr=1e-4))
+hf_daq.save_pretrained(model, "out")
 """
 
 from .apply import apply_daq, remove_daq

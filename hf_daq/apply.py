@@ -12,7 +12,13 @@ from .errors import CalibrationError, ModelError
 from .layers import QuantizedLayer, _StandardizedConv, quantize_layer, quantized_layers, restore_layer
 from .matching import Plan, config_from, plan
 
-_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule", "DeepSpeedEngine")
+_WRAPPERS = (
+    "DistributedDataParallel",
+    "DataParallel",
+    "FullyShardedDataParallel",
+    "OptimizedModule",
+    "DeepSpeedEngine",
+)
 
 
 def apply_daq(model: nn.Module, config: DaqConfig | None = None, **kwargs: Any) -> nn.Module:

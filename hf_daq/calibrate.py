@@ -114,7 +114,8 @@ class _Observer:
 
     def centers(self) -> Tensor:
         edge = 2.0 ** float(self.exponent)
-        return (torch.arange(_BINS, device=self.histogram.device, dtype=torch.float64) + 0.5) * (2 * edge / _BINS) - edge
+        steps = torch.arange(_BINS, device=self.histogram.device, dtype=torch.float64) + 0.5
+        return steps.mul_(2 * edge / _BINS).sub_(edge)
 
 
 def _reduce(observers: dict[str, _Observer]) -> None:
@@ -155,7 +156,9 @@ def _initial_values(name: str, layer: QuantizedLayer, observer: _Observer, confi
     lower, upper, scale = weight_bounds(w_quant, weight, config.weight_init)
     if a_quant is not None:
         if low == 0 and high == 0:
-            warnings.warn(f"layer {name!r} saw only zeros in calibration; its input bounds start at 0 and 1", stacklevel=4)
+            warnings.warn(
+                f"layer {name!r} saw only zeros in calibration; its input bounds start at 0 and 1", stacklevel=4
+            )
             bounds = (0.0, 1.0)
         elif config.activation_init == "3std":
             reach = 3 * math.sqrt(max(squares / count - (total / count) ** 2, 0.0)) or high
@@ -184,7 +187,7 @@ def _match_outputs(
     weights = {name: v.w_quant(_quantized_class(layers[name]).float_weight(layers[name])) for name, v in values.items()}
 
     def compare(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(layer: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> None:
+        def hook(layer: Any, args: tuple[Tensor, ...], _: Tensor) -> None:
             quantized, kind = values[name], _quantized_class(layer)
             x = args[0]
             outputs = (
@@ -207,7 +210,7 @@ def _match_outputs(
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sides)
         usable = (sides > 0).all(0)
-        values[name].w_quant.scale *= torch.where(usable, sides[0] / sides[1], 1.0)
+        values[name].w_quant.scale.mul_(torch.where(usable, sides[0] / sides[1], 1.0))
 
 
 def _mean_abs(output: Tensor, kind: type[QuantizedLayer], size: int) -> Tensor:
@@ -231,7 +234,7 @@ def _write(layer: QuantizedLayer, values: _Values) -> None:
 @contextmanager
 def _float_layers(layers: Collection[QuantizedLayer]) -> Iterator[None]:
     """The layers compute with their float classes inside."""
-    classes = [(layer, type(layer)) for layer in layers]
+    classes: list[tuple[Any, type]] = [(layer, type(layer)) for layer in layers]
     try:
         for layer, _ in classes:
             layer.__class__ = layer.float_class

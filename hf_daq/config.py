@@ -133,7 +133,9 @@ class DaqConfig:
         known = {"bits", *(field.name for field in dataclasses.fields(cls))}
         for key in values:
             if key not in known:
-                raise ConfigError(f"unknown key {key!r}{did_you_mean(str(key), known)}; keys: {', '.join(sorted(known))}")
+                raise ConfigError(
+                    f"unknown key {key!r}{did_you_mean(str(key), known)}; keys: {', '.join(sorted(known))}"
+                )
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -222,7 +224,11 @@ def _checked_layers(layers: object) -> dict[str, dict[str, int | None]]:
     if not isinstance(layers, Mapping) or not layers:
         raise ConfigError(f"layers={layers!r} must map module names to their bits")
     for name, entry in layers.items():
-        if not isinstance(name, str) or not isinstance(entry, Mapping) or set(entry) != {"weight_bits", "activation_bits"}:
+        if (
+            not isinstance(name, str)
+            or not isinstance(entry, Mapping)
+            or set(entry) != {"weight_bits", "activation_bits"}
+        ):
             raise ConfigError(f"layers[{name!r}]={entry!r} must be a mapping with weight_bits and activation_bits")
         check_bits(f"layers[{name!r}]: weight_bits", entry["weight_bits"])
         if entry["activation_bits"] is not None:

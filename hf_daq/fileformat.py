@@ -39,7 +39,9 @@ class Header:
     tensors: dict[str, tuple[str, tuple[int, ...]]]
 
 
-def write(directory: Path, tensors: Mapping[str, Tensor], config: DaqConfig, description: dict[str, Any], version: str) -> None:
+def write(
+    directory: Path, tensors: Mapping[str, Tensor], config: DaqConfig, description: dict[str, Any], version: str
+) -> None:
     """Write both files, each to a temporary file that is then renamed: an interrupted save leaves the old files.
 
     Args:
@@ -77,7 +79,9 @@ def read_description(directory: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{directory} has no {CONFIG_NAME}; is it a folder written by hf_daq.save_pretrained?") from None
+        raise CheckpointError(
+            f"{directory} has no {CONFIG_NAME}; is it a folder written by hf_daq.save_pretrained?"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(description, dict):
@@ -146,7 +150,7 @@ def load(model: nn.Module, path: Path) -> None:
                 continue
             prefix = f"{name}.{side}."
             values = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-            problem = bounds_problem(values, side)
+            problem = bounds_problem(values)
             if problem:
                 raise CheckpointError(f"{path}: {prefix[:-1]}: {problem}")
     model.load_state_dict(tensors)
@@ -161,12 +165,12 @@ def check_values(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
                 continue
             if not quantizer.calibrated:
                 raise CalibrationError(f"layer {name!r} is not calibrated; run hf_daq.calibrate(model) before saving")
-            problem = bounds_problem({key: tensors[f"{name}.{side}.{key}"] for key in quantizer.state_dict()}, side)
+            problem = bounds_problem({key: tensors[f"{name}.{side}.{key}"] for key in quantizer.state_dict()})
             if problem:
                 raise CheckpointError(f"cannot save: {name}.{side}: {problem}; a smaller quantizer_lr usually helps")
 
 
-def bounds_problem(values: Mapping[str, Tensor], side: str) -> str | None:
+def bounds_problem(values: Mapping[str, Tensor]) -> str | None:
     """What is wrong with the bounds and scale of a quantizer, or None."""
     for key, value in values.items():
         if not torch.isfinite(value).all():
@@ -174,6 +178,4 @@ def bounds_problem(values: Mapping[str, Tensor], side: str) -> str | None:
     lower, upper = values["lower"].float(), values["upper"].float()
     if not (lower < upper).all():
         return f"lower {lower.max().item():g} is not below upper {upper.min().item():g}"
-    if side == "a_quant" and not ((lower <= 0).all() and (upper >= 0).all()):
-        return f"the bounds {lower.item():g} and {upper.item():g} do not contain 0"
     return None

@@ -51,9 +51,8 @@ def _scores(t: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
     """Distance score times kernel for the lower and the upper code; the kernel is 1 for the nearer one, lower on a tie."""
     far = math.exp(-1 / sigma**2)
     upper_is_nearer = t > 0.5
-    score0 = torch.exp(-t) * torch.where(upper_is_nearer, far, 1.0)
-    score1 = torch.exp(t - 1) * torch.where(upper_is_nearer, 1.0, far)
-    return score0, score1
+    score0, score1 = torch.exp(-t), torch.exp(t - 1)
+    return torch.where(upper_is_nearer, score0 * far, score0), torch.where(upper_is_nearer, score1, score1 * far)
 
 
 class _Quantize(torch.autograd.Function):
@@ -139,7 +138,8 @@ def quantize(
     """`(Q(v) - center) * step` with `v = (clip(x, lower, upper) - lower) / (upper - lower) * (2**bits - 1)`.
 
     Args:
-        x: float tensor of any shape. NaN gives NaN, infinities the outermost codes; neither gets a gradient.
+        x: float tensor of any shape. Infinities give the outermost codes. NaN gives NaN, also as the gradient of the
+            bounds, so that a gradient scaler sees it. Neither gets a gradient itself.
         lower, upper: bounds, broadcastable to `x`, lower < upper.
         center: code that stands for zero: `R / 2` for weights, the zero point for activations. Number or tensor.
         step: distance of two neighbouring values of the output. Number or tensor.

@@ -26,7 +26,14 @@ from .layers import quantized_layers
 ARCHITECTURE = "hf_daq"
 _OWN_ARGS = ("base", "base_args", "quantization_config")
 _SOURCE_KEYS = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load")
-_REFUSED_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only"}
+_REFUSED_ARGS = {
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "checkpoint_path",
+    "cache_dir",
+    "features_only",
+}
 
 
 def is_timm_model(model: nn.Module) -> bool:
@@ -57,9 +64,9 @@ def describe(model: nn.Module, config: DaqConfig) -> dict[str, Any]:
     return description | {"architecture": ARCHITECTURE, "model_args": model_args}
 
 
-def _base_name(model: nn.Module) -> str:
+def _base_name(model: Any) -> str:
     args = getattr(model, "_model_args", {})
-    return str(args.get("base") or model.pretrained_cfg.get("architecture"))  # type: ignore[union-attr]
+    return str(args.get("base") or model.pretrained_cfg.get("architecture"))
 
 
 @register_model  # type: ignore[untyped-decorator]

@@ -26,6 +26,8 @@ class QuantizedLayer(nn.Module):
     """
 
     float_class: ClassVar[type[nn.Module]]
+    weight: Any
+    bias: Any
     w_quant: WeightQuantizer
     a_quant: ActivationQuantizer | None
     daq_name: str
@@ -62,7 +64,8 @@ class DaqTimmLinear(QuantizedLayer, timm.layers.Linear):
 
 class DaqConv2d(QuantizedLayer, nn.Conv2d):
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._conv_forward(x, weight, bias)
+        output: Tensor = self._conv_forward(x, weight, bias)
+        return output
 
 
 class DaqConv2dSame(QuantizedLayer, timm.layers.Conv2dSame):
@@ -73,6 +76,16 @@ class DaqConv2dSame(QuantizedLayer, timm.layers.Conv2dSame):
 
 class _StandardizedConv(QuantizedLayer):
     """timm's weight-standardised convolutions: the standardised weight is what gets quantized."""
+
+    stride: Any
+    padding: Any
+    dilation: Any
+    kernel_size: Any
+    groups: int
+    out_channels: int
+    eps: float
+    gain: nn.Parameter
+    scale: float
 
     def float_weight(self) -> Tensor:
         gain = (self.gain * self.scale).view(-1) if hasattr(self, "gain") else None
@@ -112,8 +125,8 @@ LAYER_TYPES: dict[type[nn.Module], type[QuantizedLayer]] = {
     timm.layers.ScaledStdConv2d: DaqScaledStdConv2d,
     timm.layers.ScaledStdConv2dSame: DaqScaledStdConv2dSame,
 }
-for _float_class, _quantized_class in LAYER_TYPES.items():
-    _quantized_class.float_class = _float_class
+for _float_type, _quantized_type in LAYER_TYPES.items():
+    _quantized_type.float_class = _float_type
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -121,7 +134,7 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
 
 
-def quantize_layer(layer: nn.Module, name: str, config: DaqConfig, weight_bits: int, activation_bits: int | None) -> None:
+def quantize_layer(layer: Any, name: str, config: DaqConfig, weight_bits: int, activation_bits: int | None) -> None:
     """Turn a float layer into its quantized form, in place. Its type must be a key of `LAYER_TYPES`."""
     device = layer.weight.device
     shared: dict[str, Any] = {"rounding": config.rounding, "temperature": config.temperature, "device": device}

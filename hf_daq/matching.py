@@ -47,7 +47,9 @@ class Plan:
             shape = "x".join(map(str, layer.shape))
             rows.append((layer.name, layer.kind, shape, weight, activation, layer.reason))
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[5]]) for row in rows]
+        lines = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[5]]) for row in rows
+        ]
         lines.insert(1, "-" * max(map(len, lines)))
         return "\n".join([*lines, f"{len(self.quantized)} layers quantized, {len(self.kept)} kept in full precision"])
 
@@ -94,8 +96,9 @@ def outer_layers(model: nn.Module) -> dict[str, str]:
     config = getattr(model, "pretrained_cfg", None) or {}
     first = _below(names, _as_names(config.get("first_conv")))
     last = _below(names, _as_names(config.get("classifier")))
-    if callable(getattr(model, "get_classifier", None)):
-        heads = [id(module) for head in _flatten(model.get_classifier()) for module in head.modules()]
+    get_classifier = getattr(model, "get_classifier", None)
+    if callable(get_classifier):
+        heads = [id(module) for head in _flatten(get_classifier()) for module in head.modules()]
         last += [name for name, module in _weight_modules(model) if id(module) in heads and name not in last]
     if not config:
         convolutions = [name for name, module in _weight_modules(model) if isinstance(module, nn.Conv2d)]
@@ -109,7 +112,8 @@ def _plan_layer(name: str, module: nn.Module, config: DaqConfig, outer: dict[str
     shape = tuple(weight.shape) if weight is not None else ()
 
     def row(bits: tuple[int, int | None] | None, reason: str) -> PlannedLayer:
-        return PlannedLayer(name, type(module).__name__, shape, *(bits or (None, None)), reason)
+        weight_bits, activation_bits = bits or (None, None)
+        return PlannedLayer(name, type(module).__name__, shape, weight_bits, activation_bits, reason)
 
     if type(module) not in LAYER_TYPES:
         return row(None, f"no quantized form of {type(module).__name__}")

@@ -42,7 +42,9 @@ class Quantizer(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self.finish()
 
-    def _quantize(self, x: Tensor, lower: Tensor, upper: Tensor, center: Tensor | float, step: Tensor | float) -> Tensor:
+    def _quantize(
+        self, x: Tensor, lower: Tensor, upper: Tensor, center: Tensor | float, step: Tensor | float
+    ) -> Tensor:
         # The soft quantizer trains one function and deploys another: rounding.
         rounding = "ste" if self.rounding == "soft" and not self.training else self.rounding
         return quantize(
@@ -118,8 +120,8 @@ class WeightQuantizer(Quantizer):
 class ActivationQuantizer(Quantizer):
     """Layer inputs of any shape to `(q - zero_point) / R`.
 
-    lower, upper: bounds, shape (1,). `lower` is 0 and frozen where calibration saw no negative value (the paper);
-        else `signed` is True, both learn, and the bounds are moved so that the real zero is a code:
+    lower, upper: bounds, shape (1,). `lower` is exactly 0 and frozen where calibration saw no negative value (the
+        paper); else `signed` is True, both learn, and the bounds are moved so that the real zero is a code:
         `zero_point = round(-lower / (upper - lower) * R)`, with the identity as its gradient.
     """
 
@@ -139,7 +141,7 @@ class ActivationQuantizer(Quantizer):
     def finish(self) -> None:
         super().finish()
         if self.calibrated:
-            self.signed = bool(self.lower < 0)
+            self.signed = bool(self.lower != 0)
             self.lower.requires_grad_(self.signed)
 
     @property

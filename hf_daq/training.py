@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from .errors import ModelError
+from .errors import CalibrationError, ModelError
 from .layers import quantized_layers
 
 
 def param_groups(
-    model: nn.Module, lr: float, quantizer_lr: float | None = None, weight_decay: float = 0.0
+    model: Any, lr: float, quantizer_lr: float | None = None, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
     """Parameter groups for any torch optimizer.
 
@@ -27,10 +27,16 @@ def param_groups(
 
     Raises:
         ModelError: the model is not quantized.
+        CalibrationError: not calibrated or loaded yet: which bounds learn is known only then.
     """
     layers = quantized_layers(model)
     if not layers:
         raise ModelError("the model has no quantized layers; the order is: apply_daq, calibrate, param_groups")
+    for layer_name, layer in layers.items():
+        if not (layer.w_quant.calibrated and (layer.a_quant is None or layer.a_quant.calibrated)):
+            raise CalibrationError(
+                f"layer {layer_name!r} is not calibrated; the order is: apply_daq, then calibrate or load, then param_groups"
+            )
     quantizer = {
         id(parameter)
         for layer in layers.values()

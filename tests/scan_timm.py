@@ -1,0 +1,298 @@
+"""Take timm models of every family through the whole way: apply, calibrate, train, save, reload, remove.
+
+    python tests/scan_timm.py [--names test_vit test_resnet] [--output scan.json]
+
+Weights are random. The exit code is 1 if a model fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import hf_daq
+from hf_daq.layers import QuantizedLayer, quantized_layers
+
+# Architecture: input size, and arguments that make it smaller.
+ARCHITECTURES: dict[str, tuple[int, dict[str, Any]]] = {
+    "test_resnet": (64, {}),
+    "test_vit": (64, {"img_size": 64}),
+    "test_vit2": (64, {"img_size": 64}),
+    "test_vit_relpos": (64, {"img_size": 64}),
+    "test_convnext": (64, {}),
+    "test_convnext3": (64, {}),
+    "test_efficientnet": (64, {}),
+    "test_efficientnet_evos": (64, {}),
+    "test_byobnet": (64, {}),
+    "test_mambaout": (64, {}),
+    "test_nfnet": (64, {}),
+    "test_coatnet": (64, {"img_size": 64}),
+    "test_maxvit": (64, {"img_size": 64}),
+    "tf_efficientnet_b0": (64, {}),
+    "tf_efficientnet_cc_b0_4e": (64, {}),
+    "tf_mobilenetv3_small_minimal_100": (64, {}),
+    "mobilenetv2_050": (64, {}),
+    "mobilenetv4_conv_small_050": (64, {}),
+    "mnasnet_small": (64, {}),
+    "fbnetc_100": (64, {}),
+    "hardcorenas_a": (64, {}),
+    "lcnet_050": (64, {}),
+    "tinynet_e": (64, {}),
+    "ghostnet_050": (64, {}),
+    "dm_nfnet_f0": (64, {}),
+    "nf_resnet26": (64, {}),
+    "resnetv2_50x1_bit": (64, {}),
+    "resnet18d": (64, {}),
+    "seresnext26t_32x4d": (64, {}),
+    "ecaresnet26t": (64, {}),
+    "lambda_resnet26t": (64, {}),
+    "halonet26t": (256, {}),
+    "botnet26t_256": (64, {"img_size": 64}),
+    "skresnet18": (64, {}),
+    "resnest14d": (64, {}),
+    "res2net50_26w_4s": (64, {}),
+    "regnetx_002": (64, {}),
+    "regnety_002": (64, {}),
+    "densenet121": (64, {}),
+    "vgg11": (64, {"mlp_ratio": 0.03125}),
+    "inception_v3": (96, {}),
+    "inception_next_atto": (64, {}),
+    "xception41": (64, {}),
+    "nasnetalarge": (96, {"num_features": 288}),
+    "dla34": (64, {}),
+    "dpn48b": (64, {}),
+    "hrnet_w18_small": (64, {}),
+    "cspresnet50": (64, {}),
+    "selecsls42": (64, {}),
+    "ese_vovnet19b_slim": (64, {}),
+    "rdnet_tiny": (64, {}),
+    "rexnet_100": (64, {}),
+    "repvgg_a0": (64, {}),
+    "repghostnet_050": (64, {}),
+    "mobileone_s0": (64, {}),
+    "repvit_m0_9": (64, {}),
+    "starnet_s1": (64, {}),
+    "fasternet_t0": (64, {}),
+    "fastvit_t8": (64, {}),
+    "convmixer_768_32": (28, {}),
+    "convnextv2_atto": (64, {}),
+    "edgenext_xx_small": (64, {}),
+    "efficientformer_l1": (224, {}),
+    "efficientformerv2_s0": (224, {}),
+    "efficientvit_b0": (64, {}),
+    "efficientvit_m0": (224, {}),
+    "mobilevit_xxs": (64, {}),
+    "mobilevitv2_050": (64, {}),
+    "levit_128s": (224, {}),
+    "pit_ti_224": (224, {}),
+    "poolformer_s12": (64, {}),
+    "pvt_v2_b0": (64, {}),
+    "nextvit_small": (64, {}),
+    "shvit_s1": (64, {}),
+    "mixer_s32_224": (64, {"img_size": 64}),
+    "gmixer_12_224": (64, {"img_size": 64}),
+    "resmlp_12_224": (64, {"img_size": 64}),
+    "sequencer2d_s": (64, {"img_size": 64}),
+    "deit_tiny_distilled_patch16_224": (64, {"img_size": 64, "depth": 4}),
+    "vit_tiny_r_s16_p8_224": (64, {"img_size": 64, "depth": 4}),
+    "vit_small_resnet26d_224": (64, {"img_size": 64, "depth": 4}),
+    "beit_base_patch16_224": (64, {"img_size": 64, "depth": 2}),
+    "eva02_tiny_patch14_224": (56, {"img_size": 56, "depth": 4}),
+    "vit_medium_patch16_rope_reg1_gap_256": (64, {"img_size": 64, "depth": 2}),
+    "naflexvit_base_patch16_gap": (64, {"depth": 2}),
+    "vit_base_patch16_siglip_gap_224": (64, {"img_size": 64, "depth": 2}),
+    "samvit_base_patch16_224": (64, {"img_size": 64, "depth": 3}),
+    "flexivit_small": (64, {"img_size": 64, "depth": 2}),
+    "cait_xxs24_224": (64, {"img_size": 64, "depth": 4}),
+    "crossvit_tiny_240": (240, {}),
+    "convit_tiny": (64, {"img_size": 64, "depth": 12}),
+    "coat_tiny": (64, {"img_size": 64}),
+    "tnt_s_legacy_patch16_224": (64, {"img_size": 64, "depth": 2}),
+    "visformer_tiny": (64, {"img_size": 64}),
+    "volo_d1_224": (64, {"img_size": 64}),
+    "xcit_nano_12_p16_224": (64, {"depth": 4}),
+    "swin_tiny_patch4_window7_224": (64, {"img_size": 64, "window_size": 4, "depths": (1, 1, 2, 1)}),
+    "swinv2_cr_tiny_ns_224": (64, {"img_size": 64, "depths": (1, 1, 2, 1)}),
+    "swinv2_tiny_window8_256": (64, {"img_size": 64, "window_size": 4, "depths": (1, 1, 2, 1)}),
+    "nest_tiny": (64, {"img_size": 64}),
+    "twins_svt_small": (64, {"img_size": 64, "depths": (1, 1, 2, 1)}),
+    "twins_pcpvt_small": (64, {"img_size": 64, "depths": (1, 1, 2, 1)}),
+    "davit_tiny": (64, {}),
+    "focalnet_tiny_srf": (64, {"depths": (1, 1, 2, 1)}),
+    "gcvit_xxtiny": (64, {"img_size": 64, "window_ratio": (16, 8, 4, 2)}),
+    "hiera_tiny_224": (64, {"img_size": 64}),
+    "hieradet_small": (64, {"img_size": 64}),
+    "mvitv2_tiny": (64, {"img_size": 64}),
+    "tiny_vit_5m_224": (64, {"img_size": 64}),
+}
+
+
+@dataclasses.dataclass
+class Result:
+    """What happened to one architecture. `kept` counts reasons; `problems` is empty on success."""
+
+    name: str
+    quantized: int = 0
+    kept: dict[str, int] = dataclasses.field(default_factory=dict)
+    problems: list[str] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+
+
+def build(name: str, **changes: Any) -> tuple[nn.Module, int]:
+    """A model as if it had been trained: ten classes, random weights, and its input size.
+
+    Branches that start at zero (LayerScale, the last normalisation of a block) are opened, since no gradient goes
+    through a closed one. Running statistics are those of random images: calibration is in evaluation mode, and the
+    initial statistics have nothing to do with what training sees.
+    """
+    size, arguments = ARCHITECTURES[name]
+    model = timm.create_model(name, num_classes=10, **{**arguments, **changes})
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if not parameter_name.endswith("bias") and not parameter.any():
+                parameter.uniform_(0.5, 1.5)
+        norms = {m: m.momentum for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+        for norm in norms:
+            norm.momentum = 1.0
+        if norms:
+            model.train()(torch.randn(8, 3, size, size))
+        for norm, momentum in norms.items():
+            norm.momentum = momentum
+    return model, size
+
+
+def check_architecture(name: str, **config: Any) -> Result:
+    """Take one architecture through everything; nothing raises, all that is wrong goes to `problems`."""
+    started = time.process_time()
+    result = Result(name)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            result.problems.extend(_problems(result, config or {"bits": 4}))
+        except Exception as error:
+            result.problems.append(f"{type(error).__name__}: {str(error)[:300]}")
+    result.problems.extend(f"{w.category.__name__}: {str(w.message)[:200]}" for w in caught)
+    result.seconds = round(time.process_time() - started, 1)
+    return result
+
+
+def _problems(result: Result, config: dict[str, Any]) -> Iterator[str]:
+    torch.manual_seed(0)
+    model, size = build(result.name)
+    batches = [torch.randn(2, 3, size, size) for _ in range(2)]
+    float_logits = _evaluate(model, batches[0])
+    float_keys = list(model.state_dict())
+
+    plan = hf_daq.plan(model, **config)
+    result.quantized = len(plan.quantized)
+    result.kept = dict(Counter(layer.reason for layer in plan.kept.values()))
+    planned = {layer.name for layer in plan.layers}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and name not in planned:
+            yield f"{name} is not in the plan"
+    for reason in ("first layer", "classifier"):
+        if reason not in result.kept:
+            yield f"nothing is kept as {reason}"
+
+    hf_daq.apply_daq(model, **config)
+    if list(quantized_layers(model)) != list(plan.quantized):
+        yield "apply_daq does not follow the plan"
+    with hf_daq.calibrate(model):
+        for batch in batches:
+            model(batch)
+    logits = _evaluate(model, batches[0])
+    if torch.equal(logits, float_logits) or not logits.isfinite().all():
+        yield "quantized logits are those of the float model, or not finite"
+
+    with tempfile.TemporaryDirectory() as directory:
+        hf_daq.save_pretrained(model, directory)
+        reloaded = timm.create_model(f"local-dir:{directory}", pretrained=True)
+    if not torch.equal(_evaluate(reloaded, batches[0]), logits):
+        yield "the reloaded model gives other logits"
+    hf_daq.remove_daq(reloaded)
+    if not torch.equal(_evaluate(reloaded, batches[0]), float_logits):
+        yield "remove_daq does not give back the float model"
+    if list(reloaded.state_dict()) != float_keys:
+        yield "remove_daq leaves other keys than those of the float model"
+
+    yield from _gradient_problems(model, batches[1], result)
+
+
+def _evaluate(model: nn.Module, batch: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(batch)
+
+
+def _gradient_problems(model: nn.Module, batch: Tensor, result: Result) -> Iterator[str]:
+    logits = model.train()(batch)
+    if not isinstance(logits, Tensor):
+        logits = sum(logits)
+    nn.functional.cross_entropy(logits, torch.arange(len(batch))).backward()
+    zero = []
+    for name, layer in quantized_layers(model).items():
+        for kind, parameter in _learnables(layer):
+            if parameter.grad is None:
+                yield f"{name}: {kind} has no gradient"
+            elif not parameter.grad.isfinite().all():
+                yield f"{name}: the gradient of {kind} is not finite"
+            # Batch normalisation undoes the scale of what it reads, so that its gradient is rounding noise.
+            elif not parameter.grad.any() and kind != "w_quant.scale":
+                zero.append(f"{name}: {kind}")
+    if zero:
+        yield f"{len(zero)} zero gradients: {', '.join(zero[:12])}"
+
+
+def _learnables(layer: QuantizedLayer) -> Iterator[tuple[str, nn.Parameter]]:
+    yield "weight", layer.weight
+    for name, parameter in layer.w_quant.named_parameters():
+        yield f"w_quant.{name}", parameter
+    if layer.a_quant is not None:
+        yield "a_quant.upper", layer.a_quant.upper
+        if layer.a_quant.signed:
+            yield "a_quant.lower", layer.a_quant.lower
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Take timm models of every family through apply, train, save and reload."
+    )
+    parser.add_argument("--names", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES, metavar="NAME")
+    parser.add_argument("--output", help="write the results to this JSON file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    results = []
+    for name in arguments.names:
+        result = check_architecture(name)
+        results.append(result)
+        kept = ", ".join(f"{count} {reason}" for reason, count in result.kept.items())
+        outcome = "FAILED" if result.problems else "ok"
+        print(
+            f"{name:40} {result.quantized:4d} quantized  {outcome:6} {result.seconds:6.1f} s  kept: {kept}", flush=True
+        )
+        for problem in result.problems:
+            print(f"    {problem}", flush=True)
+    if arguments.output:
+        with open(arguments.output, "w") as file:
+            json.dump([dataclasses.asdict(result) for result in results], file, indent=1)
+    failed = [result.name for result in results if result.problems]
+    print(
+        f"{len(results)} architectures, {sum(result.quantized for result in results)} quantized layers, "
+        f"{sum(result.seconds for result in results):.0f} s, {len(failed)} failed: {' '.join(failed) or '-'}"
+    )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""Patching: what changes, what stays the same object, and what is refused before anything changes."""
+
+import copy
+
+import pytest
+import torch
+from models import images, small_net, small_timm
+from torch import nn
+
+import hf_daq
+from hf_daq import DaqConfig
+from hf_daq.errors import CalibrationError, ConfigError, ModelError
+from hf_daq.layers import DaqConv2d, DaqLinear, quantized_layers
+
+
+def calibrated(model, *args, **kwargs):
+    hf_daq.apply_daq(model, *args, **kwargs)
+    with hf_daq.calibrate(model):
+        model(images())
+    return model
+
+
+def test_float_parameters_keep_their_objects_and_names_and_quantizers_are_children():
+    model = small_net()
+    before = dict(model.named_parameters())
+    hf_daq.apply_daq(model, bits=3)
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in before.items())
+    added = {name for name in after if name not in before}
+    assert added == {
+        f"{layer}.{side}"
+        for layer in ("conv", "depthwise", "grouped", "hidden")
+        for side in ("w_quant.lower", "w_quant.upper", "w_quant.scale", "a_quant.lower", "a_quant.upper")
+    }
+    assert all(after[name].shape == (1,) and after[name].dtype == torch.float32 for name in added)
+    assert isinstance(model.conv, nn.Conv2d)
+    assert isinstance(model.hidden, nn.Linear)
+
+
+def test_first_and_last_layer_stay_in_full_precision_or_get_their_own_bits():
+    plan = hf_daq.plan(small_net(), bits=3)
+    assert list(plan.kept) == ["stem", "head"]
+    plan = hf_daq.plan(small_net(), bits=3, first_last_bits=8)
+    assert (plan.quantized["stem"].weight_bits, plan.quantized["head"].activation_bits) == (8, 8)
+    text = str(plan)
+    assert "depthwise" in text
+    assert "6 layers quantized, 0 kept" in text
+
+
+def test_the_first_matching_rule_decides_and_is_stronger_than_the_default():
+    rules = [
+        {"pattern": "conv", "weight_bits": 2, "activation_bits": None},
+        {"pattern": "re:conv|hidden", "bits": 8},
+        {"pattern": "depthwise", "skip": True},
+        {"pattern": "head", "weight_bits": 5},
+    ]
+    plan = hf_daq.plan(small_net(), DaqConfig(bits=3, rules=rules, modules_to_not_convert=["grouped"]))
+    bits = {name: (row.weight_bits, row.activation_bits) for name, row in plan.quantized.items()}
+    assert bits == {"conv": (2, None), "hidden": (8, 8), "head": (5, 3)}
+    assert plan.kept["grouped"].reason == "modules_to_not_convert: grouped"
+    model = hf_daq.apply_daq(small_net(), DaqConfig(bits=3, rules=rules, modules_to_not_convert=["grouped"]))
+    assert model.conv.a_quant is None
+    assert model.daq_config.layers["head"] == {"weight_bits": 5, "activation_bits": 3}
+
+
+def test_layer_types_without_a_quantized_form_are_reported():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.middle, self.last = nn.Conv2d(3, 4, 1), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.conv1d, self.up = nn.Conv1d(4, 4, 3), nn.ConvTranspose2d(4, 4, 2)
+            self.lstm, self.attention = nn.LSTM(4, 4), nn.MultiheadAttention(4, 1)
+            self.last_one = nn.Linear(4, 2)
+
+    kept = hf_daq.plan(Odd(), bits=4).kept
+    for name, kind in [
+        ("conv1d", "Conv1d"),
+        ("up", "ConvTranspose2d"),
+        ("lstm", "LSTM"),
+        ("attention", "MultiheadAttention"),
+    ]:
+        assert kept[name].reason == f"no quantized form of {kind}"
+    assert "NonDynamicallyQuantizableLinear" in kept["attention.out_proj"].reason
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            {"bits": 3, "rules": [{"pattern": "convv", "skip": True}]},
+            ConfigError,
+            "'convv' matches no layer.*did you mean 'conv'",
+        ),
+        ({"bits": 3, "modules_to_not_convert": ["zzz"]}, ConfigError, "'zzz' matches no layer.*named like 'stem'"),
+        ({"bits": 3, "modules_to_not_convert": ["*"]}, ModelError, "nothing to quantize in SmallNet"),
+        ({"bits": 3, "layers": {"nope": {"weight_bits": 2, "activation_bits": 2}}}, ConfigError, "layer 'nope'"),
+        ({"config": "3 bits"}, ConfigError, r"apply_daq\(model, DaqConfig\(bits=3\)\)"),
+        ({"config": DaqConfig(bits=2), "weight_bits": 3}, ConfigError, "not both"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_the_model_stays_as_it_was(arguments, error, message):
+    model = small_net()
+    before = str(model), list(model.state_dict())
+    with pytest.raises(error, match=message):
+        hf_daq.apply_daq(model, **arguments)
+    assert (str(model), list(model.state_dict())) == before
+
+
+def test_applying_twice_wrapping_and_tied_weights_are_refused():
+    with pytest.raises(ModelError, match="already quantized.*remove_daq"):
+        hf_daq.apply_daq(calibrated(small_net(), bits=3), bits=2)
+    with pytest.raises(ModelError, match="wrapped in DataParallel; the order is"):
+        hf_daq.apply_daq(nn.DataParallel(small_net()), bits=2)
+    with pytest.raises(ModelError, match="wrapped in OptimizedModule"):
+        hf_daq.apply_daq(torch.compile(small_net()), bits=2)
+    tied = small_net()
+    tied.other = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+    tied.other.weight = tied.conv.weight
+    with pytest.raises(
+        ModelError, match=r"'conv' is shared between 'conv', 'other'.*modules_to_not_convert=\['conv'\]"
+    ):
+        hf_daq.apply_daq(tied, bits=2)
+    hf_daq.apply_daq(tied, bits=2, modules_to_not_convert=["conv"])
+    with pytest.raises(ModelError, match="nothing to remove"):
+        hf_daq.remove_daq(small_net())
+
+
+def test_forward_before_calibration_names_the_layer_and_the_call():
+    model = hf_daq.apply_daq(small_net(), bits=3)
+    with pytest.raises(CalibrationError, match=r"layer 'conv' is not calibrated(.|\n)*hf_daq.calibrate\(model\)"):
+        model(images())
+
+
+def test_remove_gives_back_the_float_model_bit_for_bit():
+    model = small_net()
+    want, text = model(images()), str(model)
+    hf_daq.remove_daq(calibrated(model, bits=2))
+    assert torch.equal(model(images()), want)
+    assert str(model) == text
+    assert not quantized_layers(model)
+    calibrated(model, bits=4)
+
+
+def test_remove_with_quantized_weights_keeps_the_outputs_of_a_weight_only_model():
+    model = calibrated(small_net(), weight_bits=3)
+    want = model(images())
+    hf_daq.remove_daq(model, weights="quantized")
+    torch.testing.assert_close(model(images()), want)
+    assert model.conv.weight.unique().numel() <= 8
+
+
+def test_remove_with_quantized_weights_is_in_the_units_of_the_float_layer():
+    model = calibrated(small_net(), weight_bits=8, activation_bits=8)
+    original = small_net()
+    hf_daq.remove_daq(model, weights="quantized")
+    for name in ("conv", "depthwise", "grouped", "hidden"):
+        difference = (model.get_submodule(name).weight - original.get_submodule(name).weight).abs().max()
+        assert difference < 0.02 * original.get_submodule(name).weight.abs().max()
+
+
+def test_remove_refuses_what_it_cannot_store():
+    model = hf_daq.apply_daq(small_timm("test_nfnet"), bits=4)
+    with pytest.raises(ModelError, match="standardises its weight"):
+        hf_daq.remove_daq(model, weights="quantized")
+    with pytest.raises(ModelError, match="must be 'float' or 'quantized'"):
+        hf_daq.remove_daq(model, weights="codes")
+    with pytest.raises(CalibrationError, match="not calibrated"):
+        hf_daq.remove_daq(hf_daq.apply_daq(small_net(), bits=4), weights="quantized")
+
+
+def test_on_the_meta_device_and_back():
+    want = calibrated(small_net(), bits=3)
+    with torch.device("meta"):
+        model = small_net()
+        hf_daq.apply_daq(model, bits=3)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    model.load_state_dict(want.state_dict(), assign=True)
+    assert torch.equal(model.eval()(images()), want.eval()(images()))
+    assert model.conv.a_quant.signed is want.conv.a_quant.signed is False
+    assert model.grouped.a_quant.signed is True
+
+
+def test_a_float_state_dict_still_loads():
+    model = calibrated(small_net(), bits=3)
+    result = model.load_state_dict(small_net(5).state_dict(), strict=False)
+    assert not result.unexpected_keys
+    assert all("_quant." in key for key in result.missing_keys)
+
+
+def test_deepcopy_and_types():
+    model = calibrated(small_net(), bits=3)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(images()), model(images()))
+    assert type(model.conv) is DaqConv2d
+    assert type(model.hidden) is DaqLinear
+    assert "bits=3, rounding='daq'" in repr(model.conv)
+
+
+def test_param_groups():
+    with pytest.raises(ModelError, match="apply_daq, calibrate, param_groups"):
+        hf_daq.param_groups(small_net(), lr=0.1)
+    with pytest.raises(CalibrationError, match="calibrate or load, then param_groups"):
+        hf_daq.param_groups(hf_daq.apply_daq(small_net(), bits=3), lr=0.1)
+    model = calibrated(small_net(), bits=3)
+    groups = {
+        group["name"]: group for group in hf_daq.param_groups(model, lr=0.1, quantizer_lr=1e-3, weight_decay=0.01)
+    }
+    assert {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()} == {
+        "decay": (0.1, 0.01),
+        "no_decay": (0.1, 0.0),
+        "quantizer": (1e-3, 0.0),
+    }
+    listed = [id(parameter) for group in groups.values() for parameter in group["params"]]
+    trainable = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
+    assert sorted(listed) == sorted(trainable)
+    assert id(model.conv.a_quant.lower) not in listed  # unsigned: 0 stays 0
+    assert id(model.grouped.a_quant.lower) in listed
+    torch.optim.SGD(hf_daq.param_groups(model, lr=0.1), momentum=0.9)

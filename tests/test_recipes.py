@@ -1,0 +1,378 @@
+"""The image classification recipe: every shipped config runs, a stopped run continues exactly, mistakes have names."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+accelerate = pytest.importorskip("accelerate")
+datasets = pytest.importorskip("datasets")
+pytest.importorskip("sklearn")
+timm = pytest.importorskip("timm")
+np = pytest.importorskip("numpy")
+
+from accelerate.state import AcceleratorState  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+sys.path.insert(0, str(RECIPES))
+import image_classification as recipe  # noqa: E402
+
+CONFIGS = sorted(path.name for path in (RECIPES / "configs").glob("*.yaml"))
+SMALL = "--max_steps 3 --batch_size 8 --checkpoint_every 0 --calibration_batches 2 --num_workers 0"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _datasets_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Each run of the recipe is a process of its own in life, with threads and Accelerate state of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def run(*args) -> dict:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return recipe.main([str(arg) for arg in args])
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory) -> Path:
+    """A folder in the layout of a Hub data set: 10 classes of 32x32 images, told apart by their colour."""
+    folder = tmp_path_factory.mktemp("parquet")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 40), ("test", 20)):
+        labels = np.arange(count) % 10
+        pixels = generator.integers(0, 60, (count, 32, 32, 3)) + (labels * 19)[:, None, None, None]
+        columns = {"img": list(pixels.astype(np.uint8)), "label": labels.tolist(), "extra": labels.tolist()}
+        features = datasets.Features(
+            {
+                "img": datasets.Image(),
+                "label": datasets.ClassLabel(names=[f"class{i}" for i in range(10)]),
+                "extra": datasets.Value("int64"),
+            }
+        )
+        whole = datasets.Dataset.from_dict(columns, features=features)
+        whole.to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def imagefolder(tmp_path_factory) -> Path:
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("imagefolder")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 10), ("test", 3)):
+        for label in ("cat", "dog"):
+            (folder / split / label).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / label / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def float_folder(parquet, tmp_path_factory) -> Path:
+    """Output of the float config, which the others start from."""
+    output = tmp_path_factory.mktemp("float")
+    config = RECIPES / "configs" / "cifar10_resnet20_float.yaml"
+    run("--config", config, "--dataset", parquet, "--output_dir", output, "--float_epochs", 1, *SMALL.split())
+    return output / "float"
+
+
+# Configs ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_run_is_the_digits_config():
+    assert recipe.parse(["--config", str(RECIPES / "configs" / "digits_w3a3.yaml")]) == recipe.parse([])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_first_line_of_a_config_launches_it(name):
+    first = (RECIPES / "configs" / name).read_text().splitlines()[0]
+    assert first.startswith("# ")
+    assert f"recipes/image_classification.py --config recipes/configs/{name}" in first
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("cifar10_resnet20_w")])
+def test_cifar_configs_run(name, parquet, float_folder, tmp_path):
+    results = run(
+        *("--config", RECIPES / "configs" / name, "--dataset", parquet, "--checkpoint", float_folder),
+        *("--output_dir", tmp_path, *SMALL.split()),
+    )
+    config = json.loads((tmp_path / "quantized" / "config.json").read_text())
+    bits = {tuple(layer.values()) for layer in config["model_args"]["quantization_config"]["layers"].values()}
+    weight, activation = name.removesuffix(".yaml").split("_w")[1].split("a")
+    assert bits == {(int(weight), None if activation == "32" else int(activation))}
+    assert results["quantized"] >= results["quantized_last"]
+
+
+def test_resnet18_config_runs(imagefolder, tmp_path):
+    torch.manual_seed(0)
+    weights = tmp_path / "resnet18.pth"
+    torch.save(timm.create_model("resnet18", num_classes=2).state_dict(), weights)
+    results = run(
+        *("--config", RECIPES / "configs" / "resnet18_w3a3.yaml", "--dataset", imagefolder, "--eval_split", "test"),
+        *(
+            "--pretrained",
+            "false",
+            "--checkpoint",
+            weights,
+            "--image_size",
+            32,
+            "--output_dir",
+            tmp_path,
+            *SMALL.split(),
+        ),
+    )
+    assert results["quantized"] >= 0
+
+
+def test_digits_results_and_folders(tmp_path):
+    results = run("--output_dir", tmp_path, "--float_epochs", 4, "--epochs", 1, "--daq.bits", 4)
+    assert results["float"] > 80
+    assert results["calibrated"] > 60
+    assert results["quantized"] > 80
+
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert report["results"] == results
+    assert set(results) >= {"float_seconds", "quantized_seconds", "quantized_last", "calibrated", "float_last"}
+    assert report["seed"] == 0
+    assert report["device"]
+    assert report["config"]["daq"] == {"weight_bits": 4, "activation_bits": 4}
+    assert set(report["versions"]) == {"python", "torch", "timm", "accelerate", "datasets", "hf_daq"}
+    assert [entry["phase"] for entry in report["history"]] == ["float"] * 4 + ["quantized"]
+
+    cfg = recipe.parse(["--output_dir", str(tmp_path)])
+    images = recipe.read_images(cfg)
+    for phase in ("float", "quantized"):
+        model = timm.create_model(f"local-dir:{tmp_path / phase}", pretrained=True).eval()
+        assert model.pretrained_cfg["input_size"] == [3, 8, 8]
+        assert list(model.pretrained_cfg["label_names"]) == [str(i) for i in range(10)]
+        _, loader = recipe.make_loaders(images, cfg, model.pretrained_cfg, in_memory=True)
+        with torch.no_grad():
+            hits = torch.cat([model(batch).argmax(1) == labels for batch, labels in loader])
+        assert 100 * hits.float().mean().item() == pytest.approx(results[phase])
+
+
+# Continuing -------------------------------------------------------------------------------------------------------
+
+
+class StoppedError(Exception):
+    pass
+
+
+def outcome(output: Path) -> tuple:
+    report = json.loads((output / "results.json").read_text())
+    results = {key: value for key, value in report["results"].items() if not key.endswith("seconds")}
+    weights = {phase: load_file(output / phase / "model.safetensors") for phase in ("float", "quantized")}
+    return results, report["history"], weights
+
+
+def assert_equal(a: tuple, b: tuple) -> None:
+    assert a[:2] == b[:2]
+    for phase in a[2]:
+        assert a[2][phase].keys() == b[2][phase].keys()
+        for name, tensor in a[2][phase].items():
+            assert torch.equal(tensor, b[2][phase][name]), name
+
+
+@contextlib.contextmanager
+def stop_after(monkeypatch, count: int):
+    """The run inside is stopped right after it wrote its checkpoint number `count`."""
+    save, calls = recipe.save_checkpoint, []
+
+    def save_then_stop(*args):
+        save(*args)
+        calls.append(1)
+        if len(calls) == count:
+            raise StoppedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "save_checkpoint", save_then_stop)
+        with pytest.raises(StoppedError):
+            yield
+
+
+# 22 updates an epoch: the run stops within and at the end of an epoch and of a phase.
+DIGITS = "--float_epochs 2 --epochs 2 --batch_size 64 --checkpoint_every 11 --distillation.alpha 0.5"
+
+
+@pytest.fixture(scope="module")
+def digits_uninterrupted(tmp_path_factory):
+    output = tmp_path_factory.mktemp("uninterrupted")
+    run(*DIGITS.split(), "--output_dir", output)
+    return outcome(output)
+
+
+@pytest.mark.parametrize("checkpoints", [1, 4, 5, 6, 8])
+def test_a_stopped_run_continues_bit_for_bit(checkpoints, digits_uninterrupted, tmp_path, monkeypatch):
+    with stop_after(monkeypatch, checkpoints):
+        run(*DIGITS.split(), "--output_dir", tmp_path)
+    assert len(recipe.list_checkpoints(tmp_path)) <= 2
+    torch.manual_seed(checkpoints)
+    run(*DIGITS.split(), "--output_dir", tmp_path, "--resume")
+    assert_equal(outcome(tmp_path), digits_uninterrupted)
+
+
+def test_transforms_dropout_and_accumulation_continue_bit_for_bit(imagefolder, tmp_path, monkeypatch):
+    """Randomness of timm's transforms, of dropout, of both optimizers; Adam moments; bf16; a half-done accumulation."""
+    args = [
+        *("--dataset", imagefolder, "--model", "test_resnet", "--image_size", 32, "--hflip", 0.5, "--pipeline", "timm"),
+        *("--batch_size", 4, "--accumulation", 2, "--optimizer", "adamw", "--lr", 1e-3, "--float_lr", "1e-3"),
+        *("--float_epochs", 2, "--epochs", 2, "--clip_grad", 1, "--num_workers", 0, "--mixed_precision", "bf16"),
+        *("--model_kwargs.drop_rate", 0.2, "--checkpoint_every", 2, "--channels_last", "--label_smoothing", 0.1),
+    ]
+    run(*args, "--output_dir", tmp_path / "whole")
+    for checkpoints in (1, 4):
+        output = tmp_path / f"stopped{checkpoints}"
+        with stop_after(monkeypatch, checkpoints):
+            run(*args, "--output_dir", output)
+        run(*args, "--output_dir", output, "--resume")
+        assert_equal(outcome(output), outcome(tmp_path / "whole"))
+
+
+def test_a_run_killed_while_writing_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    args = [*DIGITS.split(), "--output_dir", tmp_path, "--epochs", 0]
+    save, calls = accelerate.Accelerator.save_state, []
+
+    def killed_the_third_time(self, folder, **kwargs):
+        save(self, folder, **kwargs)
+        calls.append(folder)
+        if len(calls) == 3:
+            raise StoppedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(accelerate.Accelerator, "save_state", killed_the_third_time)
+        with pytest.raises(StoppedError):
+            run(*args)
+    assert [path.name for path in recipe.list_checkpoints(tmp_path)] == ["00000011", "00000022"]
+    run(*args, "--resume")
+    assert [path.name for path in recipe.list_checkpoints(tmp_path)] == ["00000033", "00000044"]
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_an_earlier_run_is_neither_mixed_up_nor_overwritten(tmp_path):
+    args = ["--output_dir", tmp_path, "--epochs", 0, "--float_epochs", 1, "--checkpoint_every", 10]
+    run(*args)
+    with pytest.raises(SystemExit, match="holds an earlier run; add --resume"):
+        run(*args)
+    with pytest.raises(SystemExit, match=r"of a run with float_lr=0\.1; a continued run needs the same settings"):
+        run(*args, "--resume", "--float_lr", 0.2)
+
+
+# Mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--epoch", "3"], "unknown key 'epoch'; the closest is 'epochs'"),
+        (["--distillation.temprature", "3"], "unknown key 'distillation.temprature'.*'distillation.temperature'"),
+        (["--epochs", "many"], "epochs is 'many'; a value of type int is wanted"),
+        (["--epochs.x", "1"], "unknown key 'epochs.x': epochs is a single value"),
+        (["--optimiser.lr", "1"], "unknown key 'optimiser'; the closest is 'optimizer'"),
+        (["--optimizer", "adam"], "optimizer is 'adam'; allowed are sgd, adamw"),
+        (["epochs", "3"], "unexpected argument 'epochs'; options are written --key value"),
+        (["--daq.preset", "papre"], "daq.preset is 'papre'; allowed is 'paper'"),
+        (["--float_epochs", "0"], "set float_epochs, pretrained or checkpoint"),
+        (["--float_epochs", "0", "--checkpoint", "nowhere"], "checkpoint nowhere does not exist"),
+        (["--eval_split", "tset"], "digits has no split 'tset'; it has train, test"),
+        (["--label_column", "lable"], "no single column fits; name it with --label_column"),
+        (["--batch_size", "5000"], "batch_size is 5000, but the training split has only 1437 images"),
+    ],
+)
+def test_mistakes_end_the_run_with_a_line(args, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        run(*args, "--output_dir", tmp_path)
+
+
+def test_unknown_key_in_yaml(tmp_path):
+    (tmp_path / "x.yaml").write_text("weight_deacy: 0.1")
+    with pytest.raises(SystemExit, match="unknown key 'weight_deacy'; the closest is 'weight_decay'"):
+        run("--config", tmp_path / "x.yaml")
+
+
+def test_unknown_daq_key_before_any_training(tmp_path):
+    with pytest.raises(ValueError, match=r"unknown key 'roundign'.*rounding"):
+        run("--daq.roundign", "ste", "--output_dir", tmp_path)
+
+
+def test_checkpoint_of_another_model(float_folder, tmp_path):
+    with pytest.raises(SystemExit, match="holds a resnet20_cifar, and --model is resnet8_cifar"):
+        run("--float_epochs", 0, "--checkpoint", float_folder, "--output_dir", tmp_path)
+
+
+def test_parsing_of_values():
+    text = "--lr 1e-4 --daq.weight_bits=2 --daq.activation_bits null --resume --tracker none --seed 7"
+    cfg = recipe.parse(text.split())
+    assert (cfg.lr, cfg.resume, cfg.tracker, cfg.seed) == (1e-4, True, "none", 7)
+    assert cfg.daq == {"weight_bits": 2, "activation_bits": None}
+    assert recipe.parse(["--daq.rounding", "ste"]).daq == {"weight_bits": 3, "activation_bits": 3, "rounding": "ste"}
+    assert dataclasses.asdict(recipe.parse(["--mixed_precision", "no"]))["mixed_precision"] == "no"
+    assert recipe.daq_config({"preset": "paper", "weight_bits": 1}).weight_normalization == "standardize"
+
+
+# Data -------------------------------------------------------------------------------------------------------------
+
+
+def test_augmentation_is_a_padded_crop_and_a_flip_of_each_image(parquet):
+    """Every image equals one of the (2 * padding + 1)^2 crops of its padded self, flipped or not; and both happen."""
+    cfg = recipe.parse(["--dataset", str(parquet), "--crop_padding", "2", "--hflip", "0.5"])
+    images = recipe.read_images(cfg)
+    assert (images.image_column, images.label_column) == ("img", "label")
+    data = recipe.MemoryImages(images.train, images, 32, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), cfg)
+    plain = recipe.MemoryImages(images.train, images, 32, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), None)
+    indices = [5, 3, 20, 7, 11]
+    batch, labels = data.__getitems__(indices)
+    assert labels.tolist() == [i % 10 for i in indices]
+    black = ((torch.zeros(3) - torch.tensor([0.5, 0.4, 0.3])) / torch.tensor([0.2, 0.3, 0.4]))[:, None, None]
+    seen = set()
+    for index, image in zip(indices, batch, strict=True):
+        padded = black.expand(3, 36, 36).clone()
+        padded[:, 2:34, 2:34] = plain.__getitems__([index])[0][0]
+        crops = {(y, x): padded[:, y : y + 32, x : x + 32] for y in range(5) for x in range(5)}
+        crops |= {(y, x, "flipped"): crop.flip(2) for (y, x), crop in crops.items()}
+        found = [place for place, crop in crops.items() if torch.allclose(image, crop)]
+        assert len(found) == 1
+        seen.add(found[0])
+    assert len(seen) > 1
+
+
+def test_augmentation_follows_from_seed_epoch_and_index(parquet):
+    cfg = recipe.parse(["--dataset", str(parquet), "--crop_padding", "4", "--hflip", "0.5"])
+    images = recipe.read_images(cfg)
+    data = recipe.MemoryImages(images.train, images, 32, (0.5,) * 3, (0.2,) * 3, cfg)
+    first = data.__getitems__([1, 2, 3])[0]
+    data.start_epoch(1)
+    assert not torch.equal(data.__getitems__([1, 2, 3])[0], first)
+    data.start_epoch(0)
+    assert torch.equal(data.__getitems__([3, 1, 2])[0], first[[2, 0, 1]])
+
+
+@pytest.mark.parametrize("name", ["resnet20_cifar", "resnet8_cifar"])
+def test_cifar_resnet(name):
+    model = timm.create_model(name, num_classes=7, in_chans=1).eval()
+    x = torch.randn(2, 1, 32, 32)
+    assert model(x).shape == (2, 7)
+    assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (2, 64)
+    assert model.pretrained_cfg["classifier"] == "fc"
+    assert model.get_classifier() is model.fc
+    model.reset_classifier(0)
+    assert model(x).shape == (2, 64)
+    if name == "resnet20_cifar":
+        assert sum(p.numel() for p in timm.create_model(name).parameters()) == 269_818
