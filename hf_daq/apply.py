@@ -9,7 +9,7 @@ from torch import nn
 
 from .config import DaqConfig
 from .errors import CalibrationError, ModelError
-from .layers import QuantizedLayer, _StandardizedConv, quantize_layer, quantized_layers, restore_layer
+from .layers import QuantizedLayer, StandardizedConv, quantize_layer, quantized_layers, restore_layer
 from .matching import Plan, config_from, plan
 
 _WRAPPERS = (
@@ -85,7 +85,7 @@ def remove_daq(model: nn.Module, weights: Literal["float", "quantized"] = "float
 
 @torch.no_grad()
 def _dequantized_weight(name: str, layer: QuantizedLayer) -> torch.Tensor:
-    if isinstance(layer, _StandardizedConv):
+    if isinstance(layer, StandardizedConv):
         raise ModelError(
             f"layer {name!r} ({layer.float_class.__name__}) standardises its weight in every forward, so quantized "
             "values cannot be stored in it; use remove_daq(model, weights='float')"

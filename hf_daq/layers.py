@@ -41,8 +41,13 @@ class QuantizedLayer(nn.Module):
         """The float layer's function of an input, a weight as from `float_weight`, and a bias."""
         raise NotImplementedError
 
+    @property
+    def calibrated(self) -> bool:
+        """True once bounds and scale have values, from `calibrate` or from a state dict."""
+        return self.w_quant.calibrated and (self.a_quant is None or self.a_quant.calibrated)
+
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.w_quant.calibrated and (self.a_quant is None or self.a_quant.calibrated)):
+        if not self.calibrated:
             raise CalibrationError(
                 f"layer {self.daq_name!r} is not calibrated; before the first forward write\n"
                 "    with hf_daq.calibrate(model):\n        model(batch)  # a few batches of real inputs"
@@ -68,21 +73,24 @@ class DaqConv2d(QuantizedLayer, nn.Conv2d):
         return output
 
 
-class DaqConv2dSame(QuantizedLayer, timm.layers.Conv2dSame):
-    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        x = pad_same(x, weight.shape[-2:], self.stride, self.dilation)
-        return F.conv2d(x, weight, bias, self.stride, (0, 0), self.dilation, self.groups)
-
-
-class _StandardizedConv(QuantizedLayer):
-    """timm's weight-standardised convolutions: the standardised weight is what gets quantized."""
-
+class _TimmConv(QuantizedLayer):
     stride: Any
     padding: Any
     dilation: Any
     kernel_size: Any
     groups: int
     out_channels: int
+
+
+class DaqConv2dSame(_TimmConv, timm.layers.Conv2dSame):
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x = pad_same(x, weight.shape[-2:], self.stride, self.dilation)
+        return F.conv2d(x, weight, bias, self.stride, (0, 0), self.dilation, self.groups)
+
+
+class StandardizedConv(_TimmConv):
+    """timm's weight-standardised convolutions: the standardised weight is what gets quantized."""
+
     eps: float
     gain: nn.Parameter
     scale: float
@@ -99,19 +107,19 @@ class _StandardizedConv(QuantizedLayer):
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
-class DaqStdConv2d(_StandardizedConv, timm.layers.StdConv2d):
+class DaqStdConv2d(StandardizedConv, timm.layers.StdConv2d):
     pass
 
 
-class DaqStdConv2dSame(_StandardizedConv, timm.layers.StdConv2dSame):
+class DaqStdConv2dSame(StandardizedConv, timm.layers.StdConv2dSame):
     pass
 
 
-class DaqScaledStdConv2d(_StandardizedConv, timm.layers.ScaledStdConv2d):
+class DaqScaledStdConv2d(StandardizedConv, timm.layers.ScaledStdConv2d):
     pass
 
 
-class DaqScaledStdConv2dSame(_StandardizedConv, timm.layers.ScaledStdConv2dSame):
+class DaqScaledStdConv2dSame(StandardizedConv, timm.layers.ScaledStdConv2dSame):
     pass
 
 
@@ -160,5 +168,6 @@ def quantize_layer(layer: Any, name: str, config: DaqConfig, weight_bits: int, a
 
 def restore_layer(layer: QuantizedLayer) -> None:
     """Inverse of `quantize_layer`: the float class, without quantizers."""
+    float_class: Any = layer.float_class
     del layer.w_quant, layer.a_quant, layer.daq_name
-    layer.__class__ = layer.float_class
+    layer.__class__ = float_class

@@ -33,7 +33,7 @@ def param_groups(
     if not layers:
         raise ModelError("the model has no quantized layers; the order is: apply_daq, calibrate, param_groups")
     for layer_name, layer in layers.items():
-        if not (layer.w_quant.calibrated and (layer.a_quant is None or layer.a_quant.calibrated)):
+        if not layer.calibrated:
             raise CalibrationError(
                 f"layer {layer_name!r} is not calibrated; the order is: apply_daq, then calibrate or load, then param_groups"
             )

@@ -5,10 +5,8 @@ import timm
 import timm.layers
 import torch
 from scan_timm import check_architecture
-from torch import nn
 
 import hf_daq
-from hf_daq.layers import LAYER_TYPES, quantized_layers
 
 FAMILIES = [
     "test_resnet",

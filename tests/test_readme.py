@@ -1,0 +1,51 @@
+"""What the README shows is run, as it stands, with a pretrained network on disk in place of the one on the Hub."""
+
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from models import images
+
+import hf_daq
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_first_block_goes_from_a_pretrained_model_to_a_reloaded_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    timm.models.save_for_hf(timm.create_model("resnet18"), "pretrained", safe_serialization=True)
+    code = BLOCKS[0].replace("resnet18.a1_in1k", "local-dir:pretrained")
+    assert code != BLOCKS[0]
+    scope = {"loader": [(images(2, 64, seed=seed), torch.tensor([1, 2])) for seed in range(2)]}
+    before, after = code.split("hf_daq.save_pretrained")
+    exec(before, scope)
+    trained = scope["model"]
+    exec("hf_daq.save_pretrained" + after, scope)
+    assert scope["model"] is not trained
+    assert scope["model"].daq_config.weight_bits == 3
+    assert torch.equal(scope["model"].eval()(images(1, 64)), trained.eval()(images(1, 64)))
+
+
+def test_the_other_blocks_run(capsys):
+    for block in BLOCKS[1:]:
+        exec(block, {"timm": timm, "torch": torch, "hf_daq": hf_daq})
+    printed = capsys.readouterr().out
+    assert re.search(r"layer1.0.conv1 +Conv2d +64x64x3x3 +4 +8 +rule layer1\.\*", printed)
+    assert "rule re:.*downsample.*" in printed
+
+
+def test_the_files_it_names_are_there():
+    text = README.read_text(encoding="utf-8")
+    for path in re.findall(r"\]\(((?!http)[^)#]+)\)", text) + re.findall(r"python ([\w/]+\.py)", text):
+        assert (README.parent / path).exists(), path
+    named = set(re.findall(r"`(\w+\.py)`", text.split("## The house")[1]))
+    assert named | {"__init__.py"} == {path.name for path in Path(hf_daq.__file__).parent.glob("*.py")}
+
+
+@pytest.mark.parametrize("line", ["pytest", "recipes/image_classification.py"])
+def test_the_two_install_lines_are_there(line):
+    assert re.search(rf"python -m venv \.venv && \.venv/bin/pip install .* && \.venv/bin/.*{line}", README.read_text(encoding="utf-8"))
