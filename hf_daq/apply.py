@@ -59,7 +59,8 @@ def remove_daq(model: nn.Module, weights: Literal["float", "quantized"] = "float
 
     Args:
         weights: "float": the weights that were trained under quantization; "quantized": the values they were quantized
-            to, in the units of the float layer, so that only the quantization of activations is lost.
+            to, in the units of the float layer, and their bias corrections in the biases, so that only the quantization
+            of activations is lost.
 
     Raises:
         ModelError: the model is not quantized, or a layer standardises its weight in the forward, so that quantized
@@ -73,6 +74,8 @@ def remove_daq(model: nn.Module, weights: Literal["float", "quantized"] = "float
         values = {name: _dequantized_weight(name, layer) for name, layer in layers.items()}
         with torch.no_grad():
             for name, layer in layers.items():
+                bias = layer.w_quant.shifted(layer.bias, layer.weight.dtype)
+                layer.bias = None if bias is None else nn.Parameter(bias.clone())
                 layer.weight.copy_(values[name])
     elif weights != "float":
         raise ModelError(f"weights={weights!r} must be 'float' or 'quantized'")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,8 @@ from .quantizers import ActivationQuantizer, WeightQuantizer
 
 _BINS = 8192
 _SAMPLES = 2**20
+
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @contextmanager
@@ -52,7 +54,7 @@ def calibrate(model: nn.Module) -> Iterator[nn.Module]:
         raise ModelError("calibrate needs the model that apply_daq returned, not a float or wrapped one")
     training = {module: module.training for module in model.modules()}
     observers = {name: _Observer(layer.weight.device) for name, layer in layers.items()}
-    batches: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    batches: list[_Call] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         batches.append((_copied(args), _copied(kwargs)))
@@ -92,8 +94,8 @@ class _Observer:
             return
         low, high = x.aminmax()
         self.extremes = torch.maximum(self.extremes, torch.stack([-low, high]))
-        double = x.double()
-        self.sums += torch.stack([double.new_tensor(x.numel()), double.sum(), double.square().sum()])
+        total, squares = x.sum(dtype=torch.float64), torch.linalg.vector_norm(x, dtype=torch.float64).square()
+        self.sums += torch.stack([total.new_tensor(x.numel()), total, squares])
         largest = float(torch.maximum(-low, high))
         if math.isfinite(largest):
             self.grow(torch.tensor(math.frexp(largest)[1] if largest > 0 else -126.0))
@@ -172,53 +174,63 @@ def _initial_values(name: str, layer: QuantizedLayer, observer: _Observer, confi
     w_quant.lower.copy_(lower)
     w_quant.upper.copy_(upper)
     w_quant.scale.copy_(scale)
+    if w_quant.shift is not None:
+        w_quant.shift.zero_()
     w_quant.finish()
     return _Values(w_quant, a_quant)
 
 
 def _match_outputs(
-    model: nn.Module,
-    layers: dict[str, QuantizedLayer],
-    values: dict[str, _Values],
-    batches: list[tuple[tuple[Any, ...], dict[str, Any]]],
+    model: nn.Module, layers: dict[str, QuantizedLayer], values: dict[str, _Values], batches: list[_Call]
 ) -> None:
-    """Multiply each scale by mean|float output| / mean|quantized output|, over all batches of all ranks."""
-    sums = {name: torch.zeros(2, len(v.w_quant.scale), device=v.w_quant.scale.device) for name, v in values.items()}
+    """Run the batches again to match each quantized layer to its float form on the same inputs: the mean absolute
+    output by the scale, and then the mean of every output channel by the shift."""
+    sums = {name: _OutputSums(value.w_quant.scale, layers[name].weight.shape[0]) for name, value in values.items()}
     weights = {name: v.w_quant(_quantized_class(layers[name]).float_weight(layers[name])) for name, v in values.items()}
 
-    def compare(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(layer: Any, args: tuple[Tensor, ...], _: Tensor) -> None:
-            quantized, kind = values[name], _quantized_class(layer)
-            x = args[0]
-            outputs = (
-                kind.compute(layer, x, kind.float_weight(layer), None),
-                kind.compute(layer, x if quantized.a_quant is None else quantized.a_quant(x), weights[name], None),
-            )
-            for row, output in zip(sums[name], outputs, strict=True):
-                row += _mean_abs(output, kind, len(row)) * x.shape[0]
+    def compare(name: str, layer: Any, x: Tensor) -> None:
+        kind, a_quant = _quantized_class(layer), values[name].a_quant
+        sums[name].add(0, layer, kind.compute(layer, x, kind.float_weight(layer), None))
+        sums[name].add(1, layer, kind.compute(layer, x if a_quant is None else a_quant(x), weights[name], None))
 
-        return hook
-
-    hooks = [layer.register_forward_hook(compare(name)) for name, layer in layers.items()]
+    hooks = [
+        layer.register_forward_hook(lambda layer, args, _, name=name: compare(name, layer, args[0]))
+        for name, layer in layers.items()
+    ]
     try:
         for args, kwargs in batches:
             model(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
-    for name, sides in sums.items():
+    for name, found in sums.items():
+        ratio, full, quantized = found.match()
+        w_quant = values[name].w_quant
+        w_quant.scale.mul_(ratio)
+        if w_quant.shift is not None:
+            w_quant.shift.copy_(full - ratio * quantized)
+
+
+class _OutputSums:
+    """Sums over all batches of float (row 0) and quantized (row 1) outputs, and their absolute values, per channel."""
+
+    def __init__(self, scale: Tensor, channels: int) -> None:
+        self.per_layer = len(scale) == 1
+        self.sums = torch.zeros(2, 3, channels, device=scale.device, dtype=torch.float64)
+
+    def add(self, side: int, layer: QuantizedLayer, output: Tensor) -> None:
+        output = output.movedim(1 if isinstance(layer, nn.Conv2d) else -1, 0).flatten(1).float()
+        count = output.new_full((len(output),), output.shape[1])
+        self.sums[side] += torch.stack([output.sum(1), output.abs().sum(1), count])
+
+    def match(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Ratio of the mean absolute outputs, of the layer or a channel, and each channel's float and quantized mean."""
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sides)
-        usable = (sides > 0).all(0)
-        values[name].w_quant.scale.mul_(torch.where(usable, sides[0] / sides[1], 1.0))
-
-
-def _mean_abs(output: Tensor, kind: type[QuantizedLayer], size: int) -> Tensor:
-    """Mean absolute output, of the whole layer or a channel, shape (size,)."""
-    output = output.float().abs()
-    if size == 1:
-        return output.mean().view(1)
-    return output.movedim(1 if issubclass(kind, nn.Conv2d) else -1, 0).flatten(1).mean(1)
+            dist.all_reduce(self.sums)
+        full, quantized = self.sums[:, 1].sum(1, keepdim=True) if self.per_layer else self.sums[:, 1]
+        usable = (full > 0) & (quantized > 0)
+        means = self.sums[:, 0] / self.sums[:, 2]
+        return torch.where(usable, full / quantized, 1.0), means[0], means[1]
 
 
 def _quantized_class(layer: nn.Module) -> type[QuantizedLayer]:

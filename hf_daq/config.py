@@ -46,6 +46,8 @@ class DaqConfig:
             starts where the float weights are; "standardize": the weight's mean is removed as well (paper).
         weight_init, activation_init: initial bounds. "mse": the widest bounds whose squared error is close to the
             smallest for this number of bits; "3std": three standard deviations (paper).
+        bias_correction: give every quantized layer a learnable shift of its output channels, started so that their mean
+            is that of the float layer (Nagel et al., ICCV 2019). Free at run time; the paper does without.
         first_last_bits: bits of the first convolution (or patch embedding) and the classifier; None keeps them in
             full precision.
         rules: exceptions, e.g. `[{"pattern": "layer1.*", "weight_bits": 8}, {"pattern": "re:.*downsample.*",
@@ -72,6 +74,7 @@ class DaqConfig:
     weight_normalization: str = "scale"
     weight_init: str = "mse"
     activation_init: str = "mse"
+    bias_correction: bool = True
     first_last_bits: int | None = None
     rules: Sequence[Mapping[str, Any]] = ()
     modules_to_not_convert: Sequence[str] = ()
@@ -97,6 +100,8 @@ class DaqConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+        if not isinstance(self.bias_correction, bool):
+            raise ConfigError(f"bias_correction={self.bias_correction!r} must be True or False")
         for name in _POSITIVE:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 100:
@@ -111,9 +116,10 @@ class DaqConfig:
     @classmethod
     def paper(cls, bits: int | None = None, **kwargs: Any) -> DaqConfig:
         """The settings of the paper: standardised weights with bounds at +-3, activation bounds at 3 standard
-        deviations, per tensor, gamma 2, sigma 1 for weights and 2 for activations. Arguments as `DaqConfig`."""
-        settings = {"weight_normalization": "standardize", "weight_init": "3std", "activation_init": "3std"}
-        return cls(bits, **(settings | kwargs))
+        deviations, per tensor, no bias correction, gamma 2, sigma 1 for weights and 2 for activations. Arguments as
+        `DaqConfig`."""
+        inits = {"weight_normalization": "standardize", "weight_init": "3std", "activation_init": "3std"}
+        return cls(bits, **(inits | {"bias_correction": False} | kwargs))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DaqConfig:

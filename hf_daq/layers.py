@@ -54,7 +54,8 @@ class QuantizedLayer(nn.Module):
             )
         if self.a_quant is not None:
             x = self.a_quant(x)
-        return self.compute(x, self.w_quant(self.float_weight()), self.bias)
+        weight = self.w_quant(self.float_weight())
+        return self.compute(x, weight, self.w_quant.shifted(self.bias, weight.dtype))
 
 
 class DaqLinear(QuantizedLayer, nn.Linear):
@@ -148,7 +149,9 @@ def quantize_layer(layer: Any, name: str, config: DaqConfig, weight_bits: int, a
     shared: dict[str, Any] = {"rounding": config.rounding, "temperature": config.temperature, "device": device}
     w_quant = WeightQuantizer(
         weight_bits,
-        layer.weight.shape[0] if config.weight_granularity == "channel" else None,
+        layer.weight.shape[0],
+        per_channel=config.weight_granularity == "channel",
+        shift=config.bias_correction,
         normalization=config.weight_normalization,
         gamma=config.weight_gamma,
         sigma=config.weight_sigma,

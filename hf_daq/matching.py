@@ -89,22 +89,31 @@ def config_from(config: DaqConfig | None, kwargs: dict[str, Any]) -> DaqConfig:
 def outer_layers(model: nn.Module) -> dict[str, str]:
     """Names of the first and last layers, with the reason: what reads the image and what gives the classes.
 
-    timm models say so themselves (`pretrained_cfg`, `get_classifier`); for others it is the first convolution (or the
-    first layer, where there is none) and the last layer.
+    timm models say so themselves (`pretrained_cfg`, `get_classifier`). For others, and where the names do not fit
+    (timm renames layers for `features_only`), it is the first convolution with those beside it that read as many
+    channels (or the first layer, where there is none), and the last layer.
     """
-    names = [name for name, _ in _weight_modules(model)]
+    layers = dict(_weight_modules(model))
+    names = list(layers)
     config = getattr(model, "pretrained_cfg", None) or {}
-    first = _below(names, _as_names(config.get("first_conv")))
+    first = _below(names, _as_names(config.get("first_conv"))) or _first_layers(layers)
     last = _below(names, _as_names(config.get("classifier")))
     get_classifier = getattr(model, "get_classifier", None)
     if callable(get_classifier):
         heads = [id(module) for head in _flatten(get_classifier()) for module in head.modules()]
-        last += [name for name, module in _weight_modules(model) if id(module) in heads and name not in last]
-    if not config:
-        convolutions = [name for name, module in _weight_modules(model) if isinstance(module, nn.Conv2d)]
-        first = (convolutions or names)[:1]
-        last = last or names[-1:]
+        last += [name for name, module in layers.items() if id(module) in heads and name not in last]
+    elif not config:
+        last = names[-1:]
     return {**dict.fromkeys(last, "classifier"), **dict.fromkeys(first, "first layer")}
+
+
+def _first_layers(layers: dict[str, nn.Module]) -> list[str]:
+    channels = {name: module.in_channels for name, module in layers.items() if isinstance(module, nn.Conv2d)}
+    if not channels:
+        return list(layers)[:1]
+    first = next(iter(channels))
+    block = first.partition(".")[0]
+    return [name for name in channels if name.partition(".")[0] == block and channels[name] == channels[first]]
 
 
 def _plan_layer(name: str, module: nn.Module, config: DaqConfig, outer: dict[str, str]) -> PlannedLayer:

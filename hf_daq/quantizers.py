@@ -72,13 +72,16 @@ class WeightQuantizer(Quantizer):
         (`normalization="standardize"`, the paper) or of its root mean square around zero ("scale"). These statistics
         are constants in the backward.
     scale: shape as the bounds; the paper's beta, the output scale of the layer, folded into the weight.
+    shift: shape (channels,), added to the bias of the layer, or None.
     """
 
     def __init__(
         self,
         bits: int,
-        channels: int | None,
+        channels: int,
         *,
+        per_channel: bool = False,
+        shift: bool = False,
         normalization: str = "scale",
         rounding: str = "daq",
         gamma: float = 2.0,
@@ -86,14 +89,21 @@ class WeightQuantizer(Quantizer):
         temperature: float = 4.0,
         device: Any = None,
     ) -> None:
-        size = 1 if channels is None else channels
+        size = channels if per_channel else 1
         super().__init__(bits, size, rounding, gamma, sigma, temperature, device)
         self.normalization = normalization
+        self.per_channel = per_channel
         self.scale = nn.Parameter(torch.full((size,), torch.nan, device=device, dtype=torch.float32))
+        self.shift = (
+            nn.Parameter(torch.full((channels,), torch.nan, device=device, dtype=torch.float32)) if shift else None
+        )
 
-    @property
-    def per_channel(self) -> bool:
-        return self.lower.numel() > 1
+    def shifted(self, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """The bias of the quantized layer, in the dtype of its weight."""
+        if self.shift is None:
+            return bias
+        shift = self.shift.to(dtype)
+        return shift if bias is None else bias + shift
 
     def statistics(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Offset and unit of the bounds for this weight, each broadcastable to it. No gradient."""

@@ -30,9 +30,18 @@ def test_float_parameters_keep_their_objects_and_names_and_quantizers_are_childr
     assert added == {
         f"{layer}.{side}"
         for layer in ("conv", "depthwise", "grouped", "hidden")
-        for side in ("w_quant.lower", "w_quant.upper", "w_quant.scale", "a_quant.lower", "a_quant.upper")
+        for side in (
+            "w_quant.lower",
+            "w_quant.upper",
+            "w_quant.scale",
+            "w_quant.shift",
+            "a_quant.lower",
+            "a_quant.upper",
+        )
     }
-    assert all(after[name].shape == (1,) and after[name].dtype == torch.float32 for name in added)
+    assert all(after[name].ndim == 1 and after[name].dtype == torch.float32 for name in added)
+    assert {tuple(after[name].shape) for name in added if not name.endswith("shift")} == {(1,)}
+    assert after["grouped.w_quant.shift"].shape == (16,)
     assert isinstance(model.conv, nn.Conv2d)
     assert isinstance(model.hidden, nn.Linear)
 
@@ -141,12 +150,14 @@ def test_remove_gives_back_the_float_model_bit_for_bit():
     calibrated(model, bits=4)
 
 
-def test_remove_with_quantized_weights_keeps_the_outputs_of_a_weight_only_model():
-    model = calibrated(small_net(), weight_bits=3)
+@pytest.mark.parametrize("bias_correction", [True, False])
+def test_remove_with_quantized_weights_keeps_the_outputs_of_a_weight_only_model(bias_correction):
+    model = calibrated(small_net(), weight_bits=3, bias_correction=bias_correction)
     want = model(images())
     hf_daq.remove_daq(model, weights="quantized")
     torch.testing.assert_close(model(images()), want)
     assert model.conv.weight.unique().numel() <= 8
+    assert (model.conv.bias is not None) is bias_correction
 
 
 def test_remove_with_quantized_weights_is_in_the_units_of_the_float_layer():

@@ -88,6 +88,16 @@ def test_the_papers_start_is_three_standard_deviations_and_equal_mean_absolute_o
     torch.testing.assert_close(quantized.mean(dims), full.mean(dims), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 8])
+def test_bias_correction_gives_every_output_channel_the_mean_of_the_float_layer(bits):
+    inputs = small_net().stem(images()).relu()
+    want = small_net().conv(inputs).mean((0, 2, 3))
+    got = calibrated(small_net(), [images()], bits=bits).conv(inputs).mean((0, 2, 3))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    plain = calibrated(small_net(), [images()], bits=bits, bias_correction=False).conv(inputs).mean((0, 2, 3))
+    assert (plain - want).abs().max() > 10 * (got - want).abs().max()
+
+
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 def test_more_bits_come_closer_to_the_float_model_and_eight_are_close(granularity):
     want = small_net().features(images())

@@ -29,6 +29,7 @@ def test_bits_sets_both_sides_and_weights_only_is_the_default_without_it():
         ({"bits": 2, "weight_granularity": "group"}, "weight_granularity='group'"),
         ({"bits": 2, "weight_sigma": 0}, "weight_sigma=0 must be a number above 0"),
         ({"bits": 2, "weight_gamma": float("nan")}, "weight_gamma=nan"),
+        ({"bits": 2, "bias_correction": 1}, "bias_correction=1 must be True or False"),
         ({"bits": 2, "rules": "layer1"}, "rules='layer1' must be a list"),
         ({"bits": 2, "rules": [{"bits": 8}]}, "mapping with a pattern"),
         ({"bits": 2, "rules": [{"pattern": "a", "width": 8}]}, "unknown key 'width'"),

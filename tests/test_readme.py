@@ -48,4 +48,7 @@ def test_the_files_it_names_are_there():
 
 @pytest.mark.parametrize("line", ["pytest", "recipes/image_classification.py"])
 def test_the_two_install_lines_are_there(line):
-    assert re.search(rf"python -m venv \.venv && \.venv/bin/pip install .* && \.venv/bin/.*{line}", README.read_text(encoding="utf-8"))
+    assert re.search(
+        rf"python -m venv \.venv && \.venv/bin/pip install .* && \.venv/bin/.*{line}",
+        README.read_text(encoding="utf-8"),
+    )

@@ -1,12 +1,13 @@
-"""timm models: what `plan` keeps, the layer types, and the whole way for a dozen families."""
+"""timm models: what `plan` keeps, every layer type, and the whole way for models of many families."""
 
 import pytest
 import timm
-import timm.layers
 import torch
 from scan_timm import check_architecture
+from torch import nn
 
 import hf_daq
+from hf_daq.layers import LAYER_TYPES, quantized_layers
 
 FAMILIES = [
     "test_resnet",
@@ -32,15 +33,11 @@ def test_apply_calibrate_train_save_reload_remove(name):
     assert check_architecture(name).problems == []
 
 
-@pytest.mark.parametrize(
-    "config", [{"weight_bits": 2, "weight_granularity": "channel"}, {"bits": 8, "first_last_bits": 8}]
-)
-def test_other_settings_go_the_whole_way(config):
-    problems = check_architecture("test_resnet", **config).problems
-    expected = (
-        ["nothing is kept as first layer", "nothing is kept as classifier"] if "first_last_bits" in config else []
-    )
-    assert problems == expected
+def test_weights_only_and_first_last_bits_go_the_same_way():
+    problems = check_architecture(
+        "test_resnet", weight_bits=2, weight_granularity="channel", first_last_bits=8
+    ).problems
+    assert problems == ["nothing is kept as first layer", "nothing is kept as classifier"]
 
 
 def on_meta(name, **kwargs):
@@ -48,5 +45,139 @@ def on_meta(name, **kwargs):
         return timm.create_model(name, **kwargs)
 
 
-def kept(model, **config):
-    return {name: layer.reason for name, layer in hf_daq.plan(model, bits=4, **config).kept.items()}
+def kept(model):
+    return {name: layer.reason for name, layer in hf_daq.plan(model, bits=4).kept.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [
+        ("crossvit_9_240", ["patch_embed.0.proj", "patch_embed.1.proj"], ["head.0", "head.1"]),
+        ("deit_tiny_distilled_patch16_224", ["patch_embed.proj"], ["head", "head_dist"]),
+        ("vit_tiny_r_s16_p8_224", ["patch_embed.backbone.conv"], ["head"]),
+        ("mobileone_s0", ["stem.conv_kxk.0.conv", "stem.conv_scale.conv"], ["head.fc"]),
+        ("levit_128s", ["stem.conv1.linear"], ["head.linear", "head_dist.linear"]),
+        ("xcit_nano_12_p16_224", ["patch_embed.proj.0.0"], ["head"]),
+        ("tresnet_m", ["body.conv1.conv"], ["head.fc"]),
+        ("naflexvit_base_patch16_gap", ["embeds.proj"], ["head"]),
+        # All of a classifier with a hidden layer.
+        ("caformer_s18", ["stem.conv"], ["head.fc.fc1", "head.fc.fc2"]),
+        # Reads a discrete cosine transform of the image, one convolution a colour channel.
+        ("csatv2", ["stem_dct.conv_y", "stem_dct.conv_cb", "stem_dct.conv_cr"], ["head.fc"]),
+        # No classifier: the last layer is one like any other.
+        ("vit_small_patch14_dinov2", ["patch_embed.proj"], []),
+    ],
+)
+def test_what_reads_the_image_and_what_gives_the_classes_is_kept(name, first, last):
+    assert kept(on_meta(name)) == dict.fromkeys(first, "first layer") | dict.fromkeys(last, "classifier")
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("resnet18", ["conv1"]),
+        ("convnext_atto", ["stem_0"]),
+        ("fastvit_t8", ["stem_0.conv_kxk.0.conv", "stem_0.conv_scale.conv"]),
+        ("crossvit_9_240", ["model.patch_embed.0.proj", "model.patch_embed.1.proj"]),
+    ],
+)
+def test_feature_extractors_keep_their_first_layers_whatever_timm_calls_them(name, first):
+    assert kept(on_meta(name, features_only=True)) == dict.fromkeys(first, "first layer")
+
+
+def test_a_timm_class_built_without_its_factory_keeps_first_layer_and_classifier():
+    model = timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, (1, 1, 1, 1), channels=(8, 8, 8, 8), num_classes=3)
+    assert kept(model) == {"conv1": "first layer", "fc": "classifier"}
+    model.reset_classifier(0)
+    assert kept(model) == {"conv1": "first layer"}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "count"),
+    [
+        ("ecaresnet26t", "Conv1d", 8),
+        ("lambda_resnet26t", "Conv3d", 3),
+        ("tf_efficientnet_cc_b0_4e", "CondConv2d", 24),
+        ("sequencer2d_s", "LSTM", 36),
+    ],
+)
+def test_architectures_report_layers_without_a_quantized_form(name, kind, count):
+    reasons = list(kept(on_meta(name)).values())
+    assert reasons.count(f"no quantized form of {kind}") == count
+    assert len(reasons) == count + 2
+
+
+def test_layer_types_without_a_quantized_form_are_reported():
+    model = nn.ModuleDict(
+        {
+            "stem": nn.Conv2d(3, 4, 1),
+            "conv1d": nn.Conv1d(4, 4, 3),
+            "transposed": nn.ConvTranspose2d(4, 4, 2),
+            "attention": nn.MultiheadAttention(4, 2),
+            "lstm": nn.LSTM(4, 4),
+            "embedding": nn.Embedding(4, 4),
+            "custom": type("MyLinear", (nn.Linear,), {})(4, 4),
+            "linear": nn.Linear(4, 4),
+            "head": nn.Linear(4, 4),
+        }
+    )
+    assert kept(model) == {
+        "stem": "first layer",
+        "conv1d": "no quantized form of Conv1d",
+        "transposed": "no quantized form of ConvTranspose2d",
+        "attention": "no quantized form of MultiheadAttention",
+        "attention.out_proj": "no quantized form of NonDynamicallyQuantizableLinear",
+        "lstm": "no quantized form of LSTM",
+        "embedding": "no quantized form of Embedding",
+        "custom": "no quantized form of MyLinear",
+        "head": "classifier",
+    }
+
+
+def layer_of(kind):
+    torch.manual_seed(0)
+    if issubclass(kind, nn.Linear):
+        return kind(16, 24)
+    return kind(16, 24, 3, stride=2, padding=0 if "Same" in kind.__name__ else 1, groups=2)
+
+
+@pytest.mark.parametrize("kind", LAYER_TYPES, ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
+def test_the_quantized_layer_comes_closer_to_the_float_layer_with_every_bit(kind):
+    x = torch.randn(4, 16) if issubclass(kind, nn.Linear) else torch.randn(4, 16, 9, 9)
+    errors = []
+    for bits in range(2, 9):
+        model = nn.Sequential(layer_of(kind))
+        expected = model(x)
+        hf_daq.apply_daq(
+            model, weight_bits=bits, weight_granularity="channel", rules=[{"pattern": "0", "weight_bits": bits}]
+        )
+        with hf_daq.calibrate(model):
+            model(x)
+        assert type(model[0]) is LAYER_TYPES[kind]
+        errors.append(((model(x) - expected).norm() / expected.norm()).item())
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.01
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva02_tiny_patch14_224", "swinv2_tiny_window8_256"])
+def test_attention_that_reads_qkv_weight_itself_calls_the_quantized_layer(name):
+    """Calibration reaches qkv, and removing gives back the very numbers: fused and separate bias round differently."""
+    sizes = {"depths": (1, 1), "window_size": 4} if name.startswith("swin") else {"depth": 1}
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3, img_size=56 if "14" in name else 64, **sizes).eval()
+    for module in model.modules():
+        if getattr(module, "q_bias", None) is not None:
+            nn.init.normal_(module.q_bias)
+            nn.init.normal_(module.v_bias)
+    x = torch.randn(1, 3, *model.patch_embed.img_size)
+    expected = model(x)
+    hf_daq.apply_daq(model, bits=4)
+    with hf_daq.calibrate(model):
+        torch.testing.assert_close(model(x), expected)
+    reached = set()
+    for layer_name, layer in quantized_layers(model).items():
+        layer.register_forward_hook(lambda *_, layer_name=layer_name: reached.add(layer_name))
+    model(x)
+    assert reached == set(quantized_layers(model))
+    assert any(layer_name.endswith("attn.qkv") for layer_name in reached)
+    assert torch.equal(hf_daq.remove_daq(model)(x), expected)
