@@ -16,6 +16,11 @@ from .functional import quantize
 _SMALLEST_SCALE = 1e-8
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    """float32, or float64 for float64."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 class Quantizer(nn.Module):
     """Bounds `lower` < `upper` and what both sides share. Not used by itself."""
 
@@ -107,7 +112,7 @@ class WeightQuantizer(Quantizer):
 
     def statistics(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Offset and unit of the bounds for this weight, each broadcastable to it. No gradient."""
-        weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+        weight = _wide(weight.detach())
         dims = tuple(range(1 if self.per_channel else 0, weight.ndim))
         if self.normalization == "standardize":
             count = weight[0].numel() if self.per_channel else weight.numel()
@@ -120,10 +125,10 @@ class WeightQuantizer(Quantizer):
         shape = (-1,) + (1,) * (weight.ndim - 1)
         offset, unit = self.statistics(weight)
         # Clipping (w - mean) / std to [l, u] is clipping w to [mean + std l, mean + std u].
-        lower = offset + unit * self.lower.view(shape)
-        upper = offset + unit * self.upper.view(shape)
+        lower = offset + unit * _wide(self.lower).view(shape)
+        upper = offset + unit * _wide(self.upper).view(shape)
         levels = 2**self.bits - 1
-        step = self.scale.float().abs().view(shape) * (2 / levels)
+        step = _wide(self.scale).abs().view(shape) * (2 / levels)
         return self._quantize(weight, lower, upper, levels / 2, step)
 
 
@@ -157,14 +162,14 @@ class ActivationQuantizer(Quantizer):
     @property
     def span(self) -> Tensor:
         """Width of the quantized range, shape (1,): one unit of the output in units of the input."""
-        return (self.upper - self.lower).float()
+        return _wide(self.upper) - _wide(self.lower)
 
     def forward(self, x: Tensor) -> Tensor:
         levels = 2**self.bits - 1
         if not self.signed:
             return self._quantize(x, self.lower, self.upper, 0.0, 1 / levels)
         step = self.span / levels
-        exact = -self.lower.float() / step
+        exact = -_wide(self.lower) / step
         zero_point = exact + (exact.round().clamp(0, levels) - exact).detach()
         lower = -zero_point * step
         return self._quantize(x, lower, lower + self.span, zero_point, 1 / levels)

@@ -13,6 +13,7 @@ nothing): a Hub id, or a folder of parquet files with the columns `image` (or `i
 fine-tuning see images of the training split and no label; the numbers are measured on images of the test split:
 
     agreement   percent of images for which the quantized network ranks the same ImageNet class first as the float one
+    of sure     the same, of the images to whose first class the float network gives half of the probability or more
     accuracy    percent of images whose CIFAR class is the group of ImageNet classes (`GROUPS`) with the most
                 probability. ImageNet has no deer, so antelopes stand in: compare rows of the table with one another.
 """
@@ -45,7 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--dataset", default="cifar10", help="Hub id, or folder of parquet files")
     add("--bits", nargs="+", type=bits, default=[(8, 8), (4, 8)], metavar="W/A", help="weight bits / activation bits")
-    add("--granularity", choices=("tensor", "channel"), default="tensor", help="one set of weight bounds per ...")
+    add("--granularity", choices=("tensor", "channel"), default="channel", help="one set of weight bounds per ...")
     add("--image_size", type=int, default=128)
     add("--eval_images", type=int, default=1000)
     add("--calibration_images", type=int, default=256)
@@ -161,9 +162,11 @@ def predict(model: nn.Module, images: Images, batch_size: int, title: str) -> Te
 
 
 def measure(logits: Tensor, reference: Tensor, groups: Tensor, labels: Tensor) -> dict[str, float]:
-    agreement = (logits.argmax(1) == reference.argmax(1)).float().mean()
+    agrees = (logits.argmax(1) == reference.argmax(1)).float()
+    sure = reference.softmax(1).amax(1) >= 0.5
     accuracy = ((logits.softmax(1) @ groups).argmax(1) == labels).float().mean()
-    return {"agreement": 100 * agreement.item(), "accuracy": 100 * accuracy.item()}
+    shares = {"agreement": agrees.mean(), "agreement_of_sure": agrees[sure].mean(), "accuracy": accuracy}
+    return {name: round(100 * share.item(), 2) for name, share in shares.items()} | {"sure_images": int(sure.sum())}
 
 
 # ------------------------------------------------------------------------------------------------------ quantizing
@@ -239,9 +242,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
             rows.append(after | measure(logits, reference, groups, labels))
 
     rows[0]["weights"] = ""
-    print(f"{'network':<8} {'':<11} {'agreement':>9} {'accuracy':>9}")
+    print(f"{'network':<8} {'':<11} {'agreement':>9} {'of sure':>9} {'accuracy':>9}")
     for row in rows:
-        print(f"{row['network']:<8} {row['weights']:<11} {row['agreement']:9.1f} {row['accuracy']:9.1f}")
+        numbers = " ".join(f"{row[key]:9.1f}" for key in ("agreement", "agreement_of_sure", "accuracy"))
+        print(f"{row['network']:<8} {row['weights']:<11} {numbers}")
+    print(f"{len(labels)} images, of which the float network is sure of {rows[0]['sure_images']}")
     if args.output:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         versions = {"python": platform.python_version()}

@@ -66,7 +66,7 @@ ARCHITECTURES: dict[str, tuple[int, dict[str, Any]]] = {
     "regnety_002": (64, {}),
     "densenet121": (64, {}),
     "vgg11": (64, {"mlp_ratio": 0.03125}),
-    "inception_v3": (96, {}),
+    "inception_v3": (160, {}),
     "inception_next_atto": (64, {}),
     "xception41": (64, {}),
     "dla34": (64, {}),
@@ -152,8 +152,8 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
     """A model as if it had been trained, with random weights and ten classes, and four images.
 
     What starts at zero is moved: biases a little, and branches (LayerScale, the last normalisation of a block) are
-    opened, since no gradient goes through a closed one. Running statistics are those of the images: calibration is in evaluation mode, and initial
-    statistics have nothing to do with what training sees.
+    opened, since no gradient goes through a closed one. Running statistics are those of the images: calibration is in
+    evaluation mode, and initial statistics have nothing to do with what training sees.
     """
     size, arguments = ARCHITECTURES[name]
     torch.manual_seed(0)

@@ -6,21 +6,19 @@ import json
 import sys
 from pathlib import Path
 
+import accelerate
+import datasets
+import numpy as np
 import pytest
+import timm
 import torch
-
-accelerate = pytest.importorskip("accelerate")
-datasets = pytest.importorskip("datasets")
-pytest.importorskip("sklearn")
-timm = pytest.importorskip("timm")
-np = pytest.importorskip("numpy")
-
-from accelerate.state import AcceleratorState  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 import image_classification as recipe  # noqa: E402
+import post_training  # noqa: E402
 
 CONFIGS = sorted(path.name for path in (RECIPES / "configs").glob("*.yaml"))
 SMALL = "--max_steps 3 --batch_size 8 --checkpoint_every 0 --calibration_batches 2 --num_workers 0"
@@ -376,3 +374,22 @@ def test_cifar_resnet(name):
     assert model(x).shape == (2, 64)
     if name == "resnet20_cifar":
         assert sum(p.numel() for p in timm.create_model(name).parameters()) == 269_818
+
+
+def test_post_training_measures_calibrated_and_fine_tuned_networks(tmp_path):
+    names = list(post_training.GROUPS)
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    pixels = np.random.default_rng(0).integers(0, 255, (10, 32, 32, 3)).astype(np.uint8)
+    for split in ("train", "test"):
+        rows = datasets.Dataset.from_dict({"img": list(pixels), "label": list(range(10))}, features=features)
+        rows.to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    options = f"--dataset {tmp_path} --bits 8/8 --image_size 64 --batch_size 8 --finetune_minutes 0.01"
+    rows = post_training.main([*options.split(), "--output", str(tmp_path / "out" / "lite0.json")])
+    assert [(row["network"], row["weights"]) for row in rows] == [
+        ("float", ""),
+        ("W8A8", "calibrated"),
+        ("W8A8", "fine-tuned"),
+    ]
+    assert rows[0]["agreement"] == 100 >= rows[1]["agreement"] >= 50
+    assert rows[2]["updates"] >= 1
+    assert json.loads((tmp_path / "out" / "lite0.json").read_text())["results"] == rows
