@@ -81,6 +81,10 @@ def remove_daq(model: nn.Module, weights: Literal["float", "quantized"] = "float
         raise ModelError(f"weights={weights!r} must be 'float' or 'quantized'")
     for layer in layers.values():
         restore_layer(layer)
+    for module in model.modules():
+        if hasattr(module, "daq_qkv_bias_separate"):
+            module.qkv_bias_separate = module.daq_qkv_bias_separate
+            del module.daq_qkv_bias_separate
     if hasattr(model, "daq_config"):
         del model.daq_config
     return model
@@ -120,7 +124,7 @@ def _check_float_model(model: nn.Module) -> None:
 
 def _check_not_tied(model: nn.Module, planned: Plan) -> None:
     owners: dict[int, list[str]] = {}
-    for module_name, module in model.named_modules(remove_duplicate=False):
+    for module_name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(module_name)
     for name in planned.quantized:
@@ -136,4 +140,5 @@ def _use_qkv_as_a_layer(model: nn.Module) -> None:
     """timm's BEiT, EVA and Swin-v2 attention read `qkv.weight` themselves unless told to call the layer."""
     for module in model.modules():
         if isinstance(getattr(module, "qkv", None), QuantizedLayer) and hasattr(module, "qkv_bias_separate"):
+            module.daq_qkv_bias_separate = module.qkv_bias_separate
             module.qkv_bias_separate = True  # type: ignore[assignment]

@@ -41,6 +41,9 @@ def calibrate(model: nn.Module) -> Iterator[nn.Module]:
     the same values; a rank may bring no batch at all, if each layer is reached on some rank. The inputs given to the
     model are kept until the end. If the body raises, the quantizers stay as they were.
 
+    Batch normalisation uses its running statistics here. A network that was never trained has none worth the name: give
+    it some forwards in training mode first.
+
     Args:
         model: a model after `apply_daq`, before it is wrapped or prepared.
 

@@ -50,7 +50,14 @@ def write(
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(description | {"hf_daq_version": version}, indent=2) + "\n"
     metadata = {"hf_daq_version": version, "quantization_config": config.to_dict()}
-    contents = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    contents: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        address = tensor.untyped_storage().data_ptr()
+        # A module that is in the model twice has two names; the file holds it under both.
+        contents[name] = tensor.clone() if address in storages else tensor
+        storages.add(address)
     header = {"format": "pt", METADATA_KEY: json.dumps(metadata, sort_keys=True)}
     replace_file(directory / WEIGHTS_NAME, lambda path: save_file(contents, path, metadata=header))
     replace_file(directory / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))

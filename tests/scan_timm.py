@@ -84,7 +84,7 @@ ARCHITECTURES: dict[str, tuple[int, dict[str, Any]]] = {
     "starnet_s1": (64, {}),
     "fasternet_t0": (64, {}),
     "fastvit_t8": (64, {}),
-    "convmixer_768_32": (28, {}),
+    "convmixer_768_32": (56, {}),
     "convnextv2_atto": (64, {}),
     "edgenext_xx_small": (64, {}),
     "efficientformer_l1": (224, {}),
@@ -245,8 +245,8 @@ def _gradient_problems(model: nn.Module, batch: Tensor) -> Iterator[str]:
                 yield f"{name}: {kind} has no gradient"
             elif not parameter.grad.isfinite().all():
                 yield f"{name}: the gradient of {kind} is not finite"
-            # Batch normalisation undoes the scale of what it reads, so that its gradient is rounding noise.
-            elif not parameter.grad.any() and kind != "w_quant.scale":
+            # Batch normalisation undoes scale and shift of what it reads: their gradients are rounding noise.
+            elif not parameter.grad.any() and kind not in ("w_quant.scale", "w_quant.shift"):
                 zero.append(f"{name}: {kind}")
     if zero:
         yield f"{len(zero)} zero gradients: {', '.join(zero[:12])}"

@@ -103,6 +103,34 @@ def test_a_file_opens_in_a_new_process_after_importing_the_library(saved):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_repository_in_the_hub_cache_opens_by_name(saved, tmp_path):
+    revision = "0" * 40
+    repository = tmp_path / "models--someone--small-resnet"
+    shutil.copytree(saved, repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    code = (
+        "import timm, torch, hf_daq\n"
+        "models = [timm.create_model('hf-hub:someone/small-resnet', pretrained=True),\n"
+        "          hf_daq.from_pretrained('someone/small-resnet'),\n"
+        f"          hf_daq.from_pretrained({str(saved)!r})]\n"
+        "x = torch.ones(1, 3, 64, 64)\n"
+        "first, *others = [model.eval()(x) for model in models]\n"
+        "assert all(torch.equal(first, other) for other in others)\n"
+    )
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_channels_last_models_save_and_load(tmp_path):
+    model = quantized_timm().to(memory_format=torch.channels_last)
+    hf_daq.save_pretrained(model, tmp_path)
+    want = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    assert all(
+        torch.equal(tensor, want[name]) for name, tensor in hf_daq.from_pretrained(tmp_path).state_dict().items()
+    )
+
+
 def test_a_new_number_of_classes_gives_a_new_classifier(saved, tmp_path):
     model = timm.create_model(f"local-dir:{saved}", pretrained=True, num_classes=4)
     assert model(images(1, SIZE)).shape == (1, 4)
