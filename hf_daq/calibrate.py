@@ -36,8 +36,8 @@ def calibrate(model: nn.Module) -> Iterator[nn.Module]:
 
     Inside, the model computes in full precision, in evaluation mode and without gradients, while the inputs of each
     quantized layer are recorded as histograms. At the end the bounds are set, the batches are run once more to match
-    the mean absolute output of each quantized layer to the float one (the paper's start of its output scale), and
-    training mode is what it was before. Under `torch.distributed` all statistics are reduced, so every rank ends with
+    the mean absolute output of each quantized layer to the float one (the paper's start of its output scale) and the
+    mean of each output channel (`bias_correction`), and training mode is what it was before. Under `torch.distributed` all statistics are reduced, so every rank ends with
     the same values; a rank may bring no batch at all, if each layer is reached on some rank. The inputs given to the
     model are kept until the end. If the body raises, the quantizers stay as they were.
 
