@@ -49,7 +49,7 @@ def describe(model: nn.Module, config: DaqConfig) -> dict[str, Any]:
         saved_args = model.__dict__.get("_model_args")
         try:
             model._model_args = {k: v for k, v in (saved_args or {}).items() if k not in _OWN_ARGS}  # type: ignore[assignment]
-            save_config_for_hf(model, str(path))
+            save_config_for_hf(model, path)
         finally:
             if saved_args is not None:
                 model._model_args = saved_args
