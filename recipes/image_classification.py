@@ -1,6 +1,6 @@
 """Train an image classifier, then quantize it to a few bits with DAQ. One file, read from the top downwards.
 
-    python recipes/image_classification.py                              # digits: two CPU minutes, no network
+    python recipes/image_classification.py                              # digits: seconds on a CPU, no network
     python recipes/image_classification.py --config recipes/configs/cifar10_resnet20_w1a1.yaml --dataset DIR_OR_ID
     accelerate launch recipes/image_classification.py --config recipes/configs/resnet18_w3a3.yaml --daq.rounding ste
 
