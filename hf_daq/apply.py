@@ -97,7 +97,7 @@ def _dequantized_weight(name: str, layer: QuantizedLayer) -> torch.Tensor:
             f"layer {name!r} ({layer.float_class.__name__}) standardises its weight in every forward, so quantized "
             "values cannot be stored in it; use remove_daq(model, weights='float')"
         )
-    if not layer.w_quant.calibrated:
+    if not layer.calibrated:
         raise CalibrationError(f"layer {name!r} is not calibrated: there are no quantized weights yet")
     weight: torch.Tensor = layer.w_quant(layer.float_weight())
     # The scale of a layer turns quantized inputs, which span one unit, into outputs.

@@ -22,6 +22,7 @@ from .quantizers import ActivationQuantizer, WeightQuantizer
 
 _BINS = 8192
 _SAMPLES = 2**20
+_SMALLEST_EXPONENT = -126
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -37,9 +38,10 @@ def calibrate(model: nn.Module) -> Iterator[nn.Module]:
     Inside, the model computes in full precision, in evaluation mode and without gradients, while the inputs of each
     quantized layer are recorded as histograms. At the end the bounds are set, the batches are run once more to match
     the mean absolute output of each quantized layer to the float one (the paper's start of its output scale) and the
-    mean of each output channel (`bias_correction`), and training mode is what it was before. Under `torch.distributed` all statistics are reduced, so every rank ends with
-    the same values; a rank may bring no batch at all, if each layer is reached on some rank. The inputs given to the
-    model are kept until the end. If the body raises, the quantizers stay as they were.
+    mean of each output channel (`bias_correction`), and training mode is what it was before. Under `torch.distributed`
+    all statistics are reduced, so every rank ends with the same values; a rank may bring no batch at all, if each layer
+    is reached on some rank. The inputs given to the model are kept until the end. If the body raises, the quantizers
+    stay as they were.
 
     Batch normalisation uses its running statistics here. A network that was never trained has none worth the name: give
     it some forwards in training mode first.
@@ -86,7 +88,7 @@ class _Observer:
     """What a layer's inputs look like: count, range, moments, and a histogram over [-2**k, 2**k) that grows with them."""
 
     def __init__(self, device: torch.device) -> None:
-        self.exponent = torch.full((), -126.0, device=device)
+        self.exponent = _SMALLEST_EXPONENT
         self.extremes = torch.full((2,), -math.inf, device=device)  # -min, max
         self.sums = torch.zeros(3, device=device, dtype=torch.float64)  # count, sum, sum of squares
         self.histogram = torch.zeros(_BINS, device=device, dtype=torch.float64)
@@ -101,39 +103,42 @@ class _Observer:
         self.sums += torch.stack([total.new_tensor(x.numel()), total, squares])
         largest = float(torch.maximum(-low, high))
         if math.isfinite(largest):
-            self.grow(torch.tensor(math.frexp(largest)[1] if largest > 0 else -126.0))
+            self.grow(math.frexp(largest)[1] if largest > 0 else _SMALLEST_EXPONENT)
             samples = x[:: (x.numel() // _SAMPLES) | 1]
-            edge = 2.0 ** float(self.exponent)
+            edge = 2.0**self.exponent
             counts = torch.histc(samples, _BINS, -edge, edge).double()
             self.histogram += counts * (x.numel() / samples.numel())
 
-    def grow(self, exponent: Tensor) -> None:
+    def grow(self, exponent: int) -> None:
         """Widen the range to [-2**exponent, 2**exponent), merging bins in pairs around the middle."""
-        while float(self.exponent) < float(exponent):
-            if not self.histogram.any():
-                self.exponent = exponent.to(self.exponent)
-                return
+        if not self.histogram.any():
+            self.exponent = max(self.exponent, exponent)
+        while self.exponent < exponent:
             merged = self.histogram.view(-1, 2).sum(1)
             self.histogram = nn.functional.pad(merged, (_BINS // 4, _BINS // 4))
             self.exponent += 1
 
     def centers(self) -> Tensor:
-        edge = 2.0 ** float(self.exponent)
+        edge = 2.0**self.exponent
         steps = torch.arange(_BINS, device=self.histogram.device, dtype=torch.float64) + 0.5
         return steps.mul_(2 * edge / _BINS).sub_(edge)
 
 
 def _reduce(observers: dict[str, _Observer]) -> None:
     """Join the statistics of all ranks."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return
     for observer in observers.values():
-        exponent = observer.exponent.clone()
-        dist.all_reduce(exponent, dist.ReduceOp.MAX)
-        observer.grow(exponent)
-        dist.all_reduce(observer.extremes, dist.ReduceOp.MAX)
-        dist.all_reduce(observer.sums)
-        dist.all_reduce(observer.histogram)
+        exponent = torch.tensor(observer.exponent, device=observer.sums.device)
+        _all_reduce(exponent, dist.ReduceOp.MAX)
+        observer.grow(int(exponent))
+        _all_reduce(observer.extremes, dist.ReduceOp.MAX)
+        _all_reduce(observer.sums, dist.ReduceOp.SUM)
+        _all_reduce(observer.histogram, dist.ReduceOp.SUM)
+
+
+def _all_reduce(tensor: Tensor, operation: Any) -> None:
+    """Reduce over all ranks in place; nothing to do in a process that is alone."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(tensor, operation)
 
 
 @dataclass
@@ -191,13 +196,14 @@ def _match_outputs(
     sums = {name: _OutputSums(value.w_quant.scale, layers[name].weight.shape[0]) for name, value in values.items()}
     weights = {name: v.w_quant(_quantized_class(layers[name]).float_weight(layers[name])) for name, v in values.items()}
 
-    def compare(name: str, layer: Any, x: Tensor) -> None:
-        kind, a_quant = _quantized_class(layer), values[name].a_quant
-        sums[name].add(0, layer, kind.compute(layer, x, kind.float_weight(layer), None))
-        sums[name].add(1, layer, kind.compute(layer, x if a_quant is None else a_quant(x), weights[name], None))
+    def compare(name: str, layer: Any, x: Tensor, output: Tensor) -> None:
+        a_quant = values[name].a_quant
+        quantized = _quantized_class(layer).compute(layer, x if a_quant is None else a_quant(x), weights[name], None)
+        sums[name].add(0, layer, output, layer.bias)
+        sums[name].add(1, layer, quantized, None)
 
     hooks = [
-        layer.register_forward_hook(lambda layer, args, _, name=name: compare(name, layer, args[0]))
+        layer.register_forward_hook(lambda layer, args, output, name=name: compare(name, layer, args[0], output))
         for name, layer in layers.items()
     ]
     try:
@@ -221,15 +227,17 @@ class _OutputSums:
         self.per_layer = len(scale) == 1
         self.sums = torch.zeros(2, 3, channels, device=scale.device, dtype=torch.float64)
 
-    def add(self, side: int, layer: QuantizedLayer, output: Tensor) -> None:
+    def add(self, side: int, layer: nn.Module, output: Tensor, bias: Tensor | None) -> None:
+        """Add an output of the layer, less the bias that is in it."""
         output = output.movedim(1 if isinstance(layer, nn.Conv2d) else -1, 0).flatten(1).float()
+        if bias is not None:
+            output = output - bias.float()[:, None]
         count = output.new_full((len(output),), output.shape[1])
         self.sums[side] += torch.stack([output.sum(1), output.abs().sum(1), count])
 
     def match(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ratio of the mean absolute outputs, of the layer or a channel, and each channel's float and quantized mean."""
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.sums)
+        _all_reduce(self.sums, dist.ReduceOp.SUM)
         full, quantized = self.sums[:, 1].sum(1, keepdim=True) if self.per_layer else self.sums[:, 1]
         usable = (full > 0) & (quantized > 0)
         means = self.sums[:, 0] / self.sums[:, 2]

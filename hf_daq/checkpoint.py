@@ -81,15 +81,12 @@ def from_pretrained(
         hf_hub_download(repo, fileformat.WEIGHTS_NAME, **options)
     description = fileformat.read_description(directory)
     weights = directory / fileformat.WEIGHTS_NAME
-    header = fileformat.read_header(weights)
     model_args = description.get("model_args")
     is_timm = description.get("architecture") == hub_timm.ARCHITECTURE and isinstance(model_args, dict)
     try:
         config = DaqConfig.from_dict((model_args if is_timm else description).get("quantization_config"))  # type: ignore
     except ConfigError as error:
         raise CheckpointError(f"{directory / fileformat.CONFIG_NAME}: quantization config: {error}") from None
-    if config != header.config:
-        raise CheckpointError(f"{weights} and {fileformat.CONFIG_NAME} disagree about the quantization config")
     if model is not None:
         return _load_into(model, config, weights)
     if not is_timm:
@@ -102,12 +99,13 @@ def from_pretrained(
 
 
 def _load_into(model: nn.Module, config: DaqConfig, weights: Path) -> nn.Module:
+    header = fileformat.read_agreeing_header(weights, config)
     try:
         apply_daq(model, config)
     except ConfigError as error:
         raise CheckpointError(f"{weights} does not fit the model: {error}") from None
     try:
-        fileformat.load(model, weights)
+        fileformat.load(model, header, weights)
     except BaseException:
         remove_daq(model)
         raise

@@ -122,6 +122,14 @@ def read_header(path: Path) -> Header:
     return Header(config, version, tensors)
 
 
+def read_agreeing_header(path: Path, config: DaqConfig) -> Header:
+    """`read_header`, refused if its quantization config is not the one of config.json."""
+    header = read_header(path)
+    if header.config != config:
+        raise CheckpointError(f"{path} and {CONFIG_NAME} disagree about the quantization config")
+    return header
+
+
 def check_fits(model: nn.Module, header: Header, path: Path) -> None:
     """Compare names, shapes and kinds of number of the file with a quantized model, which may be on the meta device."""
     expected = model.state_dict()
@@ -142,9 +150,8 @@ def check_fits(model: nn.Module, header: Header, path: Path) -> None:
         raise CheckpointError(f"{path} does not fit the model: " + "; ".join(problems[:8]))
 
 
-def load(model: nn.Module, path: Path) -> None:
+def load(model: nn.Module, header: Header, path: Path) -> None:
     """Load a weights file into a quantized model, after all checks; on an error the model is left as it was."""
-    header = read_header(path)
     check_fits(model, header, path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -152,9 +159,7 @@ def load(model: nn.Module, path: Path) -> None:
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     for name, layer in quantized_layers(model).items():
-        for side in ("w_quant", "a_quant"):
-            if getattr(layer, side) is None:
-                continue
+        for side in layer.quantizers:
             prefix = f"{name}.{side}."
             values = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
             problem = bounds_problem(values)
@@ -166,12 +171,9 @@ def load(model: nn.Module, path: Path) -> None:
 def check_values(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
     """Refuse to save quantizers that were never calibrated, or whose values could not be loaded again."""
     for name, layer in quantized_layers(model).items():
-        for side in ("w_quant", "a_quant"):
-            quantizer = getattr(layer, side)
-            if quantizer is None:
-                continue
-            if not quantizer.calibrated:
-                raise CalibrationError(f"layer {name!r} is not calibrated; run hf_daq.calibrate(model) before saving")
+        if not layer.calibrated:
+            raise CalibrationError(f"layer {name!r} is not calibrated; run hf_daq.calibrate(model) before saving")
+        for side, quantizer in layer.quantizers.items():
             problem = bounds_problem({key: tensors[f"{name}.{side}.{key}"] for key in quantizer.state_dict()})
             if problem:
                 raise CheckpointError(f"cannot save: {name}.{side}: {problem}; a smaller quantizer_lr usually helps")

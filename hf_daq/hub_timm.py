@@ -97,18 +97,16 @@ def hf_daq(
     num_classes = kwargs.pop("num_classes", None)
 
     def build() -> nn.Module:
-        model = timm.create_model(base, pretrained=False, pretrained_cfg=plain or None, **{**base_args, **kwargs})
+        model = timm.create_model(base, pretrained=False, pretrained_cfg=plain, **{**base_args, **kwargs})
         return apply_daq(model, config)
 
     if pretrained:
         path = _weights_file(source, cache_dir)
-        header = fileformat.read_header(path)
-        if header.config != config:
-            raise CheckpointError(f"{path} and {fileformat.CONFIG_NAME} disagree about the quantization config")
+        header = fileformat.read_agreeing_header(path, config)
         with torch.device("meta"):  # no memory is taken for a model that the file does not fit
             fileformat.check_fits(build(), header, path)
         model = build()
-        fileformat.load(model, path)
+        fileformat.load(model, header, path)
         model.eval()
     else:
         model = build()

@@ -42,6 +42,11 @@ class QuantizedLayer(nn.Module):
         raise NotImplementedError
 
     @property
+    def quantizers(self) -> dict[str, WeightQuantizer | ActivationQuantizer]:
+        """The quantizers there are, by the names of their modules."""
+        return {"w_quant": self.w_quant} | ({} if self.a_quant is None else {"a_quant": self.a_quant})
+
+    @property
     def calibrated(self) -> bool:
         """True once bounds and scale have values, from `calibrate` or from a state dict."""
         return self.w_quant.calibrated and (self.a_quant is None or self.a_quant.calibrated)

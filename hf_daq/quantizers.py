@@ -168,8 +168,9 @@ class ActivationQuantizer(Quantizer):
         levels = 2**self.bits - 1
         if not self.signed:
             return self._quantize(x, self.lower, self.upper, 0.0, 1 / levels)
-        step = self.span / levels
+        span = self.span
+        step = span / levels
         exact = -_wide(self.lower) / step
         zero_point = exact + (exact.round().clamp(0, levels) - exact).detach()
         lower = -zero_point * step
-        return self._quantize(x, lower, lower + self.span, zero_point, 1 / levels)
+        return self._quantize(x, lower, lower + span, zero_point, 1 / levels)

@@ -40,8 +40,7 @@ def param_groups(
     quantizer = {
         id(parameter)
         for layer in layers.values()
-        for module in (layer.w_quant, layer.a_quant)
-        if module is not None
+        for module in layer.quantizers.values()
         for parameter in module.parameters()
     }
     undecayed = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
