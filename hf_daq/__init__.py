@@ -12,6 +12,7 @@ from .calibrate import calibrate
 from .checkpoint import from_pretrained, save_pretrained
 from .config import DaqConfig
 from .errors import DaqError
+from .hub_transformers import trainer_optimizer
 from .matching import plan
 from .training import param_groups
 from .version import __version__
@@ -27,4 +28,5 @@ __all__ = [
     "plan",
     "remove_daq",
     "save_pretrained",
+    "trainer_optimizer",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .config import DaqConfig
 from .errors import CalibrationError, ModelError
-from .initial import activation_bounds, weight_bounds
+from .initial import activation_bounds, start_from_weight
 from .layers import LAYER_TYPES, QuantizedLayer, quantized_layers
 from .quantizers import ActivationQuantizer, WeightQuantizer
 
@@ -163,7 +163,7 @@ def _initial_values(name: str, layer: QuantizedLayer, observer: _Observer, confi
     if not weight.isfinite().all():
         raise CalibrationError(f"the weight of layer {name!r} has NaN or infinite values")
     w_quant, a_quant = copy.deepcopy(layer.w_quant), copy.deepcopy(layer.a_quant)
-    lower, upper, scale = weight_bounds(w_quant, weight, config.weight_init)
+    start_from_weight(w_quant, weight, config.weight_init)
     if a_quant is not None:
         if low == 0 and high == 0:
             warnings.warn(
@@ -178,13 +178,7 @@ def _initial_values(name: str, layer: QuantizedLayer, observer: _Observer, confi
         a_quant.lower.fill_(bounds[0])
         a_quant.upper.fill_(bounds[1])
         a_quant.finish()
-        scale = scale * a_quant.span
-    w_quant.lower.copy_(lower)
-    w_quant.upper.copy_(upper)
-    w_quant.scale.copy_(scale)
-    if w_quant.shift is not None:
-        w_quant.shift.zero_()
-    w_quant.finish()
+        w_quant.scale.mul_(a_quant.span)
     return _Values(w_quant, a_quant)
 
 
@@ -193,8 +187,8 @@ def _match_outputs(
 ) -> None:
     """Run the batches again to match each quantized layer to its float form on the same inputs: the mean absolute
     output by the scale, and then the mean of every output channel by the shift."""
-    sums = {name: _OutputSums(value.w_quant.scale, layers[name].weight.shape[0]) for name, value in values.items()}
     weights = {name: v.w_quant(_quantized_class(layers[name]).float_weight(layers[name])) for name, v in values.items()}
+    sums = {name: _OutputSums(values[name].w_quant, len(weight)) for name, weight in weights.items()}
 
     def compare(name: str, layer: Any, x: Tensor, output: Tensor) -> None:
         a_quant = values[name].a_quant
@@ -215,7 +209,7 @@ def _match_outputs(
     for name, found in sums.items():
         ratio, full, quantized = found.match()
         w_quant = values[name].w_quant
-        w_quant.scale.mul_(ratio)
+        w_quant.scale.mul_(ratio.repeat_interleave(w_quant.groups))
         if w_quant.shift is not None:
             w_quant.shift.copy_(full - ratio * quantized)
 
@@ -223,9 +217,9 @@ def _match_outputs(
 class _OutputSums:
     """Sums over all batches of float (row 0) and quantized (row 1) outputs, and their absolute values, per channel."""
 
-    def __init__(self, scale: Tensor, channels: int) -> None:
-        self.per_layer = len(scale) == 1
-        self.sums = torch.zeros(2, 3, channels, device=scale.device, dtype=torch.float64)
+    def __init__(self, w_quant: WeightQuantizer, channels: int) -> None:
+        self.per_layer = w_quant.granularity == "tensor"
+        self.sums = torch.zeros(2, 3, channels, device=w_quant.scale.device, dtype=torch.float64)
 
     def add(self, side: int, layer: nn.Module, output: Tensor, bias: Tensor | None) -> None:
         """Add an output of the layer, less the bias that is in it."""
@@ -268,9 +262,9 @@ def _float_layers(layers: Collection[QuantizedLayer]) -> Iterator[None]:
 
 
 def _copied(value: Any) -> Any:
-    """A copy of the tensors in nested containers: loaders may reuse their buffers."""
+    """A copy that the model cannot change, as it does with key-value caches, and no loader writes over."""
     if isinstance(value, Tensor):
         return value.detach().clone()
-    if isinstance(value, dict):
+    if type(value) is dict:
         return {key: _copied(item) for key, item in value.items()}
-    return type(value)(_copied(item) for item in value) if type(value) in (list, tuple) else value
+    return type(value)(_copied(item) for item in value) if type(value) in (list, tuple) else copy.deepcopy(value)

@@ -10,12 +10,12 @@ import timm
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
-from . import fileformat, hub_timm
-from .apply import apply_daq, remove_daq
+from . import fileformat, hub_timm, hub_transformers
 from .config import DaqConfig
 from .errors import CheckpointError, ConfigError, ModelError
 from .layers import quantized_layers
-from .version import __version__
+from .patch import patch, unpatch
+from .special import is_transformers_model
 
 
 def save_pretrained(
@@ -23,8 +23,8 @@ def save_pretrained(
 ) -> None:
     """Write `model.safetensors` and `config.json` of a quantized model, both with its quantization config.
 
-    A timm model is opened again by `timm.create_model("local-dir:...", pretrained=True)` after `import hf_daq`, any
-    model by `hf_daq.from_pretrained`. An interrupted save leaves the files that were there.
+    A timm model is opened again by `timm.create_model("local-dir:...", pretrained=True)` after `import hf_daq`, a
+    transformers model by `AutoModel....from_pretrained`, any model by `hf_daq.from_pretrained`. An interrupted save leaves the files that were there.
 
     Args:
         model: a quantized, calibrated model, not wrapped (`accelerator.unwrap_model(model)`).
@@ -38,13 +38,16 @@ def save_pretrained(
     config: DaqConfig | None = getattr(model, "daq_config", None)
     if config is None or not quantized_layers(model):
         raise ModelError("save_pretrained needs the model that apply_daq returned, not a float or wrapped one")
+    if is_transformers_model(model):
+        hub_transformers.save(model, Path(save_directory), state_dict)
+        return
     tensors = model.state_dict() if state_dict is None else state_dict
     fileformat.check_values(tensors, model)
     if hub_timm.is_timm_model(model):
         description = hub_timm.describe(model, config)
     else:
         description = {"architecture": type(model).__name__, "quantization_config": config.to_dict()}
-    fileformat.write(Path(save_directory), tensors, config, description, __version__)
+    fileformat.write(Path(save_directory), tensors, config, description)
 
 
 def from_pretrained(
@@ -61,9 +64,10 @@ def from_pretrained(
     Args:
         path_or_repo: folder, or "user/name".
         model: a float model to quantize and load in place, as the checkpoint says; None builds the timm model that
-            the checkpoint names.
+            the checkpoint names, or the transformers model.
         revision, cache_dir, token: as in huggingface_hub.
-        **kwargs: arguments of the timm model, e.g. `num_classes`, `drop_rate`.
+        **kwargs: arguments of the timm model, e.g. `num_classes`, `drop_rate`; for a transformers model those of its own
+            `from_pretrained`.
 
     Returns:
         The model in evaluation mode. It can be evaluated, or trained on.
@@ -78,8 +82,10 @@ def from_pretrained(
         if repo.count("/") != 1 or repo.startswith((".", "/")):
             raise CheckpointError(f"{repo!r} is neither a folder nor the name of a repository such as 'user/name'")
         directory = Path(hf_hub_download(repo, fileformat.CONFIG_NAME, **options)).parent
-        hf_hub_download(repo, fileformat.WEIGHTS_NAME, **options)
     description = fileformat.read_description(directory)
+    if model is None and hub_transformers.is_transformers_checkpoint(description):
+        options = {"revision": revision, "cache_dir": cache_dir, "token": token}
+        return hub_transformers.open_checkpoint(path_or_repo, description, **options, **kwargs)
     weights = directory / fileformat.WEIGHTS_NAME
     model_args = description.get("model_args")
     is_timm = description.get("architecture") == hub_timm.ARCHITECTURE and isinstance(model_args, dict)
@@ -87,11 +93,13 @@ def from_pretrained(
         config = DaqConfig.from_dict((model_args if is_timm else description).get("quantization_config"))  # type: ignore
     except ConfigError as error:
         raise CheckpointError(f"{directory / fileformat.CONFIG_NAME}: quantization config: {error}") from None
+    if not Path(path_or_repo).is_dir():
+        hf_hub_download(str(path_or_repo), fileformat.WEIGHTS_NAME, revision=revision, cache_dir=cache_dir, token=token)
     if model is not None:
         return _load_into(model, config, weights)
     if not is_timm:
         raise CheckpointError(
-            f"{directory} holds a {description.get('architecture')}, which is not a timm model; build it and write "
+            f"{directory} holds a {description.get('architecture')}, which is neither a timm nor a transformers model; build it and write "
             "hf_daq.from_pretrained(path, model=model)"
         )
     loaded: nn.Module = timm.create_model(f"local-dir:{directory}", pretrained=True, **kwargs)
@@ -101,12 +109,13 @@ def from_pretrained(
 def _load_into(model: nn.Module, config: DaqConfig, weights: Path) -> nn.Module:
     header = fileformat.read_agreeing_header(weights, config)
     try:
-        apply_daq(model, config)
+        patch(model, config)
     except ConfigError as error:
         raise CheckpointError(f"{weights} does not fit the model: {error}") from None
     try:
         fileformat.load(model, header, weights)
     except BaseException:
-        remove_daq(model)
+        unpatch(model)
         raise
+    hub_transformers.attach(model)
     return model.eval()

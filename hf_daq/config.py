@@ -7,7 +7,7 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -18,7 +18,7 @@ QUANT_METHOD = "daq"
 
 _CHOICES = {
     "rounding": ("daq", "ste", "soft"),
-    "weight_granularity": ("tensor", "channel"),
+    "weight_granularity": ("tensor", "channel", "group"),
     "weight_normalization": ("scale", "standardize"),
     "weight_init": ("mse", "3std"),
     "activation_init": ("mse", "3std"),
@@ -27,7 +27,7 @@ _POSITIVE = ("weight_gamma", "weight_sigma", "activation_gamma", "activation_sig
 _RULE_KEYS = ("pattern", "skip", "bits", "weight_bits", "activation_bits")
 
 
-@dataclass(frozen=True)
+@dataclass
 class DaqConfig:
     """How a model is quantized with Distance-aware Quantization (Kim, Lee, Ham, ICCV 2021).
 
@@ -41,7 +41,10 @@ class DaqConfig:
         weight_gamma, weight_sigma, activation_gamma, activation_sigma: gamma and sigma of the gradient of "daq";
             gamma scales it, sigma gives it its shape. The defaults are the paper's.
         temperature: fixed temperature of "soft"; the other roundings do not use it.
-        weight_granularity: "tensor": one pair of bounds and one scale a layer (paper); "channel": one an output channel.
+        weight_granularity: "tensor": one pair of bounds and one scale a layer (paper); "channel": one an output channel;
+            "group": one for every `group_size` input columns of an output channel.
+        group_size: number of columns; implies `weight_granularity="group"`, whose default is 128. The last group of a
+            channel may be shorter.
         weight_normalization: "scale": the bounds are in units of the weight's root mean square, and quantization
             starts where the float weights are; "standardize": the weight's mean is removed as well (paper).
         weight_init, activation_init: initial bounds. "mse": the widest bounds whose squared error is close to the
@@ -56,6 +59,10 @@ class DaqConfig:
             the values of the config. A rule is stronger than the default for first and last layers.
         modules_to_not_convert: patterns of modules that stay in full precision, before any rule.
         layers: the resolved bits, one entry a quantized layer. Written by `apply_daq`; if given, it alone decides.
+        dequantize: not a part of the quantization, and not saved: `from_pretrained` of transformers gives back a plain
+            model with the quantized weights in it.
+
+    A config does not change: `config.replace(...)` gives another one.
 
     Raises:
         ConfigError: a value out of range, or a key that does not exist.
@@ -71,6 +78,7 @@ class DaqConfig:
     activation_sigma: float = 2.0
     temperature: float = 4.0
     weight_granularity: str = "tensor"
+    group_size: int | None = None
     weight_normalization: str = "scale"
     weight_init: str = "mse"
     activation_init: str = "mse"
@@ -79,6 +87,14 @@ class DaqConfig:
     rules: Sequence[Mapping[str, Any]] = ()
     modules_to_not_convert: Sequence[str] = ()
     layers: Mapping[str, Mapping[str, int | None]] | None = None
+    dequantize: bool = field(default=False, compare=False)
+
+    quant_method = QUANT_METHOD
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "dequantize" in self.__dict__ and name != "dequantize":  # which transformers sets on a config it has read
+            raise ConfigError(f"a DaqConfig does not change; write config = config.replace({name}=...)")
+        super().__setattr__(name, value)
 
     def __post_init__(self, bits: int | None) -> None:
         if bits is not None:
@@ -100,8 +116,11 @@ class DaqConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
-        if not isinstance(self.bias_correction, bool):
-            raise ConfigError(f"bias_correction={self.bias_correction!r} must be True or False")
+        for name in ("bias_correction", "dequantize"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
+        if self.group_size is not None or self.weight_granularity == "group":
+            self._check_groups(128 if self.group_size is None else self.group_size)
         for name in _POSITIVE:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 100:
@@ -112,6 +131,14 @@ class DaqConfig:
         object.__setattr__(self, "modules_to_not_convert", tuple(_checked_pattern(pattern) for pattern in patterns))
         if self.layers is not None:
             object.__setattr__(self, "layers", _checked_layers(self.layers))
+
+    def _check_groups(self, size: object) -> None:
+        if self.weight_granularity == "channel":
+            raise ConfigError(f'weight_granularity="channel" has no groups; leave out group_size={size!r}')
+        if isinstance(size, bool) or not isinstance(size, int) or not 2 <= size <= 2**20:
+            raise ConfigError(f"group_size={size!r} must be a whole number from 2 on, such as 64 or 128")
+        object.__setattr__(self, "weight_granularity", "group")
+        object.__setattr__(self, "group_size", size)
 
     @classmethod
     def paper(cls, bits: int | None = None, **kwargs: Any) -> DaqConfig:
@@ -136,7 +163,7 @@ class DaqConfig:
                 f"format_version={version!r} is not known here (this hf_daq reads 1 to {FORMAT_VERSION}); "
                 "install a newer hf_daq: pip install -U hf_daq"
             )
-        known = {"bits", *(field.name for field in dataclasses.fields(cls))}
+        known = {"bits", *(entry.name for entry in dataclasses.fields(cls))}
         for key in values:
             if key not in known:
                 raise ConfigError(
@@ -146,8 +173,13 @@ class DaqConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types: every field, the quantization method and the format version."""
-        fields = {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        names = [entry.name for entry in dataclasses.fields(self) if entry.name != "dequantize"]
+        fields = {name: _plain(getattr(self, name)) for name in names}
         return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, **fields}
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What transformers takes over from a config that is passed for an already quantized checkpoint."""
+        return {"dequantize": True} if self.dequantize else {}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .config import DaqConfig
 from .errors import CalibrationError, CheckpointError, ConfigError
 from .layers import quantized_layers
+from .version import __version__
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
@@ -39,17 +40,20 @@ class Header:
     tensors: dict[str, tuple[str, tuple[int, ...]]]
 
 
-def write(
-    directory: Path, tensors: Mapping[str, Tensor], config: DaqConfig, description: dict[str, Any], version: str
-) -> None:
+def metadata(config: DaqConfig) -> dict[str, str]:
+    """What the header of a weights file says of the quantization."""
+    content = {"hf_daq_version": __version__, "quantization_config": config.to_dict()}
+    return {METADATA_KEY: json.dumps(content, sort_keys=True)}
+
+
+def write(directory: Path, tensors: Mapping[str, Tensor], config: DaqConfig, description: dict[str, Any]) -> None:
     """Write both files, each to a temporary file that is then renamed: an interrupted save leaves the old files.
 
     Args:
         description: content of config.json, without the version.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(description | {"hf_daq_version": version}, indent=2) + "\n"
-    metadata = {"hf_daq_version": version, "quantization_config": config.to_dict()}
+    text = json.dumps(description | {"hf_daq_version": __version__}, indent=2) + "\n"
     contents: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -58,7 +62,7 @@ def write(
         # A module that is in the model twice has two names; the file holds it under both.
         contents[name] = tensor.clone() if address in storages else tensor
         storages.add(address)
-    header = {"format": "pt", METADATA_KEY: json.dumps(metadata, sort_keys=True)}
+    header = {"format": "pt", **metadata(config)}
     replace_file(directory / WEIGHTS_NAME, lambda path: save_file(contents, path, metadata=header))
     replace_file(directory / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -100,17 +104,17 @@ def read_header(path: Path) -> Header:
     """Names, dtypes, shapes and the quantization config of a weights file, without reading a tensor."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            found = file.metadata() or {}
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             tensors = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
-    if METADATA_KEY not in metadata:
+    if METADATA_KEY not in found:
         raise CheckpointError(f"{path} has no {METADATA_KEY!r} metadata: it was not written by hf_daq.save_pretrained")
     try:
-        content = json.loads(metadata[METADATA_KEY])
+        content = json.loads(found[METADATA_KEY])
         config = DaqConfig.from_dict(content["quantization_config"])
         version = str(content["hf_daq_version"])
     except ConfigError as error:

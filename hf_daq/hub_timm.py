@@ -18,10 +18,10 @@ from timm.models._hub import hf_split, save_config_for_hf
 from torch import nn
 
 from . import fileformat
-from .apply import apply_daq
 from .config import DaqConfig
 from .errors import CheckpointError, ConfigError
 from .layers import quantized_layers
+from .patch import patch, start_weights
 
 ARCHITECTURE = "hf_daq"
 _OWN_ARGS = ("base", "base_args", "quantization_config")
@@ -97,8 +97,9 @@ def hf_daq(
     num_classes = kwargs.pop("num_classes", None)
 
     def build() -> nn.Module:
-        model = timm.create_model(base, pretrained=False, pretrained_cfg=plain, **{**base_args, **kwargs})
-        return apply_daq(model, config)
+        model: nn.Module = timm.create_model(base, pretrained=False, pretrained_cfg=plain, **{**base_args, **kwargs})
+        patch(model, config)
+        return model
 
     if pretrained:
         path = _weights_file(source, cache_dir)
@@ -110,6 +111,7 @@ def hf_daq(
         model.eval()
     else:
         model = build()
+        start_weights(model)
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **source, "architecture": ARCHITECTURE}  # type: ignore
     if num_classes is not None and num_classes != model.num_classes:
         model.reset_classifier(num_classes)  # type: ignore[operator]

@@ -16,39 +16,45 @@ _SAMPLES = 2**16
 
 
 @torch.no_grad()
-def weight_bounds(quantizer: WeightQuantizer, weight: Tensor, init: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Bounds in the units of the quantizer, and the scale at which quantized weights are closest to `weight`.
+def start_from_weight(quantizer: WeightQuantizer, weight: Tensor, init: str) -> None:
+    """Set the bounds for a float weight, the scale at which the quantized weight is closest to it, and no shift.
 
     Args:
-        weight: shape (channels, ...), finite.
+        weight: shape (channels, ...). If it is not finite, neither are bounds and scale.
         init: "mse" or "3std".
-
-    Returns:
-        lower, upper, scale: float32, shape (1,) or (channels,).
     """
     levels = 2**quantizer.bits - 1
-    offset, unit = quantizer.statistics(weight)
-    weight = weight.float()
-    rows = quantizer.lower.numel()
-    x = ((weight - offset) / unit).reshape(rows, -1)
-    largest = x.abs().amax(1, keepdim=True).clamp_min(1e-3)
+    rows = quantizer.rows(weight)
+    offset, unit = quantizer.statistics(rows)
+    count = quantizer.lower.numel()
+    target = rows.float().reshape(count, -1)
+    x = ((rows - offset) / unit).float().reshape(count, -1)
+    valid = quantizer.valid(x.device)
+    largest = (x if valid is None else x * valid).abs().amax(1, keepdim=True).clamp_min(1e-3)
     chosen = torch.full_like(largest, 3.0)
     if init == "mse":
         shrink = torch.logspace(0, -1.5, _CANDIDATES, device=x.device)
-        sample = x[:, :: (x.shape[1] // max(1024, _SAMPLES // rows)) | 1]
-        errors = torch.cat([_fit(sample, sample, factor * largest, levels)[1] for factor in shrink], 1)
+        step = (x.shape[1] // max(1024, _SAMPLES // count)) | 1
+        sample, sample_valid = x[:, ::step], None if valid is None else valid[:, ::step]
+        errors = torch.cat([_fit(sample, sample, factor * largest, levels, sample_valid)[1] for factor in shrink], 1)
         best = errors.amin(1, keepdim=True)
         widest = (errors <= best * (1 + TOLERANCE)).int().argmax(1)
         chosen = shrink[widest, None] * largest
-    scale, _ = _fit(x, weight.reshape(rows, -1), chosen, levels)
-    bound = chosen.flatten()
-    return -bound, bound, scale.flatten().clamp_min(1e-8)
+    scale, _ = _fit(x, target, chosen, levels, valid)
+    quantizer.lower.copy_(-chosen.flatten())
+    quantizer.upper.copy_(chosen.flatten())
+    quantizer.scale.copy_(scale.flatten().clamp_min(1e-8))
+    if quantizer.shift is not None:
+        quantizer.shift.zero_()
+    quantizer.finish()
 
 
-def _fit(x: Tensor, target: Tensor, bound: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+def _fit(x: Tensor, target: Tensor, bound: Tensor, levels: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """Least-squares scale of the codes of `x` against `target`, and the squared error; per row, shape (rows, 1)."""
     code = (x + bound).mul_(levels / (2 * bound)).clamp_(0, levels)
     code = round_half_down_(code).mul_(2 / levels).sub_(1)
+    if valid is not None:
+        code, target = code.mul_(valid), target * valid
     scale = (code * target).sum(1, keepdim=True) / code.square().sum(1, keepdim=True)
     return scale, (target - scale * code).square_().sum(1, keepdim=True)
 

@@ -12,6 +12,7 @@ import timm.layers
 import torch.nn.functional as F
 from timm.layers.padding import pad_same
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .config import DaqConfig
 from .errors import CalibrationError
@@ -35,6 +36,14 @@ class QuantizedLayer(nn.Module):
     def float_weight(self) -> Tensor:
         """The weight the float layer computes with, shape (out, in / groups, ...)."""
         weight: Tensor = self.weight
+        return weight
+
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of `float_weight`: (out, in / groups, ...)."""
+        return tuple(self.weight.shape)
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """A weight as from `float_weight` in the layout of the parameter `weight`."""
         return weight
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -69,6 +78,23 @@ class DaqLinear(QuantizedLayer, nn.Linear):
 
 
 class DaqTimmLinear(QuantizedLayer, timm.layers.Linear):
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+
+class DaqConv1D(QuantizedLayer, Conv1D):
+    """GPT-2's linear layer, whose parameter has the shape (in, out)."""
+
+    def float_weight(self) -> Tensor:
+        weight: Tensor = self.weight.t()
+        return weight
+
+    def weight_shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape[::-1])
+
+    def stored(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
@@ -132,6 +158,7 @@ class DaqScaledStdConv2dSame(StandardizedConv, timm.layers.ScaledStdConv2dSame):
 LAYER_TYPES: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Linear: DaqLinear,
     timm.layers.Linear: DaqTimmLinear,
+    Conv1D: DaqConv1D,
     nn.Conv2d: DaqConv2d,
     timm.layers.Conv2dSame: DaqConv2dSame,
     timm.layers.StdConv2d: DaqStdConv2d,
@@ -150,12 +177,13 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
 
 def quantize_layer(layer: Any, name: str, config: DaqConfig, weight_bits: int, activation_bits: int | None) -> None:
     """Turn a float layer into its quantized form, in place. Its type must be a key of `LAYER_TYPES`."""
-    device = layer.weight.device
+    device, quantized_class = layer.weight.device, LAYER_TYPES[type(layer)]
     shared: dict[str, Any] = {"rounding": config.rounding, "temperature": config.temperature, "device": device}
     w_quant = WeightQuantizer(
         weight_bits,
-        layer.weight.shape[0],
-        per_channel=config.weight_granularity == "channel",
+        quantized_class.weight_shape(layer),
+        granularity=config.weight_granularity,
+        group_size=config.group_size,
         shift=config.bias_correction,
         normalization=config.weight_normalization,
         gamma=config.weight_gamma,
@@ -167,7 +195,7 @@ def quantize_layer(layer: Any, name: str, config: DaqConfig, weight_bits: int, a
         a_quant = ActivationQuantizer(
             activation_bits, gamma=config.activation_gamma, sigma=config.activation_sigma, **shared
         )
-    layer.__class__ = LAYER_TYPES[type(layer)]
+    layer.__class__ = quantized_class
     layer.register_module("w_quant", w_quant)
     layer.register_module("a_quant", a_quant)
     layer.daq_name = name

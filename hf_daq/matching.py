@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .config import DaqConfig, did_you_mean, pattern_matches
 from .errors import ConfigError
 from .layers import LAYER_TYPES
+from .special import fixed_layers, outer_layers, weight_modules
 
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """One row of a plan. `weight_bits` is None for a layer that stays in full precision."""
+    """One row of a plan. `weight_bits` is None for a layer that stays in full precision; `unsupported` if nobody asked for
+    that: it holds a weight which this library cannot quantize."""
 
     name: str
     kind: str
@@ -23,6 +24,7 @@ class PlannedLayer:
     weight_bits: int | None
     activation_bits: int | None
     reason: str
+    unsupported: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,10 @@ class Plan:
     @property
     def quantized(self) -> dict[str, PlannedLayer]:
         return {layer.name: layer for layer in self.layers if layer.weight_bits is not None}
+
+    @property
+    def unsupported(self) -> dict[str, PlannedLayer]:
+        return {layer.name: layer for layer in self.layers if layer.unsupported}
 
     @property
     def kept(self) -> dict[str, PlannedLayer]:
@@ -65,14 +71,14 @@ def plan(model: nn.Module, config: DaqConfig | None = None, **kwargs: Any) -> Pl
         ConfigError: a rule or pattern matches nothing, or a resolved layer is not in the model.
     """
     config = config_from(config, kwargs)
-    modules = dict(_weight_modules(model))
-    convertible = [name for name, module in modules.items() if type(module) in LAYER_TYPES]
+    modules = dict(weight_modules(model))
+    fixed = fixed_layers(model)
     if config.layers is not None:
-        _check_resolved(config.layers, convertible)
+        _check_resolved(config.layers, modules, fixed)
     else:
         _check_patterns(config, list(modules))
     outer = outer_layers(model)
-    return Plan(tuple(_plan_layer(name, module, config, outer) for name, module in modules.items()))
+    return Plan(tuple(_plan_layer(name, module, config, outer, fixed) for name, module in modules.items()))
 
 
 def config_from(config: DaqConfig | None, kwargs: dict[str, Any]) -> DaqConfig:
@@ -86,46 +92,24 @@ def config_from(config: DaqConfig | None, kwargs: dict[str, Any]) -> DaqConfig:
     return config
 
 
-def outer_layers(model: nn.Module) -> dict[str, str]:
-    """Names of the first and last layers, with the reason: what reads the image and what gives the classes.
-
-    timm models say so themselves (`pretrained_cfg`, `get_classifier`). For others, and where the names do not fit
-    (timm renames layers for `features_only`), it is the first convolution with those beside it that read as many
-    channels (or the first layer, where there is none), and the last layer.
-    """
-    layers = dict(_weight_modules(model))
-    names = list(layers)
-    config = getattr(model, "pretrained_cfg", None) or {}
-    first = _below(names, _as_names(config.get("first_conv"))) or _first_layers(layers)
-    last = _below(names, _as_names(config.get("classifier")))
-    get_classifier = getattr(model, "get_classifier", None)
-    if callable(get_classifier):
-        heads = [id(module) for head in _flatten(get_classifier()) for module in head.modules()]
-        last += [name for name, module in layers.items() if id(module) in heads and name not in last]
-    elif not config:
-        last = names[-1:]
-    return {**dict.fromkeys(last, "classifier"), **dict.fromkeys(first, "first layer")}
-
-
-def _first_layers(layers: dict[str, nn.Module]) -> list[str]:
-    channels = {name: module.in_channels for name, module in layers.items() if isinstance(module, nn.Conv2d)}
-    if not channels:
-        return list(layers)[:1]
-    first = next(iter(channels))
-    block = first.partition(".")[0]
-    return [name for name in channels if name.partition(".")[0] == block and channels[name] == channels[first]]
-
-
-def _plan_layer(name: str, module: nn.Module, config: DaqConfig, outer: dict[str, str]) -> PlannedLayer:
+def _plan_layer(
+    name: str, module: nn.Module, config: DaqConfig, outer: dict[str, str], fixed: dict[str, str]
+) -> PlannedLayer:
     weight = getattr(module, "weight", None)
-    shape = tuple(weight.shape) if weight is not None else ()
+    if not isinstance(weight, Tensor):
+        weight = max(module.parameters(recurse=False), key=Tensor.numel)
+    shape = tuple(weight.shape)
 
-    def row(bits: tuple[int, int | None] | None, reason: str) -> PlannedLayer:
+    def row(bits: tuple[int, int | None] | None, reason: str, unsupported: bool = False) -> PlannedLayer:
         weight_bits, activation_bits = bits or (None, None)
-        return PlannedLayer(name, type(module).__name__, shape, weight_bits, activation_bits, reason)
+        return PlannedLayer(name, type(module).__name__, shape, weight_bits, activation_bits, reason, unsupported)
 
+    if isinstance(module, nn.Embedding):
+        return row(None, "embedding")
     if type(module) not in LAYER_TYPES:
-        return row(None, f"no quantized form of {type(module).__name__}")
+        return row(None, f"no quantized form of {type(module).__name__}", unsupported=True)
+    if name in fixed:
+        return row(None, fixed[name], unsupported="directly" in fixed[name])
     if config.layers is not None:
         entry = config.layers.get(name)
         return row(entry and (entry["weight_bits"], entry["activation_bits"]), "resolved before")  # type: ignore[arg-type]
@@ -147,21 +131,15 @@ def _plan_layer(name: str, module: nn.Module, config: DaqConfig, outer: dict[str
     return row((config.weight_bits, config.activation_bits), "")
 
 
-def _weight_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that own a weight of two or more dimensions: convolutions, linear layers, and all that resembles them."""
-    for name, module in model.named_modules():
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim >= 2 and "weight" in parameter_name:
-                yield name, module
-                break
-
-
-def _check_resolved(layers: Any, convertible: list[str]) -> None:
+def _check_resolved(layers: Any, modules: dict[str, nn.Module], fixed: dict[str, str]) -> None:
+    convertible = [name for name, module in modules.items() if type(module) in LAYER_TYPES]
     for name in layers:
         if name not in convertible:
             raise ConfigError(
                 f"the config quantizes a layer {name!r} that this model does not have{did_you_mean(name, convertible)}"
             )
+        if name in fixed:
+            raise ConfigError(f"the config quantizes layer {name!r}, but in this model it {fixed[name]}")
 
 
 def _check_patterns(config: DaqConfig, names: list[str]) -> None:
@@ -169,17 +147,3 @@ def _check_patterns(config: DaqConfig, names: list[str]) -> None:
         if not any(pattern_matches(pattern, name) for name in names):
             hint = did_you_mean(pattern, names) or f"; layers are named like {', '.join(map(repr, names[:3]))}"
             raise ConfigError(f"pattern {pattern!r} matches no layer of the model{hint}")
-
-
-def _below(names: list[str], roots: list[str]) -> list[str]:
-    return [name for name in names if any(name == root or name.startswith(root + ".") for root in roots)]
-
-
-def _as_names(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or ())
-
-
-def _flatten(value: Any) -> list[nn.Module]:
-    if isinstance(value, nn.Module):
-        return [value]
-    return [module for item in value for module in _flatten(item)] if isinstance(value, (list, tuple)) else []

@@ -1,14 +1,17 @@
 """The learnable quantizers of a layer: `WeightQuantizer` and `ActivationQuantizer`.
 
-Their parameters have shape (1,) or (channels,) and dtype float32. They hold NaN until calibration or a state dict
+Their parameters are vectors of dtype float32. They hold NaN until calibration or a state dict
 gives them values; `calibrated` says which.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .functional import quantize
@@ -33,15 +36,22 @@ class Quantizer(nn.Module):
         self.gamma = gamma
         self.sigma = sigma
         self.temperature = temperature
-        self.calibrated = False
+        self._calibrated = False
         self.lower = nn.Parameter(torch.full((size,), torch.nan, device=device, dtype=torch.float32))
         self.upper = nn.Parameter(torch.full((size,), torch.nan, device=device, dtype=torch.float32))
+
+    @property
+    def calibrated(self) -> bool:
+        """True once the parameters have values; looks at them anew until they do."""
+        if not self._calibrated:
+            self.finish()
+        return self._calibrated
 
     def finish(self) -> None:
         """Take note of values that were just written to the parameters."""
         if not self.lower.is_meta:
             values = torch.cat([parameter.detach().float() for parameter in self.parameters()])
-            self.calibrated = bool(values.isfinite().all() and (self.lower < self.upper).all())
+            self._calibrated = bool(values.isfinite().all() and (self.lower < self.upper).all())
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -73,19 +83,25 @@ class Quantizer(nn.Module):
 class WeightQuantizer(Quantizer):
     """Weights of shape (channels, ...) to `|scale| * (2q - R) / R`: 2**bits symmetric values without a zero.
 
-    lower, upper: bounds, shape (1,) or (channels,), in units of the weight's standard deviation around its mean
+    lower, upper: bounds, shape (rows,), in units of the weight's standard deviation around its mean
         (`normalization="standardize"`, the paper) or of its root mean square around zero ("scale"). These statistics
-        are constants in the backward.
+        are constants in the backward. A row is the whole tensor, an output channel, or `group_size` columns of one
+        (the last group of a channel may be shorter), and rows = 1, channels, or channels * groups.
     scale: shape as the bounds; the paper's beta, the output scale of the layer, folded into the weight.
     shift: shape (channels,), added to the bias of the layer, or None.
+
+    Args:
+        shape: of the weight, (channels, ...).
+        granularity: "tensor", "channel" or "group".
     """
 
     def __init__(
         self,
         bits: int,
-        channels: int,
+        shape: Sequence[int],
         *,
-        per_channel: bool = False,
+        granularity: str = "tensor",
+        group_size: int | None = None,
         shift: bool = False,
         normalization: str = "scale",
         rounding: str = "daq",
@@ -94,11 +110,15 @@ class WeightQuantizer(Quantizer):
         temperature: float = 4.0,
         device: Any = None,
     ) -> None:
-        size = channels if per_channel else 1
-        super().__init__(bits, size, rounding, gamma, sigma, temperature, device)
+        channels, columns = shape[0], math.prod(shape[1:])
+        self.granularity = granularity
+        self.group_size = min(group_size or columns, columns)
+        self.groups = -(-columns // self.group_size)
+        self.padding = self.groups * self.group_size - columns
+        rows = 1 if granularity == "tensor" else channels * self.groups
+        super().__init__(bits, rows, rounding, gamma, sigma, temperature, device)
         self.normalization = normalization
-        self.per_channel = per_channel
-        self.scale = nn.Parameter(torch.full((size,), torch.nan, device=device, dtype=torch.float32))
+        self.scale = nn.Parameter(torch.full((rows,), torch.nan, device=device, dtype=torch.float32))
         self.shift = (
             nn.Parameter(torch.full((channels,), torch.nan, device=device, dtype=torch.float32)) if shift else None
         )
@@ -110,26 +130,51 @@ class WeightQuantizer(Quantizer):
         shift = self.shift.to(dtype)
         return shift if bias is None else bias + shift
 
-    def statistics(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Offset and unit of the bounds for this weight, each broadcastable to it. No gradient."""
-        weight = _wide(weight.detach())
-        dims = tuple(range(1 if self.per_channel else 0, weight.ndim))
+    def rows(self, weight: Tensor) -> Tensor:
+        """The weight with a row of bounds for each entry of its first dimension (or for the whole tensor). Groups have
+        shape (rows, group_size), with zeros after the last column of a channel."""
+        if self.groups == 1:
+            return weight
+        return F.pad(weight.flatten(1), (0, self.padding)).view(-1, self.group_size)
+
+    def valid(self, device: torch.device) -> Tensor | None:
+        """1 where `rows` holds a weight and 0 where it holds padding, shape (rows, group_size); None without padding."""
+        if self.padding == 0:
+            return None
+        flat = torch.arange(self.groups * self.group_size, device=device) < self.groups * self.group_size - self.padding
+        return flat.float().view(self.groups, -1).repeat(self.lower.numel() // self.groups, 1)
+
+    def statistics(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Offset and unit of the bounds for this weight, from `rows`, each broadcastable to it. No gradient."""
+        rows = _wide(rows.detach())
+        dims = tuple(range(0 if self.granularity == "tensor" else 1, rows.ndim))
+        valid = self.valid(rows.device)
+        if valid is None:
+            count: Tensor | int = rows.numel() // self.lower.numel()
+        else:
+            count = valid.sum(1, keepdim=True)
+        offset = torch.zeros_like(rows[(slice(0, 1),) * rows.ndim])
         if self.normalization == "standardize":
-            count = weight[0].numel() if self.per_channel else weight.numel()
-            std, mean = torch.std_mean(weight, dim=dims, keepdim=True, correction=min(1, count - 1))
-            return mean, std.clamp_min(_SMALLEST_SCALE)
-        unit = weight.square().mean(dim=dims, keepdim=True).sqrt().clamp_min(_SMALLEST_SCALE)
-        return torch.zeros_like(unit), unit
+            offset = rows.sum(dims, keepdim=True) / count
+            rows = rows - offset if valid is None else (rows - offset) * valid
+            count = torch.clamp(count - 1, min=1) if isinstance(count, Tensor) else max(count - 1, 1)
+        unit = (rows.square().sum(dims, keepdim=True) / count).sqrt()
+        return offset, unit.clamp_min(_SMALLEST_SCALE)
 
     def forward(self, weight: Tensor) -> Tensor:
-        shape = (-1,) + (1,) * (weight.ndim - 1)
-        offset, unit = self.statistics(weight)
+        rows = self.rows(weight)
+        shape = (-1,) + (1,) * (rows.ndim - 1)
+        offset, unit = self.statistics(rows)
         # Clipping (w - mean) / std to [l, u] is clipping w to [mean + std l, mean + std u].
         lower = offset + unit * _wide(self.lower).view(shape)
         upper = offset + unit * _wide(self.upper).view(shape)
         levels = 2**self.bits - 1
         step = _wide(self.scale).abs().view(shape) * (2 / levels)
-        return self._quantize(weight, lower, upper, levels / 2, step)
+        quantized = self._quantize(rows, lower, upper, levels / 2, step)
+        if self.groups == 1:
+            return quantized
+        flat = quantized.view(weight.shape[0], -1)
+        return flat[:, : flat.shape[1] - self.padding].reshape(weight.shape)
 
 
 class ActivationQuantizer(Quantizer):
@@ -155,7 +200,7 @@ class ActivationQuantizer(Quantizer):
 
     def finish(self) -> None:
         super().finish()
-        if self.calibrated:
+        if self._calibrated:
             self.signed = bool(self.lower != 0)
             self.lower.requires_grad_(self.signed)
 

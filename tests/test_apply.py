@@ -115,21 +115,52 @@ def test_what_does_not_fit_is_refused_and_the_model_stays_as_it_was(arguments, e
     assert (str(model), list(model.state_dict())) == before
 
 
-def test_applying_twice_wrapping_and_tied_weights_are_refused():
+def test_tied_weights_stay_in_full_precision():
+    tied = small_net()
+    tied.other = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+    tied.other.weight = tied.conv.weight
+    kept = hf_daq.plan(tied, bits=2).kept
+    assert kept["conv"].reason == "shares its weight with other"
+    assert kept["other"].reason == "shares its weight with conv"
+    hf_daq.apply_daq(tied, bits=2)
+    assert tied.other.weight is tied.conv.weight
+    assert set(tied.daq_config.layers) == {"depthwise", "grouped", "hidden", "head"}
+    config = DaqConfig(bits=2, layers={"conv": {"weight_bits": 2, "activation_bits": 2}})
+    with pytest.raises(ConfigError, match="layer 'conv', but in this model it shares its weight with other"):
+        hf_daq.apply_daq(hf_daq.remove_daq(tied), config)
+
+
+def test_a_weight_that_is_read_without_calling_its_layer_stays_in_full_precision(caplog):
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.called, self.read = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.called(x).to(self.called.weight.dtype) @ self.read.weight.t()
+
+    model = nn.Sequential(nn.Linear(4, 4), Reader(), nn.Linear(4, 2))
+    planned = hf_daq.plan(model, bits=2)
+    assert list(planned.quantized) == ["1.called"]
+    assert planned.unsupported["1.read"].reason == "Reader reads its weight directly"
+    hf_daq.apply_daq(model, bits=2)
+    assert "1 modules with weights stay in full precision" in caplog.text
+    transformer = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16), nn.Linear(8, 2))
+    assert set(hf_daq.plan(transformer, bits=2).unsupported) == {
+        "1.self_attn",
+        "1.self_attn.out_proj",
+        "1.linear1",
+        "1.linear2",
+    }
+
+
+def test_applying_twice_and_wrapped_models_are_refused():
     with pytest.raises(ModelError, match="already quantized.*remove_daq"):
         hf_daq.apply_daq(calibrated(small_net(), bits=3), bits=2)
     with pytest.raises(ModelError, match="wrapped in DataParallel; the order is"):
         hf_daq.apply_daq(nn.DataParallel(small_net()), bits=2)
     with pytest.raises(ModelError, match="wrapped in OptimizedModule"):
         hf_daq.apply_daq(torch.compile(small_net()), bits=2)
-    tied = small_net()
-    tied.other = nn.Conv2d(8, 8, 3, padding=1, bias=False)
-    tied.other.weight = tied.conv.weight
-    with pytest.raises(
-        ModelError, match=r"'conv' is shared between 'conv', 'other'.*modules_to_not_convert=\['conv'\]"
-    ):
-        hf_daq.apply_daq(tied, bits=2)
-    hf_daq.apply_daq(tied, bits=2, modules_to_not_convert=["conv"])
     with pytest.raises(ModelError, match="nothing to remove"):
         hf_daq.remove_daq(small_net())
 

@@ -9,7 +9,12 @@ from hf_daq.quantizers import ActivationQuantizer, WeightQuantizer
 
 def weight_quantizer(bits, normalization="standardize", per_channel=False, rounding="daq", bound=2.5):
     quantizer = WeightQuantizer(
-        bits, 6, per_channel=per_channel, normalization=normalization, rounding=rounding, sigma=1.0
+        bits,
+        (6, 20),
+        granularity="channel" if per_channel else "tensor",
+        normalization=normalization,
+        rounding=rounding,
+        sigma=1.0,
     )
     with torch.no_grad():
         size = quantizer.lower.shape

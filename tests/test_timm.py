@@ -5,6 +5,7 @@ import timm
 import torch
 from scan_timm import check_architecture
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import hf_daq
 from hf_daq.layers import LAYER_TYPES, quantized_layers
@@ -59,7 +60,6 @@ def kept(model):
         ("levit_128s", ["stem.conv1.linear"], ["head.linear", "head_dist.linear"]),
         ("xcit_nano_12_p16_224", ["patch_embed.proj.0.0"], ["head"]),
         ("tresnet_m", ["body.conv1.conv"], ["head.fc"]),
-        ("naflexvit_base_patch16_gap", ["embeds.proj"], ["head"]),
         # All of a classifier with a hidden layer.
         ("caformer_s18", ["stem.conv"], ["head.fc.fc1", "head.fc.fc2"]),
         # Reads a discrete cosine transform of the image, one convolution a colour channel.
@@ -70,6 +70,13 @@ def kept(model):
 )
 def test_what_reads_the_image_and_what_gives_the_classes_is_kept(name, first, last):
     assert kept(on_meta(name)) == dict.fromkeys(first, "first layer") | dict.fromkeys(last, "classifier")
+
+
+def test_a_patch_embedding_that_resizes_its_own_weight_is_kept():
+    assert kept(on_meta("naflexvit_base_patch16_gap")) == {
+        "embeds.proj": "NaFlexEmbeds reads its weight directly",
+        "head": "classifier",
+    }
 
 
 @pytest.mark.parametrize(
@@ -128,7 +135,7 @@ def test_layer_types_without_a_quantized_form_are_reported():
         "attention": "no quantized form of MultiheadAttention",
         "attention.out_proj": "no quantized form of NonDynamicallyQuantizableLinear",
         "lstm": "no quantized form of LSTM",
-        "embedding": "no quantized form of Embedding",
+        "embedding": "embedding",
         "custom": "no quantized form of MyLinear",
         "head": "classifier",
     }
@@ -138,12 +145,14 @@ def layer_of(kind):
     torch.manual_seed(0)
     if issubclass(kind, nn.Linear):
         return kind(16, 24)
+    if issubclass(kind, Conv1D):
+        return kind(24, 16)
     return kind(16, 24, 3, stride=2, padding=0 if "Same" in kind.__name__ else 1, groups=2)
 
 
 @pytest.mark.parametrize("kind", LAYER_TYPES, ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
 def test_the_quantized_layer_comes_closer_to_the_float_layer_with_every_bit(kind):
-    x = torch.randn(4, 16) if issubclass(kind, nn.Linear) else torch.randn(4, 16, 9, 9)
+    x = torch.randn(4, 16) if issubclass(kind, (nn.Linear, Conv1D)) else torch.randn(4, 16, 9, 9)
     errors = []
     for bits in range(2, 9):
         model = nn.Sequential(layer_of(kind))

@@ -1,0 +1,228 @@
+"""transformers: the quantizer `from_pretrained` finds by `quant_method`, `attach` and `detach` for models that are already
+loaded, and an optimizer for `Trainer`.
+
+With it, `AutoModel....from_pretrained(path)` opens our checkpoints, and `from_pretrained(path, quantization_config=DaqConfig(
+weight_bits=3))` quantizes a float one.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.quantizers import HfQuantizer, auto
+
+from . import fileformat
+from .config import QUANT_METHOD, DaqConfig
+from .errors import CheckpointError, ConfigError, ModelError
+from .layers import quantized_layers
+from .patch import patch, start_weights, unpatch
+from .special import is_transformers_model
+from .training import param_groups
+
+
+class DaqHfQuantizer(HfQuantizer):
+    """What transformers calls while it loads, saves, trains and dequantizes a DAQ model."""
+
+    quantization_config: DaqConfig
+    is_trainable = True
+    is_qat_trainable = True
+    is_compileable = True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ModelError("a DAQ model must be in memory; leave 'disk' out of device_map")
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        """Swap the classes of a model on the meta device."""
+        config = self.quantization_config
+        if self.pre_quantized:
+            config = config.replace(layers=_layers_of(model, config))
+        patch(model, config.replace(dequantize=False))
+        self.ignored = model._keys_to_ignore_on_load_missing
+        if not self.pre_quantized:  # a float checkpoint has no quantizers: they start from its weights
+            model._keys_to_ignore_on_load_missing = {*(self.ignored or ()), r"\.[wa]_quant\."}
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        model._keys_to_ignore_on_load_missing = self.ignored
+        if any(layer.weight.is_meta for layer in quantized_layers(model).values()):
+            raise ModelError("a DAQ model must be in memory; choose a device_map that offloads nothing")
+        if not self.pre_quantized:
+            _clear(model)
+            start_weights(model)
+        else:
+            _check_loaded(model)
+        if self.pre_quantized and self.quantization_config.dequantize:
+            unpatch(model, quantized=True)
+        else:
+            attach(model)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        unpatch(model, quantized=True)
+        detach(model)
+        return model if dtype is None else model.to(dtype)
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, str]]:
+        state_dict = self.__dict__.pop("state_dict", None)
+        fileformat.check_values(model.state_dict() if state_dict is None else state_dict, model)
+        return state_dict, fileformat.metadata(model.daq_config)
+
+
+def _save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    # transformers drops the state dict that it is given where a model has a quantizer, and asks the quantizer for one.
+    names = ("is_main_process", "state_dict")
+    kwargs |= dict(zip(names, args[:2], strict=False))
+    self.hf_quantizer.state_dict = kwargs.pop("state_dict", None)
+    return type(self).save_pretrained(self, save_directory, *args[2:], **kwargs)
+
+
+_save_pretrained.__name__ = "save_pretrained"  # pickling a bound method looks its function up by name
+
+
+def attach(model: nn.Module) -> None:
+    """Make a patched transformers model what `from_pretrained` gives: transformers knows that it is quantized, saves its
+    config, and trains it. Nothing happens to other models."""
+    if not is_transformers_model(model):
+        return
+    config: Any = model.daq_config
+    quantizer = getattr(model, "hf_quantizer", None) or DaqHfQuantizer(config, pre_quantized=False)
+    quantizer.quantization_config = config
+    module: Any = model
+    module.hf_quantizer = quantizer
+    module.is_quantized = True
+    module.quantization_method = QUANT_METHOD
+    module.config.quantization_config = config
+    for part in _transformers_parts(module):
+        part.config._is_quantized = True
+    module.save_pretrained = MethodType(_save_pretrained, module)
+
+
+def detach(model: nn.Module) -> None:
+    """Inverse of `attach`."""
+    if not is_transformers_model(model):
+        return
+    module: Any = model
+    for name in ("hf_quantizer", "quantization_method", "save_pretrained"):
+        module.__dict__.pop(name, None)
+    module.is_quantized = False
+    for part in _transformers_parts(module):
+        for name in ("quantization_config", "_is_quantized"):
+            part.config.__dict__.pop(name, None)
+
+
+def save(model: Any, directory: Path, state_dict: Any = None) -> None:
+    """`model.save_pretrained` into a temporary folder whose files are then renamed: an interrupted save leaves the old
+    ones."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as temporary:
+        model.save_pretrained(temporary, state_dict=state_dict)
+        for path in Path(temporary).iterdir():
+            os.replace(path, directory / path.name)
+
+
+def is_transformers_checkpoint(description: dict[str, Any]) -> bool:
+    """True for a config.json of a DAQ model that transformers saved."""
+    return _quant_method(description) == QUANT_METHOD and "model_type" in description
+
+
+def open_checkpoint(path_or_repo: Any, description: dict[str, Any], **kwargs: Any) -> nn.Module:
+    """`from_pretrained` of the class of transformers that config.json names; no other code is run."""
+    names = description.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise CheckpointError(f"architectures={names!r} of {path_or_repo} names no model of transformers")
+    model: nn.Module = found.from_pretrained(path_or_repo, use_safetensors=True, **kwargs)
+    return model
+
+
+def _quant_method(description: dict[str, Any]) -> Any:
+    config = description.get("quantization_config")
+    return config.get("quant_method") if isinstance(config, dict) else None
+
+
+class TrainerOptimizer:
+    """What `Trainer` calls for its optimizer; see `trainer_optimizer`."""
+
+    def __call__(self, model: nn.Module, args: Any, quantizer_lr: float | None) -> torch.optim.Optimizer:
+        optimizer_class, kwargs = transformers.Trainer.get_optimizer_cls_and_kwargs(args)
+        if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
+            raise ConfigError(f"optim={args.optim!r} chooses its parameters itself; take one such as 'adamw_torch'")
+        groups = param_groups(model, args.learning_rate, quantizer_lr, args.weight_decay)
+        return optimizer_class(groups, **kwargs)
+
+
+def trainer_optimizer(args: Any, quantizer_lr: float | None = None) -> tuple[type, dict[str, Any]]:
+    """The optimizer of the training arguments on the groups of `param_groups`: bounds and scales learn at their own rate,
+    without weight decay.
+
+        trainer = Trainer(model=model, args=args, optimizer_cls_and_kwargs=hf_daq.trainer_optimizer(args, 1e-3), ...)
+
+    Args:
+        args: `transformers.TrainingArguments`.
+        quantizer_lr: learning rate of bounds and scales; that of the arguments if None.
+    """
+    return TrainerOptimizer, {"args": args, "quantizer_lr": quantizer_lr}
+
+
+def _transformers_parts(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if is_transformers_model(module)]
+
+
+def _layers_of(model: Any, config: DaqConfig) -> dict[str, Any]:
+    """The resolved layers under their names in this model, which may be the base model of the one that was saved, or
+    have another head."""
+    if config.layers is None:
+        raise CheckpointError("the quantization config of this checkpoint has no resolved layers")
+    base = model.base_model_prefix + "."
+    modules = dict(model.named_modules())
+    children = dict(model.named_children())
+    found = {}
+    for name, bits in config.layers.items():
+        other = name.removeprefix(base) if name.startswith(base) else base + name
+        if name not in modules and other in modules:
+            found[other] = bits
+        elif name in modules or other.partition(".")[0] in children:
+            found[name] = bits
+    return found
+
+
+@torch.no_grad()
+def _clear(model: nn.Module) -> None:
+    """Quantizers that no checkpoint has set hold whatever was in memory."""
+    for layer in quantized_layers(model).values():
+        for quantizer in layer.quantizers.values():
+            for parameter in quantizer.parameters():
+                parameter.fill_(torch.nan)
+
+
+@torch.no_grad()
+def _check_loaded(model: nn.Module) -> None:
+    """Refuse a quantized checkpoint without all its quantizers, or with values that no quantizer can have."""
+    for name, layer in quantized_layers(model).items():
+        for side, quantizer in layer.quantizers.items():
+            values = dict(quantizer.named_parameters())
+            for key, value in values.items():
+                if not getattr(value, "_is_hf_initialized", False):
+                    raise CheckpointError(
+                        f"the checkpoint has no {name}.{side}.{key}, but its config quantizes {name!r}"
+                    )
+            problem = fileformat.bounds_problem(values)
+            if problem:
+                raise CheckpointError(f"{name}.{side}: {problem}")
+            quantizer.finish()
+
+
+if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+    auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = DaqHfQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = DaqConfig
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, DaqConfig)
