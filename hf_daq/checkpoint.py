@@ -19,7 +19,7 @@ from .special import is_transformers_model
 
 
 def save_pretrained(
-    model: nn.Module, save_directory: str | Path, *, state_dict: Mapping[str, Tensor] | None = None
+    model: nn.Module, save_directory: str | Path, *, state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
 ) -> None:
     """Write `model.safetensors` and `config.json` of a quantized model, both with its quantization config.
 
@@ -30,6 +30,7 @@ def save_pretrained(
         model: a quantized, calibrated model, not wrapped (`accelerator.unwrap_model(model)`).
         save_directory: created if needed.
         state_dict: the tensors to write instead of `model.state_dict()`, e.g. gathered from sharded ranks.
+        **kwargs: of the `save_pretrained` of a transformers model, e.g. `max_shard_size`.
 
     Raises:
         ModelError: not a quantized model. CalibrationError: not calibrated. CheckpointError: bounds that are not finite
@@ -39,8 +40,10 @@ def save_pretrained(
     if config is None or not quantized_layers(model):
         raise ModelError("save_pretrained needs the model that apply_daq returned, not a float or wrapped one")
     if is_transformers_model(model):
-        hub_transformers.save(model, Path(save_directory), state_dict)
+        hub_transformers.save(model, Path(save_directory), state_dict, **kwargs)
         return
+    if kwargs:
+        raise ModelError(f"{next(iter(kwargs))!r} is an argument for transformers models only")
     tensors = model.state_dict() if state_dict is None else state_dict
     fileformat.check_values(tensors, model)
     if hub_timm.is_timm_model(model):

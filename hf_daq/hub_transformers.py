@@ -66,9 +66,10 @@ class DaqHfQuantizer(HfQuantizer):
         else:
             attach(model)
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         unpatch(model, quantized=True)
         detach(model)
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # as config.json has it
         return model if dtype is None else model.to(dtype)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, str]]:
@@ -119,14 +120,18 @@ def detach(model: nn.Module) -> None:
             part.config.__dict__.pop(name, None)
 
 
-def save(model: Any, directory: Path, state_dict: Any = None) -> None:
+def save(model: Any, directory: Path, state_dict: Any = None, **kwargs: Any) -> None:
     """`model.save_pretrained` into a temporary folder whose files are then renamed: an interrupted save leaves the old
     ones."""
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as temporary:
-        model.save_pretrained(temporary, state_dict=state_dict)
-        for path in Path(temporary).iterdir():
-            os.replace(path, directory / path.name)
+        model.save_pretrained(temporary, state_dict=state_dict, **kwargs)
+        written = {path.name for path in Path(temporary).iterdir()}
+        for name in written:
+            os.replace(Path(temporary) / name, directory / name)
+    for path in directory.glob("model*.safetensors*"):  # shards of a larger model, or what shards replace
+        if path.name not in written:
+            path.unlink()
 
 
 def is_transformers_checkpoint(description: dict[str, Any]) -> bool:
@@ -141,7 +146,8 @@ def open_checkpoint(path_or_repo: Any, description: dict[str, Any], **kwargs: An
     found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise CheckpointError(f"architectures={names!r} of {path_or_repo} names no model of transformers")
-    model: nn.Module = found.from_pretrained(path_or_repo, use_safetensors=True, **kwargs)
+    loader: Any = found
+    model: nn.Module = loader.from_pretrained(path_or_repo, use_safetensors=True, **kwargs)
     return model
 
 
@@ -183,16 +189,18 @@ def _layers_of(model: Any, config: DaqConfig) -> dict[str, Any]:
     have another head."""
     if config.layers is None:
         raise CheckpointError("the quantization config of this checkpoint has no resolved layers")
-    base = model.base_model_prefix + "."
+    base = model.base_model_prefix
     modules = dict(model.named_modules())
-    children = dict(model.named_children())
+    inner = modules.get(base)
+    parts = [name for name, _ in model.named_children() if name != base]
+    parts += [f"{base}.{name}" for name, _ in inner.named_children()] if inner else []
     found = {}
     for name, bits in config.layers.items():
-        other = name.removeprefix(base) if name.startswith(base) else base + name
+        other = name.removeprefix(base + ".") if name.startswith(base + ".") else f"{base}.{name}"
         if name not in modules and other in modules:
             found[other] = bits
-        elif name in modules or other.partition(".")[0] in children:
-            found[name] = bits
+        elif any(one == part or one.startswith(part + ".") for one in (name, other) for part in parts):
+            found[name] = bits  # is there, or is an error; a head or a decoder that this model lacks is neither
     return found
 
 
