@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from models import images
+from test_transformers import logits, tiny_bert, tokens
 
 import hf_daq
 
@@ -30,8 +31,21 @@ def test_the_first_block_goes_from_a_pretrained_model_to_a_reloaded_one(tmp_path
     assert torch.equal(scope["model"].eval()(images(1, 64)), trained.eval()(images(1, 64)))
 
 
+def test_the_second_block_does_the_same_with_transformers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_bert().save_pretrained("pretrained")
+    rows = [{"input_ids": row, "labels": torch.tensor(1)} for row in tokens(8)]
+    scope = {"batches": [{"input_ids": tokens(), "labels": torch.ones(4, dtype=torch.int64)}], "dataset": rows}
+    code = BLOCKS[1].replace("bert-base-uncased", "pretrained").replace("1000", "2, report_to='none', use_cpu=True")
+    before, after = code.split('model = AutoModelForSequenceClassification.from_pretrained("out")')
+    exec(before, scope)
+    exec('loaded = AutoModelForSequenceClassification.from_pretrained("out")' + after, scope)
+    assert scope["loaded"].daq_config.activation_bits == 8
+    assert torch.equal(logits(scope["loaded"]), logits(scope["model"]))
+
+
 def test_the_other_blocks_run(capsys):
-    for block in BLOCKS[1:]:
+    for block in BLOCKS[2:]:
         exec(block, {"timm": timm, "torch": torch, "hf_daq": hf_daq})
     printed = capsys.readouterr().out
     assert re.search(r"layer1.0.conv1 +Conv2d +64x64x3x3 +4 +8 +rule layer1\.\*", printed)
