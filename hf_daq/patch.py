@@ -12,6 +12,7 @@ from .errors import CalibrationError, ModelError
 from .initial import start_from_weight
 from .layers import QuantizedLayer, StandardizedConv, quantize_layer, quantized_layers, restore_layer
 from .matching import plan
+from .order import ORDER, watch
 
 _WRAPPERS = (
     "DistributedDataParallel",
@@ -39,6 +40,7 @@ def patch(model: nn.Module, config: DaqConfig) -> None:
         for name, row in planned.quantized.items()
     }
     model.daq_config = config.replace(layers=bits)  # type: ignore[assignment]
+    watch(model)
     if planned.unsupported and config.layers is None:
         kinds = {f"{row.kind}: {row.reason}" for row in planned.unsupported.values()}
         logger.warning(
@@ -96,9 +98,7 @@ def _dequantized_weight(name: str, layer: QuantizedLayer) -> Tensor:
 def _check_float_model(model: nn.Module) -> None:
     name = type(model).__name__
     if any(base.__name__ in _WRAPPERS for base in type(model).__mro__):
-        raise ModelError(
-            f"the model is wrapped in {name}; the order is: build, apply_daq, calibrate, optimizer, then prepare or wrap"
-        )
+        raise ModelError(f"the model is wrapped in {name}; the order is: {ORDER}")
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("a TorchScript model cannot be changed; apply_daq before scripting")
     if quantized_layers(model) or hasattr(model, "daq_config"):
@@ -107,7 +107,7 @@ def _check_float_model(model: nn.Module) -> None:
         if type(parameter) is not nn.Parameter or hasattr(parameter, "device_mesh"):
             raise ModelError(
                 f"parameter {parameter_name!r} is a {type(parameter).__name__}: the model is sharded or already "
-                "quantized by another library; apply_daq on the plain float model"
+                f"quantized by another library; apply_daq on the plain float model. The order is: {ORDER}"
             )
 
 

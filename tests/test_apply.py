@@ -165,6 +165,33 @@ def test_applying_twice_and_wrapped_models_are_refused():
         hf_daq.remove_daq(small_net())
 
 
+def one_step(model, *optimizers):
+    model(images()).sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def test_an_optimizer_built_before_apply_daq_is_an_error_at_its_first_step():
+    model = small_net()
+    early = torch.optim.SGD(model.parameters(), lr=0.1)
+    calibrated(model, bits=3)
+    with pytest.raises(ModelError, match=r"no optimizer has 'conv.w_quant'.*The order is: .*apply_daq, calibrate, opt"):
+        one_step(model, early)
+
+
+def test_optimizers_that_know_the_quantizers_or_need_not_are_no_error():
+    model = calibrated(small_net(), bits=3)
+    one_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    *weights, quantizers = hf_daq.param_groups(model, lr=0.1)
+    one_step(model, torch.optim.SGD(weights, lr=0.1), torch.optim.Adam([quantizers]))
+    for layer in quantized_layers(model).values():
+        for quantizer in layer.quantizers.values():
+            quantizer.requires_grad_(False)
+    one_step(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+    other = small_net()
+    one_step(other, torch.optim.SGD(other.parameters(), lr=0.1))
+
+
 def test_forward_before_calibration_names_the_layer_and_the_call():
     model = hf_daq.apply_daq(small_net(), bits=3)
     with pytest.raises(CalibrationError, match=r"layer 'conv' is not calibrated(.|\n)*hf_daq.calibrate\(model\)"):

@@ -11,7 +11,7 @@ FLOORS = [
     {"functional"},
     {"quantizers"},
     {"layers", "initial"},
-    {"special"},
+    {"special", "order"},
     {"matching"},
     {"patch", "calibrate", "training"},
     {"fileformat"},

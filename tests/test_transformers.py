@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 import transformers
+from models import images, small_timm
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -454,6 +455,36 @@ def test_copies_and_pickles_of_a_model_still_work(saved):
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(twin), logits(model))
         assert twin.hf_quantizer is not model.hf_quantizer
+
+
+# ------------------------------------------------------------------------------------------------------ timm inside
+
+
+def test_a_quantized_timm_checkpoint_opens_in_transformers(tmp_path):
+    """Its quantization is in the arguments of the architecture `hf_daq`, so that nothing is quantized twice."""
+    model = hf_daq.apply_daq(small_timm(), bits=3)
+    with hf_daq.calibrate(model):
+        model(images(4, 64))
+    hf_daq.save_pretrained(model, tmp_path)
+    wrapper = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(wrapper(images(2, 64)).logits, model(images(2, 64)))
+
+
+def test_a_timm_model_in_transformers_keeps_its_first_layer_and_classifier(tmp_path):
+    config = transformers.TimmWrapperConfig(architecture="test_resnet", num_labels=10)
+    float_model = transformers.AutoModelForImageClassification.from_config(config).eval()
+    float_model.save_pretrained(tmp_path / "float")
+    model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "float", quantization_config=CONFIG)
+    kept = hf_daq.plan(float_model, CONFIG).kept
+    assert {name: row.reason for name, row in kept.items()} == {
+        "timm_model.conv1.0": "first layer",
+        "timm_model.fc": "classifier",
+    }
+    with hf_daq.calibrate(model):
+        model(images(4, 64))
+    model.save_pretrained(tmp_path / "saved")
+    loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded(images(2, 64)).logits, model(images(2, 64)).logits)
 
 
 # -------------------------------------------------------------------------------------------- layers and generation
