@@ -18,6 +18,7 @@ from .config import DaqConfig
 from .errors import CalibrationError, ModelError
 from .initial import activation_bounds, start_from_weight
 from .layers import LAYER_TYPES, QuantizedLayer, quantized_layers
+from .order import ORDER, is_shard
 from .quantizers import ActivationQuantizer, WeightQuantizer
 
 _BINS = 8192
@@ -56,7 +57,11 @@ def calibrate(model: nn.Module) -> Iterator[nn.Module]:
     layers = quantized_layers(model)
     config: DaqConfig | None = getattr(model, "daq_config", None)
     if not layers or config is None:
-        raise ModelError("calibrate needs the model that apply_daq returned, not a float or wrapped one")
+        raise ModelError(
+            f"calibrate needs the model that apply_daq returned, not a float or wrapped one; order: {ORDER}"
+        )
+    if any(is_shard(layer.weight) for layer in layers.values()):
+        raise ModelError(f"calibrate cannot see through a sharded model; the order is: {ORDER}")
     training = {module: module.training for module in model.modules()}
     observers = {name: _Observer(layer.weight.device) for name, layer in layers.items()}
     batches: list[_Call] = []

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .config import DaqConfig
 from .errors import CalibrationError, CheckpointError, ConfigError
 from .layers import quantized_layers
+from .order import is_shard
 from .version import __version__
 
 WEIGHTS_NAME = "model.safetensors"
@@ -173,7 +174,12 @@ def load(model: nn.Module, header: Header, path: Path) -> None:
 
 
 def check_values(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Refuse to save quantizers that were never calibrated, or whose values could not be loaded again."""
+    """Refuse to save shards, and quantizers that were never calibrated or whose values could not be loaded again."""
+    if any(is_shard(tensor) for tensor in tensors.values()):
+        raise CheckpointError(
+            "the model is sharded; gather its tensors on every rank and save them on the main one: state_dict = "
+            "accelerator.get_state_dict(model), then save_pretrained(model, directory, state_dict=state_dict)"
+        )
     for name, layer in quantized_layers(model).items():
         if not layer.calibrated:
             raise CalibrationError(f"layer {name!r} is not calibrated; run hf_daq.calibrate(model) before saving")

@@ -74,7 +74,8 @@ class DaqHfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, str]]:
         state_dict = self.__dict__.pop("state_dict", None)
-        fileformat.check_values(model.state_dict() if state_dict is None else state_dict, model)
+        if state_dict != {}:  # which ranks have that do not write
+            fileformat.check_values(model.state_dict() if state_dict is None else state_dict, model)
         return state_dict, fileformat.metadata(model.daq_config)
 
 

@@ -1,4 +1,5 @@
-"""Catches an optimizer that was built before the model was quantized, and would never train bounds and scales."""
+"""The order of a training script, and its mistakes: an optimizer that was built before the model was quantized would
+never train bounds and scales, and a sharded model shows no whole weights."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import weakref
 from functools import cache
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -17,6 +18,11 @@ from .layers import quantized_layers
 ORDER = "build or load the model, apply_daq, calibrate, optimizer, then prepare or wrap"
 _models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """True for a DTensor, as FSDP2 makes of parameters."""
+    return hasattr(tensor, "device_mesh")
 
 
 def watch(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from .errors import CalibrationError, ModelError
 from .initial import start_from_weight
 from .layers import QuantizedLayer, StandardizedConv, quantize_layer, quantized_layers, restore_layer
 from .matching import plan
-from .order import ORDER, watch
+from .order import ORDER, is_shard, watch
 
 _WRAPPERS = (
     "DistributedDataParallel",
@@ -104,7 +104,7 @@ def _check_float_model(model: nn.Module) -> None:
     if quantized_layers(model) or hasattr(model, "daq_config"):
         raise ModelError("the model is already quantized; hf_daq.remove_daq(model) first to choose other bits")
     for parameter_name, parameter in model.named_parameters():
-        if type(parameter) is not nn.Parameter or hasattr(parameter, "device_mesh"):
+        if type(parameter) is not nn.Parameter or is_shard(parameter):
             raise ModelError(
                 f"parameter {parameter_name!r} is a {type(parameter).__name__}: the model is sharded or already "
                 f"quantized by another library; apply_daq on the plain float model. The order is: {ORDER}"

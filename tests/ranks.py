@@ -1,0 +1,239 @@
+"""What two processes do in tests/test_distributed.py: `python -m torch.distributed.run --nproc-per-node 2 tests/ranks.py DIR`.
+
+Each scenario writes what its rank ended with to DIR; the tests compare ranks with one another and with one process.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from models import images, small_timm
+from test_transformers import tiny_bert, tokens
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+import hf_daq
+from hf_daq import DaqConfig, DaqError
+from hf_daq.layers import quantized_layers
+
+CONFIG = DaqConfig(weight_bits=3, activation_bits=4)
+STEPS = 3
+
+
+def vit() -> nn.Module:
+    return small_timm("test_vit", img_size=32)
+
+
+def batches(step: int) -> Tensor:
+    """The joined batch of all ranks, shape (8, 3, 32, 32)."""
+    return images(8, 32, seed=100 + step)
+
+
+def targets(step: int) -> Tensor:
+    return torch.randint(0, 10, (8,), generator=torch.Generator().manual_seed(step))
+
+
+def share(joined: Tensor, rank: int, world: int) -> Tensor:
+    return joined.chunk(world)[rank]
+
+
+def calibrated_vit(rank: int = 0, world: int = 1) -> nn.Module:
+    model = hf_daq.apply_daq(vit(), CONFIG)
+    with hf_daq.calibrate(model):
+        for step in range(2):
+            model(share(batches(step), rank, world))
+    return model
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    # SGD keeps rounding errors as small as they are; Adam would turn them into steps where a gradient is almost zero.
+    return torch.optim.SGD(hf_daq.param_groups(model, lr=0.05, quantizer_lr=0.01, weight_decay=1e-4), momentum=0.9)
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: range = range(STEPS),
+    rank: int = 0,
+    world: int = 1,
+    backward: Callable[[Tensor], None] = Tensor.backward,
+) -> None:
+    model.train()
+    for step in steps:
+        logits = model(share(batches(step), rank, world))
+        backward(nn.functional.cross_entropy(logits, share(targets(step), rank, world)))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def full_state(model: nn.Module) -> dict[str, Tensor]:
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def sharded(model: nn.Module, **kwargs) -> nn.Module:
+    for block in model.blocks:
+        fully_shard(block, **kwargs)
+    return fully_shard(model, **kwargs)
+
+
+# --------------------------------------------------------------------------------------------------------- scenarios
+
+
+def calibration(rank: int, world: int) -> dict:
+    return {"state": calibrated_vit(rank, world).state_dict()}
+
+
+def calibration_of_unequal_shares(rank: int, world: int) -> dict:
+    """Rank 0 brings both batches, rank 1 none."""
+    model = hf_daq.apply_daq(vit(), CONFIG)
+    with hf_daq.calibrate(model):
+        for step in range(2 if rank == 0 else 0):
+            model(batches(step))
+    return {"state": model.state_dict()}
+
+
+def ddp(rank: int, world: int, folder: Path) -> dict:
+    accelerator = Accelerator(cpu=True)
+    model = calibrated_vit(rank, world)
+    model, optimizer = accelerator.prepare(model, optimizer_of(model))
+    states = []
+    for step in range(STEPS):
+        train(model, optimizer, range(step, step + 1), rank, world, accelerator.backward)
+        states.append({k: v.clone() for k, v in accelerator.unwrap_model(model).state_dict().items()})
+    if rank == 0:
+        hf_daq.save_pretrained(accelerator.unwrap_model(model), folder)
+    return {"states": states}
+
+
+def gradient_accumulation(rank: int, world: int) -> dict:
+    """Two halves of a share, one update."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = calibrated_vit(rank, world)
+    model, optimizer = accelerator.prepare(model, optimizer_of(model))
+    model.train()
+    for step in range(STEPS):
+        inputs, labels = share(batches(step), rank, world), share(targets(step), rank, world)
+        for part, label in zip(inputs.chunk(2), labels.chunk(2), strict=True):
+            with accelerator.accumulate(model):
+                accelerator.backward(nn.functional.cross_entropy(model(part), label))
+                optimizer.step()
+                optimizer.zero_grad()
+    return {"state": accelerator.unwrap_model(model).state_dict()}
+
+
+def gradient_checkpointing(rank: int, world: int) -> dict:
+    model = calibrated_vit(rank, world)
+    model.set_grad_checkpointing()
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(model, optimizer_of(model))
+    train(model, optimizer, rank=rank, world=world, backward=accelerator.backward)
+    return {"state": accelerator.unwrap_model(model).state_dict()}
+
+
+def save_and_load_state(rank: int, world: int, folder: Path) -> dict:
+    """Four steps; the last two once more, from the state after two."""
+    accelerator = Accelerator(cpu=True)
+    model = calibrated_vit(rank, world)
+    model, optimizer = accelerator.prepare(model, optimizer_of(model))
+    train(model, optimizer, range(2), rank, world, accelerator.backward)
+    accelerator.save_state(str(folder))
+    accelerator.wait_for_everyone()  # the main process writes the model
+    ends = []
+    for _ in range(2):
+        accelerator.load_state(str(folder))
+        train(model, optimizer, range(2, 4), rank, world, accelerator.backward)
+        ends.append({k: v.clone() for k, v in accelerator.unwrap_model(model).state_dict().items()})
+    return {"ends": ends}
+
+
+def fsdp(rank: int, world: int, folder: Path) -> dict:
+    model = sharded(calibrated_vit(rank, world))
+    train(model, optimizer_of(model), rank=rank, world=world)
+    state = full_state(model)
+    if rank == 0:
+        hf_daq.save_pretrained(model, folder, state_dict=state)
+    return {"state": state}
+
+
+def fsdp_in_bf16(rank: int, world: int) -> dict:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = sharded(calibrated_vit(rank, world), mp_policy=policy)
+    train(model, optimizer_of(model), rank=rank, world=world)
+    return {"state": full_state(model)}
+
+
+def fsdp_of_a_transformers_model(rank: int, world: int, folder: Path) -> dict:
+    model = hf_daq.apply_daq(tiny_bert(), CONFIG)
+    with hf_daq.calibrate(model):
+        model(input_ids=share(tokens(8), rank, world))
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = optimizer_of(model)
+    model.train()
+    labels = share(torch.tensor([0, 1] * 4), rank, world)
+    model(input_ids=share(tokens(8), rank, world), labels=labels).loss.backward()
+    optimizer.step()
+    state = full_state(model)
+    model.save_pretrained(folder, is_main_process=rank == 0, state_dict=dict(state))
+    return {"state": state}
+
+
+def mistakes(rank: int, world: int) -> dict:
+    """Messages of what is refused once a model is wrapped or sharded."""
+
+    def message(action: Callable[[], object]) -> str:
+        try:
+            action()
+        except DaqError as error:
+            return str(error)
+        return "no error"
+
+    def calibrate(model: nn.Module) -> None:
+        with hf_daq.calibrate(model):
+            model(batches(0))
+
+    wrapped = nn.parallel.DistributedDataParallel(calibrated_vit(rank, world))
+    shards = sharded(calibrated_vit(rank, world))
+    late = sharded(vit())
+    return {
+        "apply_wrapped": message(lambda: hf_daq.apply_daq(nn.parallel.DistributedDataParallel(vit()), CONFIG)),
+        "apply_sharded": message(lambda: hf_daq.apply_daq(late, CONFIG)),
+        "calibrate_wrapped": message(lambda: calibrate(wrapped)),
+        "calibrate_sharded": message(lambda: calibrate(shards)),
+        "save_shards": message(lambda: hf_daq.save_pretrained(shards, "nowhere")),
+        "layers": len(quantized_layers(shards)),
+    }
+
+
+SCENARIOS = [
+    calibration,
+    calibration_of_unequal_shares,
+    ddp,
+    gradient_accumulation,
+    gradient_checkpointing,
+    save_and_load_state,
+    fsdp,
+    fsdp_in_bf16,
+    fsdp_of_a_transformers_model,
+    mistakes,
+]
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for scenario in SCENARIOS:
+        takes_folder = "folder" in scenario.__annotations__
+        arguments = [folder / f"{scenario.__name__}_saved"] if takes_folder else []
+        torch.save(scenario(rank, world, *arguments), folder / f"{scenario.__name__}-{rank}.pt")
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,234 @@
+"""Two processes (tests/ranks.py) against one another, and against one process on the joined batches."""
+
+import subprocess
+import sys
+
+import pytest
+import ranks
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from ranks import CONFIG, STEPS, batches, calibrated_vit, optimizer_of, targets, train, vit
+from test_transformers import logits, tiny_bert
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+import hf_daq
+from hf_daq.layers import quantized_layers
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """folder, and what each scenario ended with: (rank 0, rank 1)."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*command, ranks.__file__, str(folder)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-5000:]
+    names = [scenario.__name__ for scenario in ranks.SCENARIOS]
+    return folder, {name: tuple(torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)) for name in names}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """State of one process on the joined batches after calibration, and after each step."""
+    torch.set_num_threads(1)
+    model = calibrated_vit()
+    states = [{k: v.clone() for k, v in model.state_dict().items()}]
+    optimizer = optimizer_of(model)
+    for step in range(STEPS):
+        train(model, optimizer, range(step, step + 1))
+        states.append({k: v.clone() for k, v in model.state_dict().items()})
+    return states
+
+
+def equal(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def close(one, other, tolerance=2e-5):
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(
+            one[name], other[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("scenario", ["calibration", "calibration_of_unequal_shares"])
+def test_calibration_is_equal_on_all_ranks_and_as_in_one_process(ended, alone, scenario):
+    first, second = ended[1][scenario]
+    equal(first["state"], second["state"])
+    close(first["state"], alone[0])
+
+
+def test_every_step_leaves_the_ranks_equal_and_where_one_process_would_be(ended, alone):
+    first, second = ended[1]["ddp"]
+    for step in range(STEPS):
+        equal(first["states"][step], second["states"][step])
+        close(first["states"][step], alone[step + 1])
+    moved = [name for name in alone[0] if "_quant." in name and not torch.equal(alone[0][name], alone[-1][name])]
+    assert len(moved) > 50
+
+
+@pytest.mark.parametrize("scenario", ["gradient_accumulation", "gradient_checkpointing", "fsdp"])
+def test_other_ways_to_train_end_where_one_process_does(ended, alone, scenario):
+    close(ended[1][scenario][0]["state"], alone[-1])
+
+
+def test_sharded_training_in_bf16_stays_near(ended, alone):
+    state = ended[1]["fsdp_in_bf16"][0]["state"]
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    assert {tensor.dtype for name, tensor in state.items() if "_quant." in name} == {torch.float32}
+    names = [name for name in state if name.endswith("_quant.upper")]
+    assert any(not torch.equal(state[name], alone[0][name]) for name in names)
+    close({name: state[name] for name in names}, {name: alone[-1][name] for name in names}, 0.05)
+
+
+@pytest.mark.parametrize("scenario", ["ddp", "fsdp"])
+def test_the_saved_file_is_what_one_process_would_save(ended, alone, scenario):
+    folder, results = ended
+    model = timm.create_model(f"local-dir:{folder / scenario}_saved", pretrained=True)
+    state = results["ddp"][0]["states"][-1] if scenario == "ddp" else results["fsdp"][0]["state"]
+    equal(model.state_dict(), state)
+    twin = hf_daq.apply_daq(vit(), CONFIG)
+    twin.load_state_dict(state)
+    assert torch.equal(model(batches(0)), twin(batches(0)))
+
+
+def test_a_sharded_transformers_model_saves_whole_tensors(ended):
+    folder, results = ended
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "fsdp_of_a_transformers_model_saved")
+    equal(model.state_dict(), results["fsdp_of_a_transformers_model"][0]["state"])
+    twin = hf_daq.apply_daq(tiny_bert(), CONFIG)
+    twin.load_state_dict(results["fsdp_of_a_transformers_model"][0]["state"])
+    assert torch.equal(logits(model), logits(twin))
+    assert model.config.architectures == ["BertForSequenceClassification"]
+
+
+def test_two_processes_continue_bit_for_bit(ended):
+    for rank in ended[1]["save_and_load_state"]:
+        equal(rank["ends"][0], rank["ends"][1])
+    equal(ended[1]["save_and_load_state"][0]["ends"][0], ended[1]["save_and_load_state"][1]["ends"][0])
+
+
+def test_one_process_continues_the_run_of_two(ended):
+    folder, results = ended
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True)
+    model = hf_daq.apply_daq(vit(), CONFIG)
+    with hf_daq.calibrate(model):  # other values than those of the run: they are all loaded
+        model(batches(50))
+    model, optimizer = accelerator.prepare(model, optimizer_of(model))
+    accelerator.load_state(str(folder / "save_and_load_state_saved"))
+    train(model, optimizer, range(2, 4))
+    close(model.state_dict(), results["save_and_load_state"][0]["ends"][0])
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("apply_wrapped", "is wrapped in DistributedDataParallel"),
+        ("apply_sharded", "is a DTensor: the model is sharded"),
+        ("calibrate_wrapped", "needs the model that apply_daq returned"),
+        ("calibrate_sharded", "cannot see through a sharded model"),
+    ],
+)
+def test_mistakes_of_order_tell_the_order(ended, mistake, message):
+    for rank in ended[1]["mistakes"]:
+        assert message in rank[mistake]
+        assert "apply_daq, calibrate, optimizer, then prepare or wrap" in rank[mistake]
+
+
+def test_saving_shards_tells_how_to_gather_them(ended):
+    for rank in ended[1]["mistakes"]:
+        assert "accelerator.get_state_dict(model)" in rank["save_shards"]
+
+
+# ------------------------------------------------------------------------------- what changes numbers in one process
+
+
+def half_precision(model, dtype, scaler=None):
+    optimizer = optimizer_of(model)
+    losses = []
+    for step in range(STEPS):
+        with torch.autocast("cpu", dtype):
+            loss = nn.functional.cross_entropy(model.train()(batches(step)), targets(step))
+        (scaler.scale(loss) if scaler else loss).backward()
+        if scaler:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_stays_near_float32(alone, dtype):
+    model = calibrated_vit()
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0) if dtype == torch.float16 else None
+    half_precision(model, dtype, scaler)
+    names = [name for name in alone[0] if name.endswith("_quant.upper")]
+    state = model.state_dict()
+    assert all(state[name].dtype == torch.float32 for name in names)
+    close({name: state[name] for name in names}, {name: alone[-1][name] for name in names}, 0.05)
+    if scaler:
+        assert scaler.get_scale() == 256.0
+
+
+def test_the_scaler_sees_an_overflow_in_a_quantizer_and_skips_the_step():
+    model = calibrated_vit()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
+    half_precision(model, torch.float16, scaler)
+    equal(model.state_dict(), before)
+    assert scaler.get_scale() < 1e38
+
+
+def test_an_average_of_weights_averages_the_quantizers_too():
+    model = calibrated_vit()
+    average = timm.utils.ModelEmaV3(model, decay=0.5)
+    start = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    train(model, optimizer_of(model), range(1))
+    average.update(model)
+    for name, parameter in average.module.named_parameters():
+        torch.testing.assert_close(parameter, (start[name] + model.get_parameter(name)) / 2)
+    assert average.module(batches(0)).isfinite().all()
+    hf_daq.remove_daq(average.module)
+    assert quantized_layers(model)
+
+
+def test_batch_normalisation_is_synchronised_in_quantized_models_too():
+    model = hf_daq.apply_daq(timm.create_model("test_resnet", num_classes=3), bits=3)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in synchronised.modules())
+    assert len(quantized_layers(synchronised)) == len(synchronised.daq_config.layers)
+    with hf_daq.calibrate(synchronised):
+        synchronised(batches(0))
+    assert synchronised.eval()(batches(0)).isfinite().all()
+
+
+def test_channels_last_gives_the_same_gradients():
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = hf_daq.apply_daq(timm.create_model("test_resnet", num_classes=3), bits=3)
+        with hf_daq.calibrate(model.eval()):
+            model(batches(0))
+        model.to(memory_format=memory_format)
+        model(batches(1).contiguous(memory_format=memory_format)).square().sum().backward()
+        results.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    close(*results, 1e-3)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_the_whole_model_compiles_without_a_graph_break(alone, backend):
+    torch._dynamo.reset()
+    model = calibrated_vit()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    optimizer = optimizer_of(model)
+    train(compiled, optimizer)
+    close(model.state_dict(), alone[-1], 1e-3)
