@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from models import images, small_timm
+from test_trainer import arguments, trainer_of
 from test_transformers import tiny_bert, tokens
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -183,6 +184,25 @@ def fsdp_of_a_transformers_model(rank: int, world: int, folder: Path) -> dict:
     return {"state": state}
 
 
+def trained_by_trainer(folder: Path, batch_size: int) -> nn.Module:
+    model = hf_daq.apply_daq(tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), CONFIG)
+    with hf_daq.calibrate(model):
+        model(input_ids=tokens())
+    order = {"train_sampling_strategy": "sequential"}  # shuffled differently by one process and by two
+    args = arguments(
+        folder, max_steps=4, per_device_train_batch_size=batch_size, optim="sgd", learning_rate=0.05, **order
+    )
+    trainer = trainer_of(model, args)
+    trainer.model_accepts_loss_kwargs = False  # or Trainer takes the loss, a mean, for a sum over both processes
+    trainer.train()
+    trainer.save_model(folder)
+    return model
+
+
+def trainer(rank: int, world: int, folder: Path) -> dict:
+    return {"state": trained_by_trainer(folder, 8 // world).state_dict()}
+
+
 def mistakes(rank: int, world: int) -> dict:
     """Messages of what is refused once a model is wrapped or sharded."""
 
@@ -220,6 +240,7 @@ SCENARIOS = [
     fsdp,
     fsdp_in_bf16,
     fsdp_of_a_transformers_model,
+    trainer,
     mistakes,
 ]
 

@@ -9,7 +9,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from ranks import CONFIG, STEPS, batches, calibrated_vit, optimizer_of, targets, train, vit
+from ranks import CONFIG, STEPS, batches, calibrated_vit, optimizer_of, targets, train, trained_by_trainer, vit
 from test_transformers import logits, tiny_bert
 from torch import nn
 from transformers import AutoModelForSequenceClassification
@@ -104,6 +104,15 @@ def test_a_sharded_transformers_model_saves_whole_tensors(ended):
     twin.load_state_dict(results["fsdp_of_a_transformers_model"][0]["state"])
     assert torch.equal(logits(model), logits(twin))
     assert model.config.architectures == ["BertForSequenceClassification"]
+
+
+def test_trainer_ends_where_one_process_does(ended, tmp_path):
+    folder, results = ended
+    first, second = (rank["state"] for rank in results["trainer"])
+    equal(first, second)
+    equal(AutoModelForSequenceClassification.from_pretrained(folder / "trainer_saved").state_dict(), first)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    close(trained_by_trainer(tmp_path, 8).state_dict(), first)
 
 
 def test_two_processes_continue_bit_for_bit(ended):
