@@ -66,8 +66,8 @@ def from_pretrained(
 
     Args:
         path_or_repo: folder, or "user/name".
-        model: a float model to quantize and load in place, as the checkpoint says; None builds the timm model that
-            the checkpoint names, or the transformers model.
+        model: a float model to quantize and load in place, as the checkpoint says; None builds the timm or transformers
+            model that the checkpoint names.
         revision, cache_dir, token: as in huggingface_hub.
         **kwargs: arguments of the timm model, e.g. `num_classes`, `drop_rate`; for a transformers model those of its own
             `from_pretrained`.
@@ -85,6 +85,10 @@ def from_pretrained(
         if repo.count("/") != 1 or repo.startswith((".", "/")):
             raise CheckpointError(f"{repo!r} is neither a folder nor the name of a repository such as 'user/name'")
         directory = Path(hf_hub_download(repo, fileformat.CONFIG_NAME, **options)).parent
+    if model is not None and is_transformers_model(model):
+        raise ModelError(
+            f"a transformers model is opened by its class: {type(model).__name__}.from_pretrained({path_or_repo!r})"
+        )
     description = fileformat.read_description(directory)
     if model is None and hub_transformers.is_transformers_checkpoint(description):
         options = {"revision": revision, "cache_dir": cache_dir, "token": token}
@@ -102,8 +106,8 @@ def from_pretrained(
         return _load_into(model, config, weights)
     if not is_timm:
         raise CheckpointError(
-            f"{directory} holds a {description.get('architecture')}, which is neither a timm nor a transformers model; build it and write "
-            "hf_daq.from_pretrained(path, model=model)"
+            f"{directory} holds a {description.get('architecture')}, which is neither a timm nor a transformers model; "
+            "build it and write hf_daq.from_pretrained(path, model=model)"
         )
     loaded: nn.Module = timm.create_model(f"local-dir:{directory}", pretrained=True, **kwargs)
     return loaded
@@ -120,5 +124,4 @@ def _load_into(model: nn.Module, config: DaqConfig, weights: Path) -> nn.Module:
     except BaseException:
         unpatch(model)
         raise
-    hub_transformers.attach(model)
     return model.eval()

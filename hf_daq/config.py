@@ -49,8 +49,9 @@ class DaqConfig:
             starts where the float weights are; "standardize": the weight's mean is removed as well (paper).
         weight_init, activation_init: initial bounds. "mse": the widest bounds whose squared error is close to the
             smallest for this number of bits; "3std": three standard deviations (paper).
-        bias_correction: give every quantized layer a learnable shift of its output channels, started so that their mean
-            is that of the float layer (Nagel et al., ICCV 2019). Free at run time; the paper does without.
+        bias_correction: give every quantized convolution, and every linear layer with a bias, a learnable shift of its
+            output channels, started so that their mean is that of the float layer (Nagel et al., ICCV 2019). Free at run
+            time; the paper does without.
         first_last_bits: bits of the first convolution (or patch embedding) and the classifier; None keeps them in
             full precision.
         rules: exceptions, e.g. `[{"pattern": "layer1.*", "weight_bits": 8}, {"pattern": "re:.*downsample.*",

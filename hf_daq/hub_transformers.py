@@ -198,6 +198,8 @@ def _layers_of(model: Any, config: DaqConfig) -> dict[str, Any]:
     found = {}
     for name, bits in config.layers.items():
         other = name.removeprefix(base + ".") if name.startswith(base + ".") else f"{base}.{name}"
+        if isinstance(modules.get(name), nn.Identity):  # a head of timm, which the base model has not
+            continue
         if name not in modules and other in modules:
             found[other] = bits
         elif any(one == part or one.startswith(part + ".") for one in (name, other) for part in parts):

@@ -184,7 +184,8 @@ def quantize_layer(layer: Any, name: str, config: DaqConfig, weight_bits: int, a
         quantized_class.weight_shape(layer),
         granularity=config.weight_granularity,
         group_size=config.group_size,
-        shift=config.bias_correction,
+        # A class of transformers has no place for the bias of a linear layer that had none, nor have exported files.
+        shift=config.bias_correction and (layer.bias is not None or isinstance(layer, nn.Conv2d)),
         normalization=config.weight_normalization,
         gamma=config.weight_gamma,
         sigma=config.weight_sigma,

@@ -106,6 +106,8 @@ def _plan_layer(
 
     if isinstance(module, nn.Embedding):
         return row(None, "embedding")
+    if type(module) not in LAYER_TYPES and outer.get(name) == "router":
+        return row(None, "router")
     if type(module) not in LAYER_TYPES:
         return row(None, f"no quantized form of {type(module).__name__}", unsupported=True)
     if name in fixed:

@@ -66,6 +66,14 @@ def unpatch(model: nn.Module, quantized: bool = False) -> None:
         raise ModelError("the model is not quantized: there is nothing to remove")
     if quantized:
         values = {name: layer.stored(_dequantized_weight(name, layer)) for name, layer in layers.items()}
+        gained = [name for name, layer in layers.items() if layer.bias is None and layer.w_quant.shift is not None]
+        if gained:
+            logger.warning(
+                "%d layers gain a bias, the correction of their outputs (%s...); a model built anew does not load it. "
+                "DaqConfig(bias_correction=False) has none",
+                len(gained),
+                gained[0],
+            )
         with torch.no_grad():
             for name, layer in layers.items():
                 bias = layer.w_quant.shifted(layer.bias, layer.weight.dtype)

@@ -135,7 +135,7 @@ class WeightQuantizer(Quantizer):
         shape (rows, group_size), with zeros after the last column of a channel."""
         if self.groups == 1:
             return weight
-        return F.pad(weight.flatten(1), (0, self.padding)).view(-1, self.group_size)
+        return F.pad(weight.flatten(1), (0, self.padding)).reshape(-1, self.group_size)
 
     def valid(self, device: torch.device) -> Tensor | None:
         """1 where `rows` holds a weight and 0 where it holds padding, shape (rows, group_size); None without padding."""

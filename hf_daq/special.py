@@ -77,8 +77,9 @@ def _outer_of_transformers(model: Any, layers: dict[str, nn.Module]) -> dict[str
     outer = dict.fromkeys(heads, "head")
     for name, module in layers.items():
         parent, _, last = name.rpartition(".")
-        is_router = last in _ROUTER_NAMES or parent.endswith("router")
-        if is_router and isinstance(module, nn.Linear) and module.out_features < module.in_features:
+        named_so = last in _ROUTER_NAMES or parent.endswith("router")
+        scores = isinstance(module, nn.Linear) and module.out_features < module.in_features
+        if (named_so and scores) or "Router" in type(module).__name__:
             outer[name] = "router"
     first = [name for name in layers if "patch_embed" in name] or _first_convolutions(layers)
     outer |= dict.fromkeys(first, "first layer")
