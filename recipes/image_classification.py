@@ -19,51 +19,45 @@ Accuracy is top-1 on `eval_split`, by default the test split. `quantized_last` i
 
 import contextlib
 import copy
-import dataclasses
-import difflib
 import itertools
 import json
-import math
-import os
-import platform
 import random
-import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal
 
 import accelerate
 import cifar_resnet  # noqa: F401  registers resnet20_cifar and resnet8_cifar with timm
+import common
 import datasets
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-import yaml
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from safetensors.torch import load_file
+from common import (
+    Distillation,
+    EpochShuffle,
+    daq_config,
+    distill,
+    find_checkpoint,
+    prepare,
+    seed_of,
+    start_accelerator,
+    train_phase,
+    write_results,
+)
+from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
-from timm.models import save_for_hf
+from timm.models._hub import save_config_for_hf
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm.auto import tqdm
+from torch.utils.data import DataLoader, Dataset
 
 import hf_daq
 
 # ---------------------------------------------------------------------------------------------------------- knobs
-
-
-@dataclass
-class Distillation:
-    """Loss = (1 - alpha) * cross-entropy + alpha * temperature^2 * KL to the float network's outputs (DAQ phase)."""
-
-    alpha: float = 0.0
-    temperature: float = 4.0
 
 
 @dataclass
@@ -77,7 +71,8 @@ class Config:
     eval_split: str = "test"
     image_column: str | None = None  # None: found by the type of the columns
     label_column: str | None = None
-    pipeline: str = "auto"  # "memory": decoded once, crop and flip of whole batches; "timm": timm's transforms; "auto"
+    # "memory": decoded once, crop and flip of whole batches; "timm": timm's transforms
+    pipeline: Literal["auto", "memory", "timm"] = "auto"
     image_size: int | None = None  # None: that of the images (memory) or of the model (timm)
     crop_padding: int = 1  # memory pipeline
     hflip: float = 0.0
@@ -105,7 +100,7 @@ class Config:
     distillation: Distillation = field(default_factory=Distillation)
 
     # both phases
-    optimizer: str = "sgd"  # or "adamw"
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: float = 0.9
     nesterov: bool = True
     warmup_epochs: float = 1.0
@@ -113,7 +108,7 @@ class Config:
     accumulation: int = 1  # batches per update
     clip_grad: float | None = None
     label_smoothing: float = 0.0
-    mixed_precision: str = "no"  # or "bf16"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # fp16, FSDP and DeepSpeed with adamw alone
     channels_last: bool = False
     compile: bool = False
     max_steps: int | None = None  # updates per phase, for a quick look
@@ -123,98 +118,12 @@ class Config:
     output_dir: str = "output"
     checkpoint_every: int = 0  # updates; 0: none
     resume: bool = False
-    tracker: str = "none"  # "tensorboard", "trackio"
+    tracker: Literal["none", "tensorboard", "trackio"] = "none"
     log_every: int = 50
 
 
-CHOICES = {
-    "pipeline": ("auto", "memory", "timm"),
-    "optimizer": ("sgd", "adamw"),
-    "mixed_precision": ("no", "bf16"),
-    "tracker": ("none", "tensorboard", "trackio"),
-}
-# What may differ between a run and its continuation.
-FREE_ON_RESUME = {"dataset", "output_dir", "checkpoint_every", "resume", "tracker", "log_every", "num_workers"}
-
-
 def parse(argv: list[str]) -> Config:
-    """YAML file (`--config`) plus overrides (`--key value`, `--key.sub value`, `--key=value`, `--flag`) -> Config."""
-    if "-h" in argv or "--help" in argv:
-        print(__doc__ + "\nKeys and defaults:\n\n" + yaml.safe_dump(dataclasses.asdict(Config()), sort_keys=False))
-        raise SystemExit(0)
-    overrides: dict[str, Any] = {}
-    tokens = list(argv)
-    while tokens:
-        token = tokens.pop(0)
-        if not token.startswith("--"):
-            raise SystemExit(f"unexpected argument {token!r}; options are written --key value")
-        key, equals, text = token[2:].partition("=")
-        if not equals:
-            text = tokens.pop(0) if tokens and not tokens[0].startswith("--") else "true"
-        overrides[key] = yaml.safe_load(text)
-    values: dict[str, Any] = {}
-    if config := overrides.pop("config", None):
-        values = yaml.safe_load(Path(config).read_text()) or {}
-    if "daq.bits" in overrides:  # replaces both numbers of the file
-        overrides["daq.weight_bits"] = overrides["daq.activation_bits"] = overrides.pop("daq.bits")
-    defaults = dataclasses.asdict(Config())
-    for dotted, value in overrides.items():
-        parent, dot, key = dotted.rpartition(".")
-        target = values.setdefault(parent, defaults.get(parent, {})) if dot else values
-        if not isinstance(target, dict):
-            raise SystemExit(f"unknown key {dotted!r}: {parent} is a single value")
-        target[key] = value
-    return fill(Config, values)
-
-
-def fill(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
-    """Build the dataclass from plain values, refusing what it does not know."""
-    hints = get_type_hints(cls)
-    known = {}
-    for key, value in values.items():
-        if key not in hints:
-            closest = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)[0]
-            raise SystemExit(f"unknown key {prefix + key!r}; the closest is {prefix + closest!r} (--help lists all)")
-        known[key] = convert(prefix + key, value, hints[key])
-    return cls(**known)
-
-
-def convert(key: str, value: Any, hint: Any) -> Any:
-    kinds = get_args(hint) or (hint,)
-    kind = kinds[0]
-    if value is None and type(None) in kinds:
-        return None
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        return fill(kind, value, key + ".")
-    if key == "mixed_precision" and value is False:
-        value = "no"  # as YAML reads it without quotes
-    if key in CHOICES and value not in CHOICES[key]:
-        raise SystemExit(f"{key} is {value!r}; allowed are {', '.join(CHOICES[key])}")
-    if kind is dict and isinstance(value, dict):
-        return {k: as_number(v) for k, v in value.items()}
-    if kind is float and not isinstance(value, bool) and isinstance(as_number(value), int | float):
-        return float(as_number(value))
-    if kind is str and type(value) in (int, float):
-        return str(value)
-    if type(value) is not kind:
-        raise SystemExit(f"{key} is {value!r}; a value of type {kind.__name__} is wanted")
-    return value
-
-
-def as_number(value: Any) -> Any:
-    """YAML reads `1e-4` (no dot) as text."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            return float(value)
-    return value
-
-
-def daq_config(values: dict[str, Any]) -> hf_daq.DaqConfig:
-    values = dict(values)
-    preset = values.pop("preset", None)
-    if preset not in (None, "paper"):
-        raise SystemExit(f"daq.preset is {preset!r}; allowed is 'paper', or leave it out")
-    return hf_daq.DaqConfig.paper(**values) if preset else hf_daq.DaqConfig.from_dict(values)
+    return common.parse(Config, argv, __doc__)
 
 
 # ----------------------------------------------------------------------------------------------------------- data
@@ -333,10 +242,6 @@ class TransformedImages(Dataset):
         return image, row[self.images.label_column]
 
 
-def seed_of(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Run with the three random number generators that transforms draw from seeded, then put them back."""
@@ -348,20 +253,6 @@ def seeded(seed: int) -> Iterator[None]:
         yield
     random.setstate(python)
     np.random.set_state(numpy)
-
-
-class EpochShuffle(Sampler):
-    """A permutation that follows from (seed, epoch) alone, equal in every process."""
-
-    def __init__(self, size: int, seed: int):
-        self.size, self.seed, self.epoch = size, seed, 0
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch, 1))
-        return iter(torch.randperm(self.size, generator=generator).tolist())
 
 
 def make_loaders(images: Images, cfg: Config, data_config: dict, in_memory: bool) -> tuple[DataLoader, DataLoader]:
@@ -396,9 +287,8 @@ def create_float_model(cfg: Config, images: Images, size: int | None, checkpoint
     if size:
         overlay["input_size"] = (3, size, size)
     options = {"num_classes": len(images.label_names), **cfg.model_kwargs}
+    common.refuse_missing(checkpoint)
     path = Path(checkpoint) if checkpoint else None
-    if path and not path.exists():
-        raise SystemExit(f"checkpoint {path} does not exist: train the float network first, or name another")
     if path and path.is_dir():
         saved = json.loads((path / "config.json").read_text())["architecture"]
         if saved != cfg.model.partition(".")[0]:
@@ -418,243 +308,45 @@ def weight_optimizer(groups: list[dict], cfg: Config, lr: float) -> torch.optim.
     return torch.optim.SGD(groups, lr=lr, momentum=cfg.momentum, nesterov=cfg.nesterov)
 
 
-class CosineSchedule:
-    """Linear warm-up, then a cosine to 0. A function of the update alone: there is no state to save."""
-
-    def __init__(self, optimizers: list[torch.optim.Optimizer], updates: int, warmup: int):
-        self.optimizers, self.updates, self.warmup = optimizers, updates, warmup
-        self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-
-    def set(self, update: int) -> None:
-        if update < self.warmup:
-            factor = (update + 1) / self.warmup
-        else:
-            factor = 0.5 * (1 + math.cos(math.pi * (update - self.warmup) / (self.updates - self.warmup)))
-        for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
-
-
 # ----------------------------------------------------------------------------------------------------------- loop
 
 
-@dataclass
-class Progress:
-    """Where a run stands: what a checkpoint holds besides the tensors."""
-
-    phase: str = "float"
-    epoch: int = 0
-    batch: int = 0  # batches of this epoch that are done
-    update: int = 0  # optimizer updates of this phase
-    loss_sum: float = 0.0  # over the updates of this epoch, this process
-    best: float = -1.0
-    seconds: float = 0.0
-    total_updates: int = 0
-    history: list[dict] = field(default_factory=list)
-    results: dict = field(default_factory=dict)
-
-    def start_phase(self, phase: str) -> None:
-        self.phase, self.epoch, self.batch, self.update, self.loss_sum = phase, 0, 0, 0, 0.0
-        self.best, self.seconds = -1.0, 0.0
-
-
-@dataclass
-class Run:
-    """What the two phases share."""
-
-    cfg: Config
-    accelerator: Accelerator
-    progress: Progress
-    train_loader: DataLoader
-    eval_loader: DataLoader
-    train_set: MemoryImages | TransformedImages
-    shuffle: EpochShuffle
-    phase_start: float = 0.0
-
-    @property
-    def output(self) -> Path:
-        return Path(self.cfg.output_dir)
-
-    @property
-    def is_main(self) -> bool:
-        return self.accelerator.is_main_process
+class Run(common.Run):
+    metric, higher_is_better = "accuracy", True
 
     @property
     def memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.cfg.channels_last else torch.contiguous_format
 
-    def start_epoch(self, epoch: int) -> None:
-        self.train_set.start_epoch(epoch)
-        self.shuffle.epoch = epoch
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor], teacher: nn.Module | None) -> Tensor:
+        images, labels = batch
+        images = images.contiguous(memory_format=self.memory_format)
+        logits = model(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.cfg.label_smoothing)
+        if teacher is None:
+            return loss
+        with torch.no_grad(), self.accelerator.autocast():
+            teacher_logits = teacher(images)
+        return distill(loss, logits, teacher_logits, self.cfg.distillation)
 
-    def seconds(self) -> float:
-        return time.perf_counter() - self.phase_start
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> float:
+        """Top-1 in percent."""
+        model.eval()
+        correct = count = 0
+        for images, labels in self.eval_loader:
+            with self.accelerator.autocast():
+                logits = model(images.contiguous(memory_format=self.memory_format))
+            hits = self.accelerator.gather_for_metrics(logits.argmax(1) == labels)
+            correct, count = correct + hits.sum().item(), count + len(hits)
+        return 100 * correct / count
 
-    def log(self, values: dict[str, float]) -> None:
-        named = {f"{self.progress.phase}/{key}": value for key, value in values.items()}
-        self.accelerator.log(named, step=self.progress.total_updates)
-
-
-@torch.no_grad()
-def evaluate(run: Run, model: nn.Module) -> float:
-    """Top-1 in percent, over all processes."""
-    model.eval()
-    correct = count = 0
-    for images, labels in run.eval_loader:
-        with run.accelerator.autocast():
-            logits = model(images.contiguous(memory_format=run.memory_format))
-        hits = run.accelerator.gather_for_metrics(logits.argmax(1) == labels)
-        correct, count = correct + hits.sum().item(), count + len(hits)
-    return 100 * correct / count
-
-
-def train_phase(
-    run: Run,
-    model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    epochs: int,
-    save: Callable[[nn.Module, Path], None],
-    checkpoint: Path | None,
-    teacher: nn.Module | None = None,
-) -> float:
-    """Train the prepared model to the end of the phase; the best network goes to output_dir. Returns the last top-1."""
-    cfg, accelerator, progress = run.cfg, run.accelerator, run.progress
-    per_epoch = math.ceil(len(run.train_loader) / cfg.accumulation)
-    updates = min(epochs * per_epoch, cfg.max_steps or sys.maxsize)
-    schedule = CosineSchedule(optimizers, updates, min(round(cfg.warmup_epochs * per_epoch), updates // 2))
-    if checkpoint:
-        accelerator.load_state(str(checkpoint))
-    run.phase_start = time.perf_counter() - progress.seconds
-    bar = tqdm(total=updates, initial=progress.update, desc=progress.phase, disable=None if run.is_main else True)
-
-    while progress.update < updates or progress.batch:
-        loss = train_epoch(run, model, schedule, teacher, bar)
-        accuracy = evaluate(run, model)
-        progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
-        progress.history.append({"phase": progress.phase, "epoch": progress.epoch, "loss": loss, "accuracy": accuracy})
-        run.log({"train_loss": loss, "accuracy": accuracy})
-        if run.is_main:
-            line = f"{progress.phase} epoch {progress.epoch}: loss {loss:.4f}, top-1 {accuracy:.2f}"
-            bar.write(f"{line}, {run.seconds():.0f} s")
-        if accuracy > progress.best:
-            progress.best = accuracy
-            if run.is_main:
-                with replacing(run.output / progress.phase) as folder:
-                    model.to(memory_format=torch.contiguous_format)  # safetensors refuses other strides
-                    save(accelerator.unwrap_model(model), folder)
-                    model.to(memory_format=run.memory_format)
-    bar.close()
-    progress.seconds = run.seconds()
-    accelerator.wait_for_everyone()
-    return progress.history[-1]["accuracy"]
-
-
-def train_epoch(run: Run, model: nn.Module, schedule: CosineSchedule, teacher: nn.Module | None, bar: tqdm) -> float:
-    """Train to the end of the epoch (or of the phase) from where `run.progress` stands. Returns the mean loss."""
-    cfg, accelerator, progress = run.cfg, run.accelerator, run.progress
-    loss_sum = torch.tensor(progress.loss_sum, device=accelerator.device)
-    run.start_epoch(progress.epoch)
-    loader = run.train_loader
-    if progress.batch:
-        loader = accelerate.skip_first_batches(loader, progress.batch)
-    model.train()
-    for images, labels in loader:
-        if progress.update == schedule.updates:
-            break
-        schedule.set(progress.update)
-        images = images.contiguous(memory_format=run.memory_format)
-        with accelerator.accumulate(model):
-            logits = model(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=cfg.label_smoothing)
-            if teacher is not None:
-                with torch.no_grad(), accelerator.autocast():
-                    teacher_logits = teacher(images).float()
-                loss = distill(loss, logits, teacher_logits, cfg.distillation)
-            accelerator.backward(loss)
-            if cfg.clip_grad and accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), cfg.clip_grad)
-            for optimizer in schedule.optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-        loss_sum += loss.detach()
-        progress.batch += 1
-        if not accelerator.sync_gradients:
-            continue
-        progress.update, progress.total_updates = progress.update + 1, progress.total_updates + 1
-        bar.update()
-        if progress.update % cfg.log_every == 0:
-            lr = schedule.optimizers[0].param_groups[0]["lr"]
-            bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{lr:.4f}")
-            run.log({"loss": loss.item(), "lr": lr})
-        if cfg.checkpoint_every and progress.total_updates % cfg.checkpoint_every == 0:
-            loss_sum = accelerator.reduce(loss_sum, "mean")
-            progress.loss_sum, progress.seconds = loss_sum.item(), run.seconds()
-            save_checkpoint(run)
-    return accelerator.reduce(loss_sum, "mean").item() / progress.batch
-
-
-def distill(loss: Tensor, logits: Tensor, teacher_logits: Tensor, settings: Distillation) -> Tensor:
-    alpha, temperature = settings.alpha, settings.temperature
-    student, teacher = F.log_softmax(logits.float() / temperature, 1), F.log_softmax(teacher_logits / temperature, 1)
-    divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-    return (1 - alpha) * loss + alpha * temperature**2 * divergence
-
-
-# ----------------------------------------------------------------------------------------------------- checkpoints
-
-
-@contextlib.contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """Write to a temporary folder that takes the place of `folder` only when complete."""
-    temporary = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-
-
-def save_checkpoint(run: Run) -> None:
-    """accelerator.save_state plus progress.json; the last two are kept. Every process takes part."""
-    folder = run.output / "checkpoints" / f"{run.progress.total_updates:08d}"
-    temporary = folder.with_name(f".{folder.name}.writing")
-    if run.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-    run.accelerator.wait_for_everyone()
-    run.accelerator.save_state(str(temporary))
-    run.accelerator.wait_for_everyone()
-    if run.is_main:
-        saved = {"config": dataclasses.asdict(run.cfg), "progress": dataclasses.asdict(run.progress)}
-        (temporary / "progress.json").write_text(json.dumps(saved, indent=2))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-        for old in list_checkpoints(run.output)[:-2]:
-            shutil.rmtree(old)
-    run.accelerator.wait_for_everyone()
-
-
-def list_checkpoints(output: Path) -> list[Path]:
-    return sorted(path for path in (output / "checkpoints").glob("*") if path.name.isdigit())
-
-
-def find_checkpoint(cfg: Config) -> tuple[Path | None, Progress]:
-    """The newest checkpoint if `resume` is set, and the progress it holds."""
-    found = list_checkpoints(Path(cfg.output_dir))
-    if not found:
-        return None, Progress()
-    if not cfg.resume:
-        raise SystemExit(
-            f"{cfg.output_dir}/checkpoints holds an earlier run; add --resume to continue it, "
-            "delete it, or choose another --output_dir"
-        )
-    saved = json.loads((found[-1] / "progress.json").read_text())
-    now = dataclasses.asdict(cfg)
-    before = dataclasses.asdict(Config()) | saved["config"]
-    changed = [key for key in now if key not in FREE_ON_RESUME and before[key] != now[key]]
-    if changed:
-        was = ", ".join(f"{key}={before[key]}" for key in changed)
-        raise SystemExit(f"{found[-1]} is of a run with {was}; a continued run needs the same settings")
-    return found[-1], Progress(**saved["progress"])
+    def save(self, model: nn.Module, folder: Path, tensors: dict[str, Tensor]) -> None:
+        if self.progress.phase == "quantized":
+            hf_daq.save_pretrained(model, folder, state_dict=tensors)
+        else:
+            save_config_for_hf(model, str(folder / "config.json"))
+            save_file(tensors, folder / "model.safetensors")
 
 
 # ------------------------------------------------------------------------------------------------------------ main
@@ -664,18 +356,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     cfg = parse(sys.argv[1:] if argv is None else argv)
     if cfg.epochs and not (cfg.float_epochs or cfg.pretrained or cfg.checkpoint):
         raise SystemExit("the DAQ phase starts from float weights: set float_epochs, pretrained or checkpoint")
+    if cfg.mixed_precision == "fp16" and cfg.optimizer != "adamw":
+        raise SystemExit(
+            "sgd comes with an Adam for bounds and scales, and fp16 has one loss scale: take bf16 or adamw"
+        )
     quantization = daq_config(cfg.daq)
     checkpoint, progress = find_checkpoint(cfg)
-    accelerator = Accelerator(
-        mixed_precision=cfg.mixed_precision,
-        gradient_accumulation_steps=cfg.accumulation,
-        log_with=None if cfg.tracker == "none" else cfg.tracker,
-        project_dir=cfg.output_dir,
-    )
-    accelerator.init_trackers("hf_daq", config=flat(dataclasses.asdict(cfg)))
-    if cfg.resume:
-        accelerator.print(f"continues from {checkpoint}" if checkpoint else "no checkpoint yet: starts anew")
-    set_seed(cfg.seed)
+    accelerator = start_accelerator(cfg, checkpoint)
+    takes_one = cfg.mixed_precision == "fp16" or accelerator.distributed_type in ("FSDP", "DEEPSPEED")
+    if cfg.optimizer == "sgd" and takes_one:
+        raise SystemExit("sgd comes with an Adam for bounds and scales; fp16, FSDP and DeepSpeed take one: pass adamw")
 
     # data
     images = read_images(cfg)
@@ -692,8 +382,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if cfg.float_epochs and progress.phase == "float":
         groups = param_groups_weight_decay(model, cfg.float_weight_decay)
         model, optimizers = prepare(accelerator, cfg, model, weight_optimizer(groups, cfg, cfg.float_lr))
-        results["float_last"] = train_phase(run, model, optimizers, cfg.float_epochs, save_float, checkpoint)
-        results["float"], results["float_seconds"] = progress.best, progress.seconds
+        train_phase(run, model, optimizers, cfg.float_epochs, checkpoint)
         checkpoint = None
         accelerator.free_memory()
 
@@ -704,77 +393,31 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         model = create_float_model(cfg, images, size, start).to(accelerator.device)
         teacher = copy.deepcopy(model).eval().requires_grad_(False) if cfg.distillation.alpha else None
         if checkpoint is None:
-            results["float"] = evaluate(run, model)
+            results["float"] = run.evaluate(model)
 
-        # The DAQ part: patch, calibrate, and give the quantizers an optimizer of their own.
+        # The DAQ part: patch, calibrate, and give the quantizers a learning rate of their own. A continued run calibrates
+        # too: it settles which bounds learn; their values are in the checkpoint.
         hf_daq.apply_daq(model, quantization)
-        if checkpoint:
-            load_quantizers(model, checkpoint)
-        else:
-            run.start_epoch(0)
-            with hf_daq.calibrate(model):
-                for batch, _ in itertools.islice(run.train_loader, cfg.calibration_batches):
-                    model(batch)
+        run.start_epoch(0)
+        with hf_daq.calibrate(model):
+            for batch, _ in itertools.islice(run.train_loader, cfg.calibration_batches):
+                model(batch)
         *groups, quantizers = hf_daq.param_groups(model, cfg.lr, cfg.quantizer_lr, cfg.weight_decay)
-        weights, bounds = weight_optimizer(groups, cfg, cfg.lr), torch.optim.Adam([quantizers])
 
-        model, optimizers = prepare(accelerator, cfg, model, weights, bounds)
+        if cfg.optimizer == "adamw":
+            optimizers = [weight_optimizer([*groups, quantizers], cfg, cfg.lr)]
+        else:
+            optimizers = [weight_optimizer(groups, cfg, cfg.lr), torch.optim.Adam([quantizers])]
+        model, optimizers = prepare(accelerator, cfg, model, *optimizers)
         if checkpoint is None:
-            results["calibrated"] = evaluate(run, model)
-        save = hf_daq.save_pretrained
-        results["quantized_last"] = train_phase(run, model, optimizers, cfg.epochs, save, checkpoint, teacher)
-        results["quantized"], results["quantized_seconds"] = progress.best, progress.seconds
+            results["calibrated"] = run.evaluate(model)
+        train_phase(run, model, optimizers, cfg.epochs, checkpoint, teacher)
 
     if run.is_main:
-        write_results(run)
+        write_results(run, torch, timm, accelerate, datasets, hf_daq)
         print(", ".join(f"{key} {value:.2f}" for key, value in results.items()))
     accelerator.end_training()
     return results
-
-
-def prepare(
-    accelerator: Accelerator, cfg: Config, model: nn.Module, *optimizers: torch.optim.Optimizer
-) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
-    if cfg.compile:
-        model.compile()  # in place: names of parameters stay
-    model, *prepared = accelerator.prepare(model, *optimizers)
-    return model, prepared
-
-
-def load_quantizers(model: nn.Module, checkpoint: Path) -> None:
-    """Bounds and scales of a continued run. Their values say which of them learn, so they precede the optimizers."""
-    state = load_file(checkpoint / "model.safetensors")
-    model.load_state_dict({name.removeprefix("module."): tensor for name, tensor in state.items()})
-
-
-def save_float(model: nn.Module, folder: Path) -> None:
-    save_for_hf(model, folder, safe_serialization=True)
-
-
-def flat(values: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted keys and plain values, as trackers want them."""
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            out |= flat(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value if isinstance(value, bool | int | float) else str(value)
-    return out
-
-
-def write_results(run: Run) -> None:
-    versions = {module.__name__: module.__version__ for module in (torch, timm, accelerate, datasets, hf_daq)}
-    report = {
-        "results": run.progress.results,
-        "history": run.progress.history,
-        "config": dataclasses.asdict(run.cfg),
-        "seed": run.cfg.seed,
-        "device": str(run.accelerator.device),
-        "processes": run.accelerator.num_processes,
-        "versions": {"python": platform.python_version(), **versions},
-    }
-    run.output.mkdir(parents=True, exist_ok=True)
-    (run.output / "results.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The image classification recipe: every shipped config runs, a stopped run continues exactly, mistakes have names."""
+"""The recipes: every shipped config runs, a stopped run continues exactly, mistakes have names."""
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -11,14 +12,19 @@ import datasets
 import numpy as np
 import pytest
 import timm
+import tokenizers
 import torch
+import transformers
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
+import common  # noqa: E402
 import image_classification as recipe  # noqa: E402
+import language_modeling  # noqa: E402
 import post_training  # noqa: E402
+import text_classification  # noqa: E402
 
 CONFIGS = sorted(path.name for path in (RECIPES / "configs").glob("*.yaml"))
 SMALL = "--max_steps 3 --batch_size 8 --checkpoint_every 0 --calibration_batches 2 --num_workers 0"
@@ -42,9 +48,9 @@ def _fresh_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def run(*args) -> dict:
+def run(*args, module=recipe) -> dict:
     AcceleratorState._reset_state(reset_partial_state=True)
-    return recipe.main([str(arg) for arg in args])
+    return module.main([str(arg) for arg in args])
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +108,12 @@ def test_the_default_run_is_the_digits_config():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_first_line_of_a_config_launches_it(name):
     first = (RECIPES / "configs" / name).read_text().splitlines()[0]
+    launched = {"sst2": text_classification, "tinyshakespeare": language_modeling, "python": language_modeling}
+    module = launched.get(name.partition("_")[0], recipe)
     assert first.startswith("# ")
-    assert f"recipes/image_classification.py --config recipes/configs/{name}" in first
+    assert f"recipes/{module.__name__}.py --config recipes/configs/{name}" in first
+    args = ["--config", str(RECIPES / "configs" / name), "--dataset", "x", "--model", "x"]
+    common.daq_config(module.parse(args).daq)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("cifar10_resnet20_w")])
@@ -178,7 +188,8 @@ def outcome(output: Path) -> tuple:
     report = json.loads((output / "results.json").read_text())
     results = {key: value for key, value in report["results"].items() if not key.endswith("seconds")}
     weights = {phase: load_file(output / phase / "model.safetensors") for phase in ("float", "quantized")}
-    return results, report["history"], weights
+    untimed = [{k: v for k, v in entry.items() if "second" not in k and "time" not in k} for entry in report["history"]]
+    return results, [entry for entry in untimed if "total_flos" not in entry], weights
 
 
 def assert_equal(a: tuple, b: tuple) -> None:
@@ -192,16 +203,20 @@ def assert_equal(a: tuple, b: tuple) -> None:
 @contextlib.contextmanager
 def stop_after(monkeypatch, count: int):
     """The run inside is stopped right after it wrote its checkpoint number `count`."""
-    save, calls = recipe.save_checkpoint, []
+    calls = []
 
-    def save_then_stop(*args):
-        save(*args)
-        calls.append(1)
-        if len(calls) == count:
-            raise StoppedError
+    def then_stop(save):
+        def save_then_stop(*args):
+            save(*args)
+            calls.append(1)
+            if len(calls) == count:
+                raise StoppedError
+
+        return save_then_stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "save_checkpoint", save_then_stop)
+        patch.setattr(common, "save_checkpoint", then_stop(common.save_checkpoint))
+        patch.setattr(transformers.Trainer, "_save_checkpoint", then_stop(transformers.Trainer._save_checkpoint))
         with pytest.raises(StoppedError):
             yield
 
@@ -221,7 +236,7 @@ def digits_uninterrupted(tmp_path_factory):
 def test_a_stopped_run_continues_bit_for_bit(checkpoints, digits_uninterrupted, tmp_path, monkeypatch):
     with stop_after(monkeypatch, checkpoints):
         run(*DIGITS.split(), "--output_dir", tmp_path)
-    assert len(recipe.list_checkpoints(tmp_path)) <= 2
+    assert len(common.list_checkpoints(tmp_path)) <= 2
     torch.manual_seed(checkpoints)
     run(*DIGITS.split(), "--output_dir", tmp_path, "--resume")
     assert_equal(outcome(tmp_path), digits_uninterrupted)
@@ -258,9 +273,9 @@ def test_a_run_killed_while_writing_leaves_no_half_checkpoint(tmp_path, monkeypa
         patch.setattr(accelerate.Accelerator, "save_state", killed_the_third_time)
         with pytest.raises(StoppedError):
             run(*args)
-    assert [path.name for path in recipe.list_checkpoints(tmp_path)] == ["00000011", "00000022"]
+    assert [path.name for path in common.list_checkpoints(tmp_path)] == ["00000011", "00000022"]
     run(*args, "--resume")
-    assert [path.name for path in recipe.list_checkpoints(tmp_path)] == ["00000033", "00000044"]
+    assert [path.name for path in common.list_checkpoints(tmp_path)] == ["00000033", "00000044"]
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
@@ -322,7 +337,7 @@ def test_parsing_of_values():
     assert cfg.daq == {"weight_bits": 2, "activation_bits": None}
     assert recipe.parse(["--daq.rounding", "ste"]).daq == {"weight_bits": 3, "activation_bits": 3, "rounding": "ste"}
     assert dataclasses.asdict(recipe.parse(["--mixed_precision", "no"]))["mixed_precision"] == "no"
-    assert recipe.daq_config({"preset": "paper", "weight_bits": 1}).weight_normalization == "standardize"
+    assert common.daq_config({"preset": "paper", "weight_bits": 1}).weight_normalization == "standardize"
 
 
 # Data -------------------------------------------------------------------------------------------------------------
@@ -393,3 +408,269 @@ def test_post_training_measures_calibrated_and_fine_tuned_networks(tmp_path):
     assert rows[0]["agreement"] == 100 >= rows[1]["agreement"] >= 50
     assert rows[2]["updates"] >= 1
     assert json.loads((tmp_path / "out" / "lite0.json").read_text())["results"] == rows
+
+
+# Text classification ----------------------------------------------------------------------------------------------
+
+WORDS = [
+    "good",
+    "great",
+    "fine",
+    "lovely",
+    "bad",
+    "awful",
+    "poor",
+    "dull",
+    "film",
+    "plot",
+    "song",
+    "the",
+    "a",
+    "is",
+    "was",
+]
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory) -> Path:
+    """A folder of tsv files without a line of column names: good words or bad ones."""
+    folder = tmp_path_factory.mktemp("reviews")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 40), ("dev", 20)):
+        labels = generator.integers(0, 2, count)
+        lines = []
+        for label in labels:
+            words = [*generator.choice(WORDS[4 - 4 * label : 8 - 4 * label], 2), *generator.choice(WORDS[8:], 5)]
+            lines.append(f"{' '.join(generator.permutation(words)[: generator.integers(3, 8)])}\t{label}\n")
+        (folder / f"{split}.tsv").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_bert(tmp_path_factory) -> Path:
+    """A random checkpoint with its tokenizer."""
+    folder = tmp_path_factory.mktemp("bert")
+    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.BertConfig(vocab_size=len(vocabulary), max_position_embeddings=64, **sizes)
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder
+
+
+TEXT = ["--training.per_device_train_batch_size", 8, "--training.disable_tqdm", "--calibration_batches", 2]
+NO_HEADER = ["--dataset_kwargs.names", "[sentence, label]"]
+
+
+def run_text(*args) -> dict:
+    return run(*TEXT, *args, module=text_classification)
+
+
+@pytest.fixture(scope="module")
+def text_float(reviews, tiny_bert, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("text_float")
+    config = RECIPES / "configs" / "sst2_minilm_float.yaml"
+    run_text(
+        "--config", config, "--dataset", reviews, "--model", tiny_bert, "--output_dir", output, "--float_epochs", 1
+    )
+    return output / "float"
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("sst2_minilm_w")])
+def test_sst2_configs_run(name, reviews, text_float, tmp_path):
+    args = ["--config", RECIPES / "configs" / name, "--dataset", reviews, "--checkpoint", text_float]
+    results = run_text(*args, "--output_dir", tmp_path, "--training.max_steps", 3)
+    assert set(results) == {"float", "calibrated", "quantized", "quantized_last", "quantized_seconds"}
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "quantized")
+    bits = {tuple(layer.values()) for layer in model.daq_config.layers.values()}
+    weight, activation = name.removesuffix(".yaml").split("_w")[1].split("a")
+    assert bits == {(int(weight), int(activation))}
+    assert model.config.id2label == {0: "0", 1: "1"}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "quantized")
+    assert tokenizer("the film")["input_ids"][0] == 2
+
+
+@pytest.fixture(scope="module")
+def trainer_uninterrupted(reviews, tiny_bert, tmp_path_factory):
+    """Dropout, both phases, distillation, accumulation; five batches and three updates an epoch."""
+    args = [
+        *("--dataset", reviews, "--model", tiny_bert, "--float_epochs", 2, "--epochs", 2, *NO_HEADER),
+        *("--training.save_strategy", "steps", "--training.save_steps", 2, "--training.eval_strategy", "steps"),
+        *("--training.eval_steps", 2, "--training.learning_rate", 1e-3, "--float_training.learning_rate", 2e-3),
+        *("--training.gradient_accumulation_steps", 2, "--distillation.alpha", 0.5),
+    ]
+    output = tmp_path_factory.mktemp("trainer_uninterrupted")
+    run_text(*args, "--output_dir", output)
+    return args, outcome(output)
+
+
+@pytest.mark.parametrize("checkpoints", [1, 3, 5])
+def test_a_stopped_trainer_continues_bit_for_bit(checkpoints, trainer_uninterrupted, tmp_path, monkeypatch):
+    args, whole = trainer_uninterrupted
+    with stop_after(monkeypatch, checkpoints):
+        run_text(*args, "--output_dir", tmp_path)
+    torch.manual_seed(checkpoints)
+    run_text(*args, "--output_dir", tmp_path, "--resume")
+    assert_equal(outcome(tmp_path), whole)
+    assert run_text(*args, "--output_dir", tmp_path, "--resume")["quantized"] == whole[0]["quantized"]
+    with pytest.raises(SystemExit, match="holds an earlier run; add --resume"):
+        run_text(*args, "--output_dir", tmp_path)
+    with pytest.raises(SystemExit, match=r"of a run with quantizer_lr=0\.001; a continued run needs the same"):
+        run_text(*args, "--output_dir", tmp_path, "--resume", "--quantizer_lr", 1)
+
+
+def test_pairs_of_texts_and_labels_in_words(tiny_bert, tmp_path):
+    rows = [
+        {"answer": "no", "premise": "a good film", "hypothesis": "dull"},
+        {"answer": "yes", "premise": "a", "hypothesis": "a"},
+    ]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = "--model x --label_column answer --text_column premise --second_text_column hypothesis --max_length 5"
+    cfg = text_classification.parse([*args.split(), "--dataset", str(tmp_path)])
+    texts = text_classification.read_texts(cfg)
+    assert (texts.columns, texts.label_names) == (["premise", "hypothesis"], ["no", "yes"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_bert)
+    split = text_classification.tokenize(texts.train, texts, tokenizer, cfg)
+    assert split["labels"][:] == [0, 1]
+    assert [tokenizer.decode(ids) for ids in split["input_ids"]] == [
+        "[CLS] a [SEP] dull [SEP]",
+        "[CLS] a [SEP] a [SEP]",
+    ]
+    cfg.text_column = cfg.second_text_column = None
+    assert text_classification.read_texts(cfg).columns == ["premise"]
+
+
+def test_text_mistakes_end_the_run_with_a_line(reviews, tiny_bert, text_float, tmp_path):
+    model, data = ["--model", tiny_bert], ["--dataset", reviews, *NO_HEADER]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.tsv").write_text("good film\t1\n")
+    (tmp_path / "data" / "dev.tsv").write_text("bad film\t0\n")
+    for args, message in [
+        (model, "pass --dataset, a Hub id or a folder"),
+        (data, "pass --model, a folder or Hub id"),
+        ([*data, "--float_epochs", 0], "set float_epochs or checkpoint"),
+        ([*data, "--float_epochs", 0, "--checkpoint", "nowhere"], "checkpoint nowhere does not exist"),
+        (
+            [*data, *model, "--training.learning_rat", 1],
+            "unknown key 'training.learning_rat'; .*training.learning_rate",
+        ),
+        ([*data, *model, "--eval_split", "test"], "no split 'test'; it has train, validation"),
+        ([*data, *model, "--label_column", "sentiment"], "no column 'sentiment'; name it with --label_column"),
+        ([*data, *model, "--text_column", "text"], "no such column of text; name it with --text_column"),
+        ([*model, "--dataset", tmp_path / "data", *NO_HEADER], r"label 0 is not among those of 'train': \['1'\]"),
+    ]:
+        with pytest.raises(SystemExit, match=message):
+            run_text(*args, "--output_dir", tmp_path)
+
+
+# Language modeling ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def play(tmp_path_factory) -> Path:
+    generator = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("play") / "input.txt"
+    path.write_text("".join(f"{' '.join(generator.choice(WORDS, 8))}\n" for _ in range(1000)))
+    return path
+
+
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+LANGUAGE = [
+    *(f"--model_config.{key}={value}" for key, value in TINY.items()),
+    *("--block_size", 32, "--vocab_size", 300, "--sample_tokens", 5, "--batch_size", 8, "--calibration_batches", 2),
+]
+
+
+def run_language(*args) -> dict:
+    return run(*LANGUAGE, *args, module=language_modeling)
+
+
+@pytest.fixture(scope="module")
+def language_float(play, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("language_float")
+    config = RECIPES / "configs" / "tinyshakespeare_llama_float.yaml"
+    run_language("--config", config, "--dataset", play, "--output_dir", output, "--max_steps", 3)
+    return output / "float"
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("tinyshakespeare_llama_w")])
+def test_tinyshakespeare_configs_run(name, play, language_float, tmp_path):
+    args = ["--config", RECIPES / "configs" / name, "--dataset", play, "--checkpoint", language_float]
+    results = run_language(*args, "--output_dir", tmp_path, "--max_steps", 3)
+    assert results["quantized"] <= results["quantized_last"]
+    assert results["quantized_sample"].startswith("ROMEO:\n")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
+    weight = int(name.removesuffix(".yaml").split("_w")[1])
+    assert {tuple(layer.values()) for layer in model.daq_config.layers.values()} == {(weight, None)}
+
+
+def test_the_default_run_is_the_python_docs_config():
+    config = RECIPES / "configs" / "python_docs_llama_w4.yaml"
+    assert language_modeling.parse(["--config", str(config)]) == language_modeling.parse([])
+
+
+def test_python_docs_run(tmp_path):
+    results = run_language("--output_dir", tmp_path, "--max_steps", 3)
+    assert results["float"] > results["quantized"] > 3
+
+
+@pytest.fixture(scope="module")
+def language_uninterrupted(play, tmp_path_factory):
+    """Both phases, distillation, accumulation, dropout, bf16; twenty-odd updates an epoch."""
+    args = [
+        *("--dataset", play, "--float_epochs", 2, "--epochs", 2, "--checkpoint_every", 15, "--accumulation", 2),
+        *("--distillation.alpha", 0.5, "--model_config.attention_dropout", 0.1, "--mixed_precision", "bf16"),
+    ]
+    output = tmp_path_factory.mktemp("language_uninterrupted")
+    run_language(*args, "--output_dir", output)
+    return args, outcome(output)
+
+
+@pytest.mark.parametrize("checkpoints", [1, 3, 5])
+def test_a_stopped_language_model_continues_bit_for_bit(checkpoints, language_uninterrupted, tmp_path, monkeypatch):
+    args, whole = language_uninterrupted
+    with stop_after(monkeypatch, checkpoints):
+        run_language(*args, "--output_dir", tmp_path)
+    torch.manual_seed(checkpoints)
+    run_language(*args, "--output_dir", tmp_path, "--resume")
+    assert_equal(outcome(tmp_path), whole)
+
+
+def test_blocks_cover_the_text_once_and_begin_elsewhere_every_epoch(play):
+    cfg = language_modeling.parse(["--dataset", str(play), "--eval_fraction", "0.25", "--vocab_size", "300"])
+    texts = language_modeling.read_texts(cfg)
+    assert "".join(texts.train + texts.eval) == play.read_text()
+    assert sum(piece.count("\n") for piece in texts.eval) == 250
+    tokenizer = language_modeling.make_tokenizer(texts, cfg)
+    plain = language_modeling.Blocks(texts.eval, tokenizer, 16)
+    rows = [plain[i] for i in range(len(plain))]
+    assert "".join(texts.eval).startswith(tokenizer.decode(torch.cat([row[:-1] for row in rows])))
+    assert len(plain.tokens) - 16 * len(rows) <= 16
+    assert all(first[-1] == second[0] for first, second in itertools.pairwise(rows))
+    shifted = language_modeling.Blocks(texts.eval, tokenizer, 16, seed=0)
+    first = shifted[len(shifted) - 1]
+    shifted.start_epoch(1)
+    assert len(first) == len(shifted[len(shifted) - 1]) == 17
+    assert not torch.equal(first, shifted[len(shifted) - 1])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--float_epochs", 0], "set float_epochs, model or checkpoint"),
+        (["--float_epochs", 0, "--checkpoint", "nowhere"], "checkpoint nowhere does not exist"),
+        (["--eval_split", "tset"], "python_docs has no split 'tset'; it has train"),
+        (["--text_column", "txt"], r"no column 'txt'; name it with --text_column. The columns are \['text'\]"),
+        (["--block_size", 1000000], "block_size is 1000000 and batch_size 8, but the training text has only"),
+        (["--model_config.model_type", "lama"], "does not describe a causal language model: .*lama"),
+    ],
+)
+def test_language_mistakes_end_the_run_with_a_line(args, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        run_language(*args, "--output_dir", tmp_path)

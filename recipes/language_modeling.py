@@ -1,0 +1,380 @@
+"""Train a causal language model, then quantize it to a few bits with DAQ. One file, read from the top downwards.
+
+    python recipes/language_modeling.py                      # the Python language reference: a minute on a CPU, no network
+    python recipes/language_modeling.py --config recipes/configs/tinyshakespeare_llama_w2.yaml --dataset FILE
+    accelerate launch recipes/language_modeling.py --model HuggingFaceTB/SmolLM2-135M --float_epochs 0 --dataset DIR_OR_ID
+
+A run has two phases. The float phase (`float_epochs`; 0 when the network comes from `model` or `checkpoint`) trains the
+network as it is; the DAQ phase (`epochs`) starts from those float weights and by default quantizes weights only. The best
+network of each phase is saved with its tokenizer to output_dir/float and output_dir/quantized, and opens with
+AutoModelForCausalLM.from_pretrained (after `import hf_daq`); the numbers of the run and a text that each network wrote
+are in output_dir/results.json.
+
+Every field of `Config` is a key of the YAML file and a command-line option (`--daq.weight_bits 2 --epochs 3`); the
+command line wins. `--resume` continues a run that was stopped, bit for bit as if it had not been (with the same
+number of processes and threads).
+
+Loss is the mean cross-entropy of a token of the evaluation text in nats, perplexity its exponential; a block of text is
+predicted without what precedes it. `quantized_last` is of the last epoch; `quantized` and `float` are of the best epoch,
+picked on the very text they are measured on.
+"""
+
+import itertools
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import accelerate
+import common
+import datasets
+import tokenizers
+import torch
+import torch.nn.functional as F
+import transformers
+from common import (
+    Distillation,
+    EpochShuffle,
+    daq_config,
+    distill,
+    find_checkpoint,
+    prepare,
+    seed_of,
+    start_accelerator,
+    train_phase,
+    write_results,
+)
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+import hf_daq
+
+# ---------------------------------------------------------------------------------------------------------- knobs
+
+
+@dataclass
+class Config:
+    """The defaults are the Python documentation experiment (configs/python_docs_llama_w4.yaml)."""
+
+    # data: "python_docs", a Hub id, a text file, or a folder of text files; rows of a data set are joined by `separator`
+    dataset: str = "python_docs"
+    dataset_config: str | None = None
+    dataset_kwargs: dict = field(default_factory=dict)  # more arguments of load_dataset
+    train_split: str = "train"
+    eval_split: str | None = None  # None: the end of the training text
+    eval_fraction: float = 0.1  # of the training text, without eval_split
+    text_column: str = "text"
+    separator: str = "\n"
+    block_size: int = 128  # tokens
+
+    # model: a folder or Hub id, or `model_config`, the arguments of a transformers config, trained from scratch with a
+    # byte-level BPE of `vocab_size` tokens; `checkpoint`: output_dir/float of an earlier run
+    model: str | None = None
+    model_config: dict = field(
+        default_factory=lambda: {
+            "model_type": "llama",
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "tie_word_embeddings": True,
+        }
+    )
+    vocab_size: int = 512
+    checkpoint: str | None = None
+
+    # float phase
+    float_epochs: int = 2
+    float_lr: float = 3e-3
+
+    # DAQ phase; `daq` holds the fields of hf_daq.DaqConfig, or `preset: paper` and those of DaqConfig.paper
+    daq: dict = field(default_factory=lambda: {"weight_bits": 4, "group_size": 64})
+    epochs: int = 1
+    lr: float = 1e-3
+    quantizer_lr: float = 1e-3
+    calibration_batches: int = 8
+    distillation: Distillation = field(default_factory=Distillation)
+
+    # both phases
+    weight_decay: float = 0.1
+    warmup_epochs: float = 0.2
+    batch_size: int = 16  # blocks, per process
+    accumulation: int = 1  # batches per update
+    clip_grad: float | None = 1.0
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    compile: bool = False
+    max_steps: int | None = None  # updates per phase, for a quick look
+
+    # text written at the end of a phase
+    prompt: str = "The "
+    sample_tokens: int = 100
+    sample_temperature: float = 0.8
+
+    # run
+    seed: int = 0
+    output_dir: str = "output"
+    checkpoint_every: int = 0  # updates; 0: none
+    resume: bool = False
+    tracker: Literal["none", "tensorboard", "trackio"] = "none"
+    log_every: int = 50
+
+
+def parse(argv: list[str]) -> Config:
+    return common.parse(Config, argv, __doc__)
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass
+class Texts:
+    """The two texts, in pieces of many lines."""
+
+    train: list[str]
+    eval: list[str]
+
+
+def read_texts(cfg: Config) -> Texts:
+    splits = python_docs() if cfg.dataset == "python_docs" else load(cfg)
+    for split in (cfg.train_split, cfg.eval_split or cfg.train_split):
+        if split not in splits:
+            raise SystemExit(f"{cfg.dataset} has no split {split!r}; it has {', '.join(splits)}")
+    columns = splits[cfg.train_split].column_names
+    if cfg.text_column not in columns:
+        raise SystemExit(f"no column {cfg.text_column!r}; name it with --text_column. The columns are {columns}")
+    train = list(splits[cfg.train_split][cfg.text_column])
+    if cfg.eval_split:
+        evaluation = list(splits[cfg.eval_split][cfg.text_column])
+    else:
+        count = math.ceil(len(train) * cfg.eval_fraction)
+        train, evaluation = train[:-count], train[-count:]
+    return Texts(join(train, cfg.separator), join(evaluation, cfg.separator))
+
+
+def load(cfg: Config) -> datasets.DatasetDict:
+    if Path(cfg.dataset).is_file():
+        return datasets.load_dataset("text", data_files=cfg.dataset, **cfg.dataset_kwargs)
+    return datasets.load_dataset(cfg.dataset, cfg.dataset_config, **cfg.dataset_kwargs)
+
+
+def python_docs() -> datasets.DatasetDict:
+    """The language reference that Python's help() shows, half a million characters."""
+    from pydoc_data.topics import topics
+
+    lines = [line for name in sorted(topics) for line in topics[name].splitlines()]
+    return datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": lines}))
+
+
+def join(rows: list[str], separator: str, size: int = 1000) -> list[str]:
+    return [separator.join([*rows[start : start + size], ""]) for start in range(0, len(rows), size)]
+
+
+class Blocks(Dataset):
+    """Consecutive blocks of `size` tokens and the one after. With a seed they begin elsewhere every epoch."""
+
+    def __init__(self, pieces: list[str], tokenizer: PreTrainedTokenizerBase, size: int, seed: int | None = None):
+        ids = tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
+        self.tokens = torch.tensor(list(itertools.chain(*ids)))
+        self.size, self.seed = size, seed
+        self.start_epoch(0)
+
+    def start_epoch(self, epoch: int) -> None:
+        self.offset = 0 if self.seed is None else seed_of(self.seed, epoch, 2) % self.size
+
+    def __len__(self) -> int:
+        usable = len(self.tokens) - 1 - (0 if self.seed is None else self.size - 1)
+        return max(usable // self.size, 0)
+
+    def __getitem__(self, index: int) -> Tensor:
+        start = self.offset + index * self.size
+        return self.tokens[start : start + self.size + 1]
+
+
+def make_loaders(texts: Texts, tokenizer: PreTrainedTokenizerBase, cfg: Config) -> tuple[DataLoader, DataLoader]:
+    train = Blocks(texts.train, tokenizer, cfg.block_size, cfg.seed)
+    evaluation = Blocks(texts.eval, tokenizer, cfg.block_size)
+    if len(train) < cfg.batch_size or len(evaluation) < 1:
+        raise SystemExit(
+            f"block_size is {cfg.block_size} and batch_size {cfg.batch_size}, but the training text has only "
+            f"{len(train.tokens)} tokens and the evaluation text {len(evaluation.tokens)}"
+        )
+    # A loader draws a seed when an epoch begins. From a generator of its own, or else a continued run, which begins its
+    # epoch once more, would be one number ahead in the global one.
+    options = {"batch_size": cfg.batch_size, "generator": torch.Generator()}
+    shuffle = EpochShuffle(len(train), cfg.seed)
+    return DataLoader(train, sampler=shuffle, drop_last=True, **options), DataLoader(evaluation, **options)
+
+
+# ---------------------------------------------------------------------------------------------- model and tokenizer
+
+
+def make_tokenizer(texts: Texts, cfg: Config) -> PreTrainedTokenizerBase:
+    """That of the model, or for a model from scratch a byte-level BPE trained on the training text."""
+    if start := cfg.checkpoint or cfg.model:
+        return AutoTokenizer.from_pretrained(start)
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts.train, cfg.vocab_size, special_tokens=["<|endoftext|>"], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>")
+
+
+def create_float_model(tokenizer: PreTrainedTokenizerBase, cfg: Config, start: str | None) -> PreTrainedModel:
+    """The float network with the weights of `start`, or from scratch."""
+    if start:
+        return AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+    end = tokenizer.eos_token_id
+    own = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": cfg.block_size,
+        "bos_token_id": end,
+        "eos_token_id": end,
+    }
+    settings = {**own, **cfg.model_config}
+    try:
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    except (TypeError, ValueError) as error:
+        raise SystemExit(
+            f"model_config {cfg.model_config} does not describe a causal language model: {error}"
+        ) from None
+
+
+def float_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+# ----------------------------------------------------------------------------------------------------------- loop
+
+
+def forward(model: nn.Module, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of the next token at every place, and the losses."""
+    logits = model(input_ids=blocks[:, :-1], use_cache=False).logits.float()
+    return logits, F.cross_entropy(logits.transpose(1, 2), blocks[:, 1:], reduction="none")
+
+
+@dataclass
+class Run(common.Run):
+    tokenizer: PreTrainedTokenizerBase
+
+    metric, higher_is_better = "loss", False
+
+    def loss(self, model: nn.Module, batch: Tensor, teacher: nn.Module | None) -> Tensor:
+        logits, losses = forward(model, batch)
+        if teacher is None:
+            return losses.mean()
+        with torch.no_grad(), self.accelerator.autocast():
+            teacher_logits, _ = forward(teacher, batch)
+        return distill(losses.mean(), logits, teacher_logits, self.cfg.distillation)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> float:
+        """Mean loss of a token."""
+        model.eval()
+        total = count = 0
+        for blocks in self.eval_loader:
+            with self.accelerator.autocast():
+                _, losses = forward(model, blocks)
+            losses = self.accelerator.gather_for_metrics(losses.mean(1))
+            total, count = total + losses.double().sum().item(), count + len(losses)
+        return total / count
+
+    def save(self, model: nn.Module, folder: Path, tensors: dict[str, Tensor]) -> None:
+        model.save_pretrained(folder, state_dict=tensors)
+        self.tokenizer.save_pretrained(folder)
+
+
+def sample(run: Run, folder: Path) -> str:
+    """A text by the saved network. Random numbers of training stay as they are."""
+    cfg, device = run.cfg, run.accelerator.device
+    model = AutoModelForCausalLM.from_pretrained(folder).to(device)
+    prompt = run.tokenizer(cfg.prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+    options = {"do_sample": True, "temperature": cfg.sample_temperature, "max_new_tokens": cfg.sample_tokens}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(cfg.seed)
+        tokens = model.generate(**prompt, **options, pad_token_id=run.tokenizer.eos_token_id)
+    return run.tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+def describe(run: Run) -> None:
+    """Add perplexity and a text by the network of this phase to the results."""
+    phase = run.progress.phase
+    run.progress.results |= {
+        f"{phase}_perplexity": math.exp(run.progress.best),
+        f"{phase}_sample": sample(run, run.output / phase),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    cfg = parse(sys.argv[1:] if argv is None else argv)
+    if cfg.epochs and not (cfg.float_epochs or cfg.model or cfg.checkpoint):
+        raise SystemExit("the DAQ phase starts from float weights: set float_epochs, model or checkpoint")
+    common.refuse_missing(cfg.checkpoint)
+    quantization = daq_config(cfg.daq)
+    checkpoint, progress = find_checkpoint(cfg)
+    accelerator = start_accelerator(cfg, checkpoint)
+
+    # data
+    texts = read_texts(cfg)
+    tokenizer = make_tokenizer(texts, cfg)
+    loaders = make_loaders(texts, tokenizer, cfg)
+    train_set, shuffle = loaders[0].dataset, loaders[0].sampler
+    run = Run(cfg, accelerator, progress, *accelerator.prepare(*loaders), train_set, shuffle, tokenizer)
+    start = cfg.checkpoint or cfg.model
+    results = progress.results
+
+    if cfg.float_epochs and progress.phase == "float":
+        model = create_float_model(tokenizer, cfg, start)
+        groups = float_groups(model, cfg.weight_decay)
+        model, [optimizer] = prepare(accelerator, cfg, model, torch.optim.AdamW(groups, cfg.float_lr, (0.9, 0.95)))
+        train_phase(run, model, [optimizer], cfg.float_epochs, checkpoint)
+        describe(run)
+        checkpoint = None
+        accelerator.free_memory()
+
+    if cfg.epochs:
+        if progress.phase == "float":
+            progress.start_phase("quantized")
+        start = f"{cfg.output_dir}/float" if cfg.float_epochs else start
+        model = create_float_model(tokenizer, cfg, start).to(accelerator.device)
+        teacher = None
+        if cfg.distillation.alpha:
+            teacher = create_float_model(tokenizer, cfg, start).to(accelerator.device).eval().requires_grad_(False)
+        if checkpoint is None:
+            results["float"] = run.evaluate(model)
+
+        # The DAQ part: patch, calibrate, and give the quantizers a learning rate of their own. A continued run calibrates
+        # too: it settles which bounds learn; their values are in the checkpoint.
+        hf_daq.apply_daq(model, quantization)
+        run.start_epoch(0)
+        with hf_daq.calibrate(model):
+            for blocks in itertools.islice(run.train_loader, cfg.calibration_batches):
+                forward(model, blocks)
+        groups = hf_daq.param_groups(model, cfg.lr, cfg.quantizer_lr, cfg.weight_decay)
+
+        model, [optimizer] = prepare(accelerator, cfg, model, torch.optim.AdamW(groups, betas=(0.9, 0.95)))
+        if checkpoint is None:
+            results["calibrated"] = run.evaluate(model)
+        train_phase(run, model, [optimizer], cfg.epochs, checkpoint, teacher)
+        describe(run)
+
+    if run.is_main:
+        write_results(run, torch, transformers, accelerate, datasets, tokenizers, hf_daq)
+        print(", ".join(f"{key} {value:.3f}" for key, value in results.items() if isinstance(value, float)))
+    accelerator.end_training()
+    return results
+
+
+if __name__ == "__main__":
+    main()

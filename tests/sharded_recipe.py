@@ -1,0 +1,20 @@
+"""A recipe under Accelerate's FSDP2 on CPU processes, for which Accelerate itself only takes GPUs: `python -m
+torch.distributed.run --nproc-per-node 2 tests/sharded_recipe.py NAME ARGUMENTS...`"""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+os.environ |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+os.environ |= {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP", "FSDP_MIN_NUM_PARAMS": "2000"}
+os.environ |= {"FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+if __name__ == "__main__":
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    importlib.import_module(sys.argv[1]).main(sys.argv[2:])

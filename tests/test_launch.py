@@ -1,0 +1,139 @@
+"""The recipes as they are launched: two processes, sharded ones, and processes that are killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import accelerate
+import pytest
+import timm
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+TESTS = Path(__file__).parent
+RECIPES = TESTS.parent / "recipes"
+sys.path.insert(0, str(RECIPES))
+import common  # noqa: E402
+import image_classification as recipe  # noqa: E402
+
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+SHARDED = [*TWO, str(TESTS / "sharded_recipe.py")]
+# No BatchNorm, whose statistics would be of a process; 8 updates of 32 images a phase, 4 checkpoints.
+VIT = "--model test_vit --image_size 32 --max_steps 8 --float_epochs 1 --epochs 1 --float_lr 0.02 --daq.bits 4"
+VIT += " --batch_size 16 --checkpoint_every 4"
+
+
+ON_CPU = os.environ | {"ACCELERATE_USE_CPU": "true"}
+
+
+def finish(command: list[str], *args: object) -> None:
+    done = subprocess.run([*command, *map(str, args)], capture_output=True, text=True, timeout=300, env=ON_CPU)
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+def alone(*args: object) -> dict:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(1)
+    results = recipe.main([str(arg) for arg in args])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return results
+
+
+def weights(output: Path, phase: str = "quantized") -> dict[str, torch.Tensor]:
+    return load_file(output / phase / "model.safetensors")
+
+
+def close(one: dict, other: dict, tolerance: float = 1e-4) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(
+            one[name], other[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    output = tmp_path_factory.mktemp("one")
+    alone(*VIT.split(), "--accumulation", 2, "--calibration_batches", 8, "--output_dir", output)
+    return output
+
+
+def test_two_processes_train_what_one_does(one_process, tmp_path):
+    """With half the accumulation, and calibration on as many images."""
+    finish(TWO, RECIPES / "image_classification.py", *VIT.split(), "--output_dir", tmp_path)
+    for phase in ("float", "quantized"):
+        close(weights(tmp_path, phase), weights(one_process, phase))
+    here, there = (json.loads((path / "results.json").read_text()) for path in (tmp_path, one_process))
+    assert here["processes"] == 2
+    for key in ("float", "calibrated", "quantized"):
+        assert here["results"][key] == pytest.approx(there["results"][key], abs=1.0)
+
+
+def test_sharded_processes_train_what_one_does(tmp_path):
+    adamw = [*VIT.split(), "--optimizer", "adamw", "--lr", 1e-3, "--float_lr", 1e-3, "--quantizer_lr", 1e-3]
+    alone(*adamw, "--accumulation", 2, "--calibration_batches", 8, "--output_dir", tmp_path / "one")
+    finish(SHARDED, "image_classification", *adamw, "--output_dir", tmp_path / "sharded")
+    close(weights(tmp_path / "sharded", "float"), weights(tmp_path / "one", "float"), 2e-3)
+    close(weights(tmp_path / "sharded"), weights(tmp_path / "one"), 1e-2)
+    model = timm.create_model(f"local-dir:{tmp_path / 'sharded' / 'quantized'}", pretrained=True)
+    assert model(torch.zeros(1, 3, 32, 32)).isfinite().all()
+
+
+def kill(command: list[str], when: Path, *args: object) -> None:
+    """Start, wait until the path is there, and kill all processes at once."""
+    process = subprocess.Popen(
+        [*command, *map(str, args)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=ON_CPU,
+    )
+    end = time.monotonic() + 300
+    while not when.exists():
+        assert process.poll() is None, process.stderr.read()[-5000:]
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+
+
+def test_one_process_continues_a_killed_run_of_two(one_process, tmp_path):
+    name = RECIPES / "image_classification.py"
+    kill(TWO, tmp_path / "checkpoints" / "00000012", name, *VIT.split(), "--output_dir", tmp_path)
+    with pytest.raises(SystemExit, match="2 processes with 32 examples an update, and here it would be 16; change"):
+        alone(*VIT.split(), "--resume", "--output_dir", tmp_path)
+    alone(*VIT.split(), "--accumulation", 2, "--resume", "--output_dir", tmp_path)
+    close(weights(tmp_path), weights(one_process))
+
+
+@pytest.mark.parametrize("when", ["checkpoints/.00000008.writing", "checkpoints/00000004", ".quantized.writing"])
+def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(when, one_process, tmp_path):
+    """Killed while it writes a checkpoint or its best network, and while it computes."""
+    args = [*VIT.split(), "--accumulation", 2, "--calibration_batches", 8, "--output_dir", tmp_path]
+    kill([sys.executable, str(RECIPES / "image_classification.py")], tmp_path / when, *args)
+    for folder in common.list_checkpoints(tmp_path):
+        assert json.loads((folder / "progress.json").read_text())["processes"] == 1
+        load_file(folder / "model.safetensors")
+    alone(*args, "--resume")
+    for phase in ("float", "quantized"):
+        here, there = weights(tmp_path, phase), weights(one_process, phase)
+        assert all(torch.equal(here[name], there[name]) for name in there)
+    assert not list(tmp_path.rglob("*.writing"))
+
+
+def test_the_configs_of_accelerate_are_read():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed_zero2": "DEEPSPEED", "deepspeed_zero3": "DEEPSPEED"}
+    for name, kind in kinds.items():
+        config = load_config_from_file(str(RECIPES / "accelerate" / f"{name}.yaml"))
+        assert config.distributed_type == kind
+        assert config.mixed_precision == "bf16"
+    assert accelerate.utils.FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
