@@ -74,6 +74,9 @@ class DaqHfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, str]]:
         state_dict = self.__dict__.pop("state_dict", None)
+        if state_dict:  # gathered from shards, tied weights are tensors of their own
+            tied = model.all_tied_weights_keys.items()
+            state_dict = state_dict | {one: state_dict[other] for one, other in tied if other in state_dict}
         if state_dict != {}:  # which ranks have that do not write
             fileformat.check_values(model.state_dict() if state_dict is None else state_dict, model)
         return state_dict, fileformat.metadata(model.daq_config)

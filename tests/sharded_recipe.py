@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 os.environ |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-os.environ |= {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP", "FSDP_MIN_NUM_PARAMS": "2000"}
+BLOCKS = {"image_classification": "Block", "language_modeling": "LlamaDecoderLayer"}
+os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": BLOCKS[sys.argv[1]]}
 os.environ |= {"FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate import PartialState  # noqa: E402
+from accelerate.utils import DistributedType  # noqa: E402
 
 if __name__ == "__main__":
     PartialState(cpu=True)

@@ -14,6 +14,7 @@ import timm
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 TESTS = Path(__file__).parent
 RECIPES = TESTS.parent / "recipes"
@@ -82,6 +83,17 @@ def test_sharded_processes_train_what_one_does(tmp_path):
     close(weights(tmp_path / "sharded"), weights(tmp_path / "one"), 1e-2)
     model = timm.create_model(f"local-dir:{tmp_path / 'sharded' / 'quantized'}", pretrained=True)
     assert model(torch.zeros(1, 3, 32, 32)).isfinite().all()
+
+
+def test_a_sharded_language_model(tmp_path):
+    args = ["--max_steps", 4, "--checkpoint_every", 2, "--batch_size", 8, "--sample_tokens", 5]
+    finish(SHARDED, "language_modeling", *args, "--output_dir", tmp_path / "sharded")
+    finish(TWO, RECIPES / "language_modeling.py", *args, "--output_dir", tmp_path / "two")
+    one, other = (json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("sharded", "two"))
+    for key in ("float", "calibrated", "quantized"):
+        assert one[key] == pytest.approx(other[key], abs=2e-3)
+    close(weights(tmp_path / "sharded"), weights(tmp_path / "two"), 5e-3)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "sharded" / "quantized").daq_config.weight_bits == 4
 
 
 def kill(command: list[str], when: Path, *args: object) -> None:
