@@ -342,6 +342,12 @@ def start_accelerator(cfg: Any, checkpoint: Path | None) -> Accelerator:
         log_with=None if cfg.tracker == "none" else cfg.tracker,
         project_dir=cfg.output_dir,
     )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise SystemExit(
+            f"{launched} processes were launched, and Accelerate sees {accelerator.num_processes}; without GPUs set "
+            "ACCELERATE_USE_CPU=true"
+        )
     accelerator.init_trackers("hf_daq", config=flat(dataclasses.asdict(cfg)))
     if cfg.resume:
         accelerator.print(f"continues from {checkpoint}" if checkpoint else "no checkpoint yet: starts anew")

@@ -75,6 +75,12 @@ def test_two_processes_train_what_one_does(one_process, tmp_path):
         assert here["results"][key] == pytest.approx(there["results"][key], abs=1.0)
 
 
+def test_processes_that_do_not_know_of_one_another_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="2 processes were launched, and Accelerate sees 1; .*ACCELERATE_USE_CPU=true"):
+        alone("--output_dir", tmp_path)
+
+
 def test_sharded_processes_train_what_one_does(tmp_path):
     adamw = [*VIT.split(), "--optimizer", "adamw", "--lr", 1e-3, "--float_lr", 1e-3, "--quantizer_lr", 1e-3]
     alone(*adamw, "--accumulation", 2, "--calibration_batches", 8, "--output_dir", tmp_path / "one")
