@@ -558,11 +558,14 @@ def test_generation_equals_the_full_forward(activation_bits):
     assert torch.equal(found[:, 5:], torch.stack(alone))
 
 
-def test_calibration_through_generate_replays_a_cache_that_the_first_run_filled():
-    prompt = tokens(2, 4)
-    through_generate = hf_daq.apply_daq(tiny_llama(), CONFIG)
-    through_generate.generation_config.pad_token_id = 0
-    with hf_daq.calibrate(through_generate):
-        through_generate.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)
-    for layer in quantized_layers(through_generate).values():
-        assert layer.calibrated
+def test_calibration_replays_the_cache_as_it_was_and_not_as_generate_left_it():
+    prompt, lengths = tokens(2, 4), []
+    model = hf_daq.apply_daq(tiny_llama(), CONFIG)
+    model.generation_config.pad_token_id = 0
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["past_key_values"].get_seq_length()), with_kwargs=True
+    )
+    with hf_daq.calibrate(model):
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)
+    assert lengths == [0, 4, 5, 6] * 2
+    assert all(layer.calibrated for layer in quantized_layers(model).values())
