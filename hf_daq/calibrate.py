@@ -18,8 +18,8 @@ from .config import DaqConfig
 from .errors import CalibrationError, ModelError
 from .initial import activation_bounds, start_from_weight
 from .layers import LAYER_TYPES, QuantizedLayer, quantized_layers
-from .order import ORDER, is_shard
-from .quantizers import ActivationQuantizer, WeightQuantizer
+from .order import ORDER, refuse_wrapped
+from .quantizers import ActivationQuantizer, WeightQuantizer, is_shard
 
 _BINS = 8192
 _SAMPLES = 2**20
@@ -51,7 +51,7 @@ def calibrate(model: nn.Module) -> Iterator[nn.Module]:
         model: a model after `apply_daq`, before it is wrapped or prepared.
 
     Raises:
-        ModelError: the model is not quantized.
+        ModelError: the model is not quantized, or already wrapped or sharded.
         CalibrationError: a layer was not reached, or its inputs or weights are not finite.
     """
     layers = quantized_layers(model)
@@ -60,6 +60,7 @@ def calibrate(model: nn.Module) -> Iterator[nn.Module]:
         raise ModelError(
             f"calibrate needs the model that apply_daq returned, not a float or wrapped one; order: {ORDER}"
         )
+    refuse_wrapped(model)
     if any(is_shard(layer.weight) for layer in layers.values()):
         raise ModelError(f"calibrate cannot see through a sharded model; the order is: {ORDER}")
     training = {module: module.training for module in model.modules()}

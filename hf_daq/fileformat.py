@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .config import DaqConfig
 from .errors import CalibrationError, CheckpointError, ConfigError
 from .layers import quantized_layers
-from .order import is_shard
+from .quantizers import is_shard
 from .version import __version__
 
 WEIGHTS_NAME = "model.safetensors"

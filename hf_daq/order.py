@@ -4,25 +4,41 @@ never train bounds and scales, and a sharded model shows no whole weights."""
 from __future__ import annotations
 
 import gc
+import logging
 import weakref
 from functools import cache
 from typing import Any
 
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .errors import ModelError
 from .layers import quantized_layers
+from .quantizers import is_shard
 
+logger = logging.getLogger("hf_daq")
 ORDER = "build or load the model, apply_daq, calibrate, optimizer, then prepare or wrap"
 _models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
-def is_shard(tensor: Tensor) -> bool:
-    """True for a DTensor, as FSDP2 makes of parameters."""
-    return hasattr(tensor, "device_mesh")
+def refuse_wrapped(model: nn.Module) -> None:
+    """Refuse a model that a DistributedDataParallel holds, whoever made it: it reduces the gradients of the parameters
+    there were when it was made, so that others would drift apart."""
+    if _processes() > 1 and _is_wrapped(model):
+        raise ModelError(f"a DistributedDataParallel holds this model already; the order is: {ORDER}")
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _is_wrapped(model: nn.Module) -> bool:
+    wrappers = [found for found in gc.get_objects() if issubclass(type(found), DistributedDataParallel)]
+    return any(module is model for wrapper in wrappers for module in wrapper.modules())
 
 
 def watch(model: nn.Module) -> None:
@@ -41,9 +57,18 @@ def _check(optimizer: Optimizer, *_: Any) -> None:
         return
     _checked.add(optimizer)
     own = _parameters(optimizer)
+    models = [m for m in list(_models) if any(id(layer.weight) in own for layer in quantized_layers(m).values())]
+    for model in models:
+        if _processes() > 1 and not _is_wrapped(model) and not any(map(is_shard, model.parameters())):
+            logger.warning(
+                "%d processes train a %s that nothing wraps: if nobody averages its gradients, each trains a model of its "
+                "own. accelerator.prepare wraps it, unless the very model was evaluated through Trainer before",
+                _processes(),
+                type(model).__name__,
+            )
     missing = {
         f"{name}.{side}": id(parameter)
-        for model in list(_models)
+        for model in models
         for name, layer in quantized_layers(model).items()
         if id(layer.weight) in own
         for side, quantizer in layer.quantizers.items()

@@ -12,7 +12,8 @@ from .errors import CalibrationError, ModelError
 from .initial import start_from_weight
 from .layers import QuantizedLayer, StandardizedConv, quantize_layer, quantized_layers, restore_layer
 from .matching import plan
-from .order import ORDER, is_shard, watch
+from .order import ORDER, refuse_wrapped, watch
+from .quantizers import is_shard
 
 _WRAPPERS = (
     "DistributedDataParallel",
@@ -107,6 +108,7 @@ def _check_float_model(model: nn.Module) -> None:
     name = type(model).__name__
     if any(base.__name__ in _WRAPPERS for base in type(model).__mro__):
         raise ModelError(f"the model is wrapped in {name}; the order is: {ORDER}")
+    refuse_wrapped(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("a TorchScript model cannot be changed; apply_daq before scripting")
     if quantized_layers(model) or hasattr(model, "daq_config"):

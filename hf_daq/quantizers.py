@@ -24,6 +24,11 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def is_shard(tensor: Tensor) -> bool:
+    """True for a DTensor, as FSDP2 makes of parameters."""
+    return hasattr(tensor, "device_mesh")
+
+
 class Quantizer(nn.Module):
     """Bounds `lower` < `upper` and what both sides share. Not used by itself."""
 
@@ -48,8 +53,9 @@ class Quantizer(nn.Module):
         return self._calibrated
 
     def finish(self) -> None:
-        """Take note of values that were just written to the parameters."""
-        if not self.lower.is_meta:
+        """Take note of values that were just written to the parameters. Those of a sharded quantizer were noted before it
+        was sharded, and a look at them would wait for the other processes."""
+        if not self.lower.is_meta and not is_shard(self.lower):
             values = torch.cat([parameter.detach().float() for parameter in self.parameters()])
             self._calibrated = bool(values.isfinite().all() and (self.lower < self.upper).all())
 
@@ -200,7 +206,7 @@ class ActivationQuantizer(Quantizer):
 
     def finish(self) -> None:
         super().finish()
-        if self._calibrated:
+        if self._calibrated and not is_shard(self.lower):
             self.signed = bool(self.lower != 0)
             self.lower.requires_grad_(self.signed)
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
@@ -335,6 +335,10 @@ def train_epoch(run: Run, model: nn.Module, schedule: CosineSchedule, teacher: n
     return accelerator.reduce(loss_sum, "mean").item() / progress.batch
 
 
+def launched_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def start_accelerator(cfg: Any, checkpoint: Path | None) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=cfg.mixed_precision,
@@ -342,10 +346,9 @@ def start_accelerator(cfg: Any, checkpoint: Path | None) -> Accelerator:
         log_with=None if cfg.tracker == "none" else cfg.tracker,
         project_dir=cfg.output_dir,
     )
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != accelerator.num_processes:
+    if launched_processes() != accelerator.num_processes:
         raise SystemExit(
-            f"{launched} processes were launched, and Accelerate sees {accelerator.num_processes}; without GPUs set "
+            f"{launched_processes()} processes were launched, and Accelerate sees {accelerator.num_processes}; without GPUs set "
             "ACCELERATE_USE_CPU=true"
         )
     accelerator.init_trackers("hf_daq", config=flat(dataclasses.asdict(cfg)))
@@ -417,7 +420,7 @@ def find_checkpoint(cfg: Any) -> tuple[Path | None, Progress]:
     if not cfg.resume:
         refuse_to_overwrite(f"{cfg.output_dir}/checkpoints")
     saved = json.loads((found[-1] / "progress.json").read_text())
-    before, processes = saved["config"], PartialState().num_processes
+    before, processes = saved["config"], launched_processes()
     progress = Progress(**saved["progress"])
     if processes != saved["processes"]:
         was, now = (

@@ -19,6 +19,7 @@ Accuracy is in percent on `eval_split`. `quantized_last` is of the last epoch; `
 epoch, picked on the very texts they are measured on.
 """
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -310,11 +311,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         teacher = load_float(start, texts) if cfg.distillation.alpha else None
         arguments = training_arguments(cfg, "quantized", cfg.epochs)
         model = load_float(start, texts)
+
+        def measure() -> float:
+            # A copy: Accelerate does not wrap a model for training that was evaluated before.
+            return DistillationTrainer(copy.deepcopy(model), arguments, **shared).evaluate()["eval_accuracy"]
+
         optimizer = hf_daq.trainer_optimizer(arguments, cfg.quantizer_lr)
         trainer = DistillationTrainer(model, arguments, teacher=teacher, optimizer_cls_and_kwargs=optimizer, **shared)
-        checkpoint = last_checkpoint(cfg, "quantized")
-        if checkpoint is None:
-            results["float"] = trainer.evaluate()["eval_accuracy"]
+        # The Trainer evaluates a sharded model only once it has an optimizer.
+        measures = last_checkpoint(cfg, "quantized") is None and not (arguments.fsdp or arguments.deepspeed)
+        if measures:
+            results["float"] = measure()
 
         # The DAQ part: patch, calibrate; the optimizer gives the quantizers a learning rate of their own. A continued run
         # calibrates too: it settles which bounds learn; their values are in the checkpoint.
@@ -322,8 +329,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         with hf_daq.calibrate(model):
             for batch in itertools.islice(trainer.get_train_dataloader(), cfg.calibration_batches):
                 model(**batch)
-        if checkpoint is None:
-            results["calibrated"] = trainer.evaluate()["eval_accuracy"]
+        if measures:
+            results["calibrated"] = measure()
         if arguments.process_index == 0:
             write_report(report, cfg)
         train_phase(trainer, "quantized", report, cfg)

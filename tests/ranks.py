@@ -3,9 +3,11 @@
 Each scenario writes what its rank ended with to DIR; the tests compare ranks with one another and with one process.
 """
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -14,7 +16,7 @@ from models import images, small_timm
 from test_trainer import arguments, trainer_of
 from test_transformers import tiny_bert, tokens
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import hf_daq
@@ -157,7 +159,10 @@ def fsdp(rank: int, world: int, folder: Path) -> dict:
     state = full_state(model)
     if rank == 0:
         hf_daq.save_pretrained(model, folder, state_dict=state)
-    return {"state": state}
+    train(model, optimizer_of(model), rank=rank, world=world)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, dict(state), options=options)  # which puts shards into the mapping
+    return {"state": state, "loaded": full_state(model), "logits": model.eval()(batches(0))}
 
 
 def fsdp_in_bf16(rank: int, world: int) -> dict:
@@ -217,6 +222,15 @@ def mistakes(rank: int, world: int) -> dict:
         with hf_daq.calibrate(model):
             model(batches(0))
 
+    class Kept(logging.Handler):
+        records: ClassVar[list[str]] = []
+
+        def emit(self, record: logging.LogRecord) -> None:
+            self.records.append(record.getMessage())
+
+    logging.getLogger("hf_daq").addHandler(Kept())
+    lonely = calibrated_vit(rank, world)
+    train(lonely, optimizer_of(lonely), range(1))
     wrapped = nn.parallel.DistributedDataParallel(calibrated_vit(rank, world))
     shards = sharded(calibrated_vit(rank, world))
     late = sharded(vit())
@@ -224,6 +238,8 @@ def mistakes(rank: int, world: int) -> dict:
         "apply_wrapped": message(lambda: hf_daq.apply_daq(nn.parallel.DistributedDataParallel(vit()), CONFIG)),
         "apply_sharded": message(lambda: hf_daq.apply_daq(late, CONFIG)),
         "calibrate_wrapped": message(lambda: calibrate(wrapped)),
+        "calibrate_inside": message(lambda: calibrate(wrapped.module)),
+        "lonely": Kept.records,
         "calibrate_sharded": message(lambda: calibrate(shards)),
         "save_shards": message(lambda: hf_daq.save_pretrained(shards, "nowhere")),
         "layers": len(quantized_layers(shards)),

@@ -85,6 +85,15 @@ def test_sharded_training_in_bf16_stays_near(ended, alone):
     close({name: state[name] for name in names}, {name: alone[-1][name] for name in names}, 0.05)
 
 
+def test_a_state_loads_into_a_sharded_model(ended):
+    first, second = ended[1]["fsdp"]
+    equal(first["state"], first["loaded"])
+    twin = hf_daq.apply_daq(vit(), CONFIG)
+    twin.load_state_dict(first["state"])
+    for rank in (first, second):
+        torch.testing.assert_close(rank["logits"], twin(batches(0)), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("scenario", ["ddp", "fsdp"])
 def test_the_saved_file_is_what_one_process_would_save(ended, alone, scenario):
     folder, results = ended
@@ -141,6 +150,7 @@ def test_one_process_continues_the_run_of_two(ended):
         ("apply_wrapped", "is wrapped in DistributedDataParallel"),
         ("apply_sharded", "is a DTensor: the model is sharded"),
         ("calibrate_wrapped", "needs the model that apply_daq returned"),
+        ("calibrate_inside", "a DistributedDataParallel holds this model already"),
         ("calibrate_sharded", "cannot see through a sharded model"),
     ],
 )
@@ -148,6 +158,13 @@ def test_mistakes_of_order_tell_the_order(ended, mistake, message):
     for rank in ended[1]["mistakes"]:
         assert message in rank[mistake]
         assert "apply_daq, calibrate, optimizer, then prepare or wrap" in rank[mistake]
+
+
+def test_processes_that_train_without_averaging_are_told(ended):
+    """Once: the other scenarios wrap or shard their models."""
+    for rank in ended[1]["mistakes"]:
+        assert len(rank["lonely"]) == 1
+        assert rank["lonely"][0].startswith("2 processes train a VisionTransformer that nothing wraps")
 
 
 def test_saving_shards_tells_how_to_gather_them(ended):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import timm
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from test_recipes import reviews, tiny_bert  # noqa: F401  fixtures
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 TESTS = Path(__file__).parent
 RECIPES = TESTS.parent / "recipes"
@@ -57,6 +59,12 @@ def close(one: dict, other: dict, tolerance: float = 1e-4) -> None:
         )
 
 
+def assert_equal(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     output = tmp_path_factory.mktemp("one")
@@ -89,6 +97,10 @@ def test_sharded_processes_train_what_one_does(tmp_path):
     close(weights(tmp_path / "sharded"), weights(tmp_path / "one"), 1e-2)
     model = timm.create_model(f"local-dir:{tmp_path / 'sharded' / 'quantized'}", pretrained=True)
     assert model(torch.zeros(1, 3, 32, 32)).isfinite().all()
+    killed = [*adamw, "--output_dir", tmp_path / "killed"]
+    kill(SHARDED, tmp_path / "killed" / "checkpoints" / "00000012", "image_classification", *killed)
+    finish(SHARDED, "image_classification", *killed, "--resume")
+    assert_equal(weights(tmp_path / "killed"), weights(tmp_path / "sharded"))
 
 
 def test_a_sharded_language_model(tmp_path):
@@ -100,6 +112,24 @@ def test_a_sharded_language_model(tmp_path):
         assert one[key] == pytest.approx(other[key], abs=2e-3)
     close(weights(tmp_path / "sharded"), weights(tmp_path / "two"), 5e-3)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "sharded" / "quantized").daq_config.weight_bits == 4
+
+
+def test_a_text_classifier_through_trainer(reviews, tiny_bert, tmp_path):  # noqa: F811
+    bert = shutil.copytree(tiny_bert, tmp_path / "bert")
+    settings = json.loads((bert / "config.json").read_text())
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (bert / "config.json").write_text(json.dumps(settings | dropout))
+    args = ["--config", RECIPES / "configs" / "sst2_minilm_w4a8.yaml", "--dataset", reviews, "--model", bert]
+    args += ["--checkpoint", "null", "--float_epochs", 1, "--epochs", 1, "--training.bf16", "false"]
+    args += ["--training.optim", "sgd", "--training.learning_rate", 0.05, "--training.warmup_steps", 0]
+    args += ["--training.per_device_train_batch_size", 4, "--training.train_sampling_strategy", "sequential"]
+    finish(TWO, RECIPES / "text_classification.py", *args, "--output_dir", tmp_path / "two")
+    finish(SHARDED, "text_classification", *args, "--training.fsdp", "full_shard", "--output_dir", tmp_path / "sharded")
+    for phase in ("float", "quantized"):
+        close(weights(tmp_path / "sharded", phase), weights(tmp_path / "two", phase))
+    for name in ("two", "sharded"):
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / name / "quantized")
+        assert model.daq_config.activation_bits == 8
 
 
 def kill(command: list[str], when: Path, *args: object) -> None:
@@ -141,8 +171,7 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(when, one_process, 
         load_file(folder / "model.safetensors")
     alone(*args, "--resume")
     for phase in ("float", "quantized"):
-        here, there = weights(tmp_path, phase), weights(one_process, phase)
-        assert all(torch.equal(here[name], there[name]) for name in there)
+        assert_equal(weights(tmp_path, phase), weights(one_process, phase))
     assert not list(tmp_path.rglob("*.writing"))
 
 
