@@ -48,6 +48,9 @@ class DaqHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             config = config.replace(layers=_layers_of(model, config))
         patch(model, config.replace(dequantize=False))
+        self.shapes = {
+            name: tuple(parameter.shape) for name, parameter in model.named_parameters() if "_quant." in name
+        }
         self.ignored = model._keys_to_ignore_on_load_missing
         if not self.pre_quantized:  # a float checkpoint has no quantizers: they start from its weights
             model._keys_to_ignore_on_load_missing = {*(self.ignored or ()), r"\.[wa]_quant\."}
@@ -60,7 +63,7 @@ class DaqHfQuantizer(HfQuantizer):
             _clear(model)
             start_weights(model)
         else:
-            _check_loaded(model)
+            _check_loaded(model, self.shapes)
         if self.pre_quantized and self.quantization_config.dequantize:
             unpatch(model, quantized=True)
         else:
@@ -220,16 +223,17 @@ def _clear(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _check_loaded(model: nn.Module) -> None:
+def _check_loaded(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
     """Refuse a quantized checkpoint without all its quantizers, or with values that no quantizer can have."""
     for name, layer in quantized_layers(model).items():
         for side, quantizer in layer.quantizers.items():
             values = dict(quantizer.named_parameters())
             for key, value in values.items():
+                full, shape = f"{name}.{side}.{key}", tuple(value.shape)
                 if not getattr(value, "_is_hf_initialized", False):
-                    raise CheckpointError(
-                        f"the checkpoint has no {name}.{side}.{key}, but its config quantizes {name!r}"
-                    )
+                    raise CheckpointError(f"the checkpoint has no {full}, but its config quantizes {name!r}")
+                if shape != shapes[full]:
+                    raise CheckpointError(f"mismatch: {full} has shape {shape}, its config means {shapes[full]}")
             problem = fileformat.bounds_problem(values)
             if problem:
                 raise CheckpointError(f"{name}.{side}: {problem}")

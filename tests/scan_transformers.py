@@ -203,7 +203,8 @@ def check_reach(case: Case) -> Iterator[str]:
             yield f"{name} is not called"
         old = layer.w_quant.scale.clone()
         layer.w_quant.scale.mul_(1.5)
-        if torch.equal(case.outputs(model), expected):
+        normalised = hasattr(model.get_submodule(name.rpartition(".")[0]), f"{name.rpartition('.')[2][0]}_norm")
+        if torch.equal(case.outputs(model), expected) and not normalised:  # as queries and keys of Qwen 3 are
             yield f"{name}: its scale does not matter"
         layer.w_quant.scale.copy_(old)
     # Bounds are in units of the root mean square: twice the weight has the same codes.

@@ -352,7 +352,7 @@ def test_values_that_no_quantizer_can_have_are_refused(saved, change, message):
         (lambda c: c.update(weight_bits=77), ConfigError, "weight_bits=77"),
         (lambda c: c.update(format_version=2), ConfigError, "install a newer hf_daq"),
         (lambda c: c.update(layers=None), CheckpointError, "no resolved layers"),
-        (lambda c: c.update(weight_granularity="channel"), RuntimeError, "size mismatch|mismatch"),
+        (lambda c: c.update(weight_granularity="channel"), (RuntimeError, CheckpointError), "mismatch"),
         (
             lambda c: c["layers"].update({"bert.encoder.layer.7.output.dense": c["layers"].popitem()[1]}),
             ConfigError,
