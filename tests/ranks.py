@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from models import images, small_timm
 from test_trainer import arguments, trainer_of
 from test_transformers import tiny_bert, tokens
@@ -137,6 +138,25 @@ def gradient_checkpointing(rank: int, world: int) -> dict:
     return {"state": accelerator.unwrap_model(model).state_dict()}
 
 
+def ddp_in_bf16(rank: int, world: int) -> dict:
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model = calibrated_vit(rank, world)
+    model, optimizer = accelerator.prepare(model, optimizer_of(model))
+    train(model, optimizer, rank=rank, world=world, backward=accelerator.backward)
+    AcceleratorState._reset_state()
+    return {"state": accelerator.unwrap_model(model, keep_fp32_wrapper=False).state_dict()}
+
+
+def ddp_compiled(rank: int, world: int) -> dict:
+    accelerator = Accelerator(cpu=True)
+    model = calibrated_vit(rank, world)
+    model.compile(fullgraph=True, backend="eager")
+    model, optimizer = accelerator.prepare(model, optimizer_of(model))
+    train(model, optimizer, rank=rank, world=world, backward=accelerator.backward)
+    return {"state": accelerator.unwrap_model(model).state_dict()}
+
+
 def save_and_load_state(rank: int, world: int, folder: Path) -> dict:
     """Four steps; the last two once more, from the state after two."""
     accelerator = Accelerator(cpu=True)
@@ -252,6 +272,8 @@ SCENARIOS = [
     ddp,
     gradient_accumulation,
     gradient_checkpointing,
+    ddp_in_bf16,
+    ddp_compiled,
     save_and_load_state,
     fsdp,
     fsdp_in_bf16,

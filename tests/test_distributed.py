@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 import hf_daq
+from hf_daq.fileformat import read_header
 from hf_daq.layers import quantized_layers
 
 
@@ -71,13 +72,16 @@ def test_every_step_leaves_the_ranks_equal_and_where_one_process_would_be(ended,
     assert len(moved) > 50
 
 
-@pytest.mark.parametrize("scenario", ["gradient_accumulation", "gradient_checkpointing", "fsdp"])
+@pytest.mark.parametrize("scenario", ["gradient_accumulation", "gradient_checkpointing", "ddp_compiled", "fsdp"])
 def test_other_ways_to_train_end_where_one_process_does(ended, alone, scenario):
     close(ended[1][scenario][0]["state"], alone[-1])
 
 
-def test_sharded_training_in_bf16_stays_near(ended, alone):
-    state = ended[1]["fsdp_in_bf16"][0]["state"]
+@pytest.mark.parametrize("scenario", ["ddp_in_bf16", "fsdp_in_bf16"])
+def test_training_in_bf16_stays_near(ended, alone, scenario):
+    state, second = (rank["state"] for rank in ended[1][scenario])
+    if scenario == "ddp_in_bf16":
+        equal(state, second)
     assert all(tensor.isfinite().all() for tensor in state.values())
     assert {tensor.dtype for name, tensor in state.items() if "_quant." in name} == {torch.float32}
     names = [name for name in state if name.endswith("_quant.upper")]
@@ -95,7 +99,7 @@ def test_a_state_loads_into_a_sharded_model(ended):
 
 
 @pytest.mark.parametrize("scenario", ["ddp", "fsdp"])
-def test_the_saved_file_is_what_one_process_would_save(ended, alone, scenario):
+def test_the_saved_file_is_what_one_process_would_save(ended, alone, scenario, tmp_path):
     folder, results = ended
     model = timm.create_model(f"local-dir:{folder / scenario}_saved", pretrained=True)
     state = results["ddp"][0]["states"][-1] if scenario == "ddp" else results["fsdp"][0]["state"]
@@ -103,6 +107,11 @@ def test_the_saved_file_is_what_one_process_would_save(ended, alone, scenario):
     twin = hf_daq.apply_daq(vit(), CONFIG)
     twin.load_state_dict(state)
     assert torch.equal(model(batches(0)), twin(batches(0)))
+    hf_daq.save_pretrained(twin, tmp_path)
+    one, other = (path / "model.safetensors" for path in (tmp_path, folder / f"{scenario}_saved"))
+    assert read_header(one) == read_header(other)  # safetensors writes its metadata in any order
+    assert one.stat().st_size == other.stat().st_size
+    assert (tmp_path / "config.json").read_text() == (folder / f"{scenario}_saved" / "config.json").read_text()
 
 
 def test_a_sharded_transformers_model_saves_whole_tensors(ended):
