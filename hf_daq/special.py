@@ -141,6 +141,7 @@ def _children_read_by(cls: type) -> frozenset[str]:
     except (OSError, TypeError, SyntaxError):
         return frozenset()
     functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    functions.pop("_forward_cross_attn", None)  # of timm's MobileViT v2, which gives it no second input
     called = [name for name in functions if "forward" in name]
     for name in called:  # grows: methods that these methods call
         called += [other for other in _own_attributes(functions[name]) if other in functions and other not in called]

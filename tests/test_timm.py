@@ -79,6 +79,12 @@ def test_a_patch_embedding_that_resizes_its_own_weight_is_kept():
     }
 
 
+def test_a_weight_that_only_an_unused_path_reads_is_quantized():
+    planned = hf_daq.plan(on_meta("mobilevitv2_050"), bits=4)
+    assert not planned.unsupported
+    assert any(name.endswith("qkv_proj") for name in planned.quantized)
+
+
 @pytest.mark.parametrize(
     ("name", "first"),
     [
