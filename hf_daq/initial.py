@@ -17,7 +17,7 @@ _SAMPLES = 2**16
 
 @torch.no_grad()
 def start_from_weight(quantizer: WeightQuantizer, weight: Tensor, init: str) -> None:
-    """Set the bounds for a float weight, the scale at which the quantized weight is closest to it, and no shift.
+    """Set the bounds for a float weight, the scale at which the quantized weight is closest to it, and a shift of 0.
 
     Args:
         weight: shape (channels, ...). If it is not finite, neither are bounds and scale.
@@ -33,13 +33,14 @@ def start_from_weight(quantizer: WeightQuantizer, weight: Tensor, init: str) -> 
     largest = (x if valid is None else x * valid).abs().amax(1, keepdim=True).clamp_min(1e-3)
     chosen = torch.full_like(largest, 3.0)
     if init == "mse":
-        shrink = torch.logspace(0, -1.5, _CANDIDATES, device=x.device)
         step = (x.shape[1] // max(1024, _SAMPLES // count)) | 1
         sample, sample_valid = x[:, ::step], None if valid is None else valid[:, ::step]
-        errors = torch.cat([_fit(sample, sample, factor * largest, levels, sample_valid)[1] for factor in shrink], 1)
-        best = errors.amin(1, keepdim=True)
-        widest = (errors <= best * (1 + TOLERANCE)).int().argmax(1)
-        chosen = shrink[widest, None] * largest
+        budget = _SAMPLES if x.device.type == "cpu" else 256 * _SAMPLES
+        chunk = max(1, budget // sample.shape[1])  # rows that stay in the cache while all candidates are tried
+        for start in range(0, count, chunk):
+            part = slice(start, start + chunk)
+            mask = None if sample_valid is None else sample_valid[part]
+            chosen[part] = _widest_bound(sample[part].contiguous(), largest[part], levels, mask)
     scale, _ = _fit(x, target, chosen, levels, valid)
     quantizer.lower.copy_(-chosen.flatten())
     quantizer.upper.copy_(chosen.flatten())
@@ -47,6 +48,15 @@ def start_from_weight(quantizer: WeightQuantizer, weight: Tensor, init: str) -> 
     if quantizer.shift is not None:
         quantizer.shift.zero_()
     quantizer.finish()
+
+
+def _widest_bound(x: Tensor, largest: Tensor, levels: int, valid: Tensor | None) -> Tensor:
+    """The widest bound of each row, shape (rows, 1), whose squared error is within TOLERANCE of the smallest."""
+    shrink = torch.logspace(0, -1.5, _CANDIDATES, device=x.device)
+    errors = torch.cat([_fit(x, x, factor * largest, levels, valid)[1] for factor in shrink], 1)
+    best = errors.amin(1, keepdim=True)
+    widest = (errors <= best * (1 + TOLERANCE)).int().argmax(1)
+    return shrink[widest, None] * largest
 
 
 def _fit(x: Tensor, target: Tensor, bound: Tensor, levels: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
