@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import hf_daq
 from hf_daq.layers import QuantizedLayer, quantized_layers
+from hf_daq.special import outer_layers
 
 # Architecture: input size, and arguments that make it smaller.
 ARCHITECTURES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -200,9 +201,10 @@ def _problems(result: Result, config: dict[str, Any]) -> Iterator[str]:
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)) and name not in planned:
             yield f"{name} is not in the plan"
-    for reason in ("first layer", "classifier"):
-        if reason not in result.kept:
-            yield f"nothing is kept as {reason}"
+    roles = outer_layers(model)
+    for role in ("first layer", "classifier"):
+        if not any(roles[name] == role for name in roles if name in plan.kept):
+            yield f"nothing is kept as {role}"
 
     hf_daq.apply_daq(model, **config)
     if list(quantized_layers(model)) != list(plan.quantized):
