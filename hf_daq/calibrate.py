@@ -18,7 +18,7 @@ from .config import DaqConfig
 from .errors import CalibrationError, ModelError
 from .initial import activation_bounds, start_from_weight
 from .layers import LAYER_TYPES, QuantizedLayer, quantized_layers
-from .order import ORDER, refuse_wrapped
+from .order import ORDER, processes, refuse_wrapped
 from .quantizers import ActivationQuantizer, WeightQuantizer, is_shard
 
 _BINS = 8192
@@ -143,7 +143,7 @@ def _reduce(observers: dict[str, _Observer]) -> None:
 
 def _all_reduce(tensor: Tensor, operation: Any) -> None:
     """Reduce over all ranks in place; nothing to do in a process that is alone."""
-    if dist.is_available() and dist.is_initialized():
+    if processes() > 1:
         dist.all_reduce(tensor, operation)
 
 

@@ -78,10 +78,11 @@ def from_pretrained(
     Raises:
         CheckpointError: damaged, unknown, or not fitting the model, which is then left as it was.
     """
+    options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
     directory = Path(path_or_repo)
-    if not directory.is_dir():
+    is_repo = not directory.is_dir()
+    if is_repo:
         repo = str(path_or_repo)
-        options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
         if repo.count("/") != 1 or repo.startswith((".", "/")):
             raise CheckpointError(f"{repo!r} is neither a folder nor the name of a repository such as 'user/name'")
         directory = Path(hf_hub_download(repo, fileformat.CONFIG_NAME, **options)).parent
@@ -91,7 +92,6 @@ def from_pretrained(
         )
     description = fileformat.read_description(directory)
     if model is None and hub_transformers.is_transformers_checkpoint(description):
-        options = {"revision": revision, "cache_dir": cache_dir, "token": token}
         return hub_transformers.open_checkpoint(path_or_repo, description, **options, **kwargs)
     weights = directory / fileformat.WEIGHTS_NAME
     model_args = description.get("model_args")
@@ -100,8 +100,8 @@ def from_pretrained(
         config = DaqConfig.from_dict((model_args if is_timm else description).get("quantization_config"))  # type: ignore
     except ConfigError as error:
         raise CheckpointError(f"{directory / fileformat.CONFIG_NAME}: quantization config: {error}") from None
-    if not Path(path_or_repo).is_dir():
-        hf_hub_download(str(path_or_repo), fileformat.WEIGHTS_NAME, revision=revision, cache_dir=cache_dir, token=token)
+    if is_repo:
+        hf_hub_download(str(path_or_repo), fileformat.WEIGHTS_NAME, **options)
     if model is not None:
         return _load_into(model, config, weights)
     if not is_timm:

@@ -96,7 +96,7 @@ def _save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) 
 _save_pretrained.__name__ = "save_pretrained"  # pickling a bound method looks its function up by name
 
 
-def attach(model: nn.Module) -> None:
+def attach(model: Any) -> None:
     """Make a patched transformers model what `from_pretrained` gives: transformers knows that it is quantized, saves its
     config, and trains it. Nothing happens to other models."""
     if not is_transformers_model(model):
@@ -104,25 +104,23 @@ def attach(model: nn.Module) -> None:
     config: Any = model.daq_config
     quantizer = getattr(model, "hf_quantizer", None) or DaqHfQuantizer(config, pre_quantized=False)
     quantizer.quantization_config = config
-    module: Any = model
-    module.hf_quantizer = quantizer
-    module.is_quantized = True
-    module.quantization_method = QUANT_METHOD
-    module.config.quantization_config = config
-    for part in _transformers_parts(module):
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = QUANT_METHOD
+    model.config.quantization_config = config
+    for part in _transformers_parts(model):
         part.config._is_quantized = True
-    module.save_pretrained = MethodType(_save_pretrained, module)
+    model.save_pretrained = MethodType(_save_pretrained, model)
 
 
-def detach(model: nn.Module) -> None:
+def detach(model: Any) -> None:
     """Inverse of `attach`."""
     if not is_transformers_model(model):
         return
-    module: Any = model
     for name in ("hf_quantizer", "quantization_method", "save_pretrained"):
-        module.__dict__.pop(name, None)
-    module.is_quantized = False
-    for part in _transformers_parts(module):
+        model.__dict__.pop(name, None)
+    model.is_quantized = False
+    for part in _transformers_parts(model):
         for name in ("quantization_config", "_is_quantized"):
             part.config.__dict__.pop(name, None)
 
@@ -143,7 +141,8 @@ def save(model: Any, directory: Path, state_dict: Any = None, **kwargs: Any) -> 
 
 def is_transformers_checkpoint(description: dict[str, Any]) -> bool:
     """True for a config.json of a DAQ model that transformers saved."""
-    return _quant_method(description) == QUANT_METHOD and "model_type" in description
+    config = description.get("quantization_config")
+    return isinstance(config, dict) and config.get("quant_method") == QUANT_METHOD and "model_type" in description
 
 
 def open_checkpoint(path_or_repo: Any, description: dict[str, Any], **kwargs: Any) -> nn.Module:
@@ -156,11 +155,6 @@ def open_checkpoint(path_or_repo: Any, description: dict[str, Any], **kwargs: An
     loader: Any = found
     model: nn.Module = loader.from_pretrained(path_or_repo, use_safetensors=True, **kwargs)
     return model
-
-
-def _quant_method(description: dict[str, Any]) -> Any:
-    config = description.get("quantization_config")
-    return config.get("quant_method") if isinstance(config, dict) else None
 
 
 class TrainerOptimizer:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .config import DaqConfig, did_you_mean, pattern_matches
 from .errors import ConfigError
 from .layers import LAYER_TYPES
-from .special import fixed_layers, outer_layers, weight_modules
+from .special import bypassed_layers, outer_layers, tied_layers, weight_modules
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,13 @@ def plan(model: nn.Module, config: DaqConfig | None = None, **kwargs: Any) -> Pl
     """
     config = config_from(config, kwargs)
     modules = dict(weight_modules(model))
-    fixed = fixed_layers(model)
+    tied, bypassed = tied_layers(model), bypassed_layers(model)
     if config.layers is not None:
-        _check_resolved(config.layers, modules, fixed)
+        _check_resolved(config.layers, modules, bypassed | tied)
     else:
         _check_patterns(config, list(modules))
     outer = outer_layers(model)
-    return Plan(tuple(_plan_layer(name, module, config, outer, fixed) for name, module in modules.items()))
+    return Plan(tuple(_plan_layer(name, module, config, outer, tied, bypassed) for name, module in modules.items()))
 
 
 def config_from(config: DaqConfig | None, kwargs: dict[str, Any]) -> DaqConfig:
@@ -93,7 +93,12 @@ def config_from(config: DaqConfig | None, kwargs: dict[str, Any]) -> DaqConfig:
 
 
 def _plan_layer(
-    name: str, module: nn.Module, config: DaqConfig, outer: dict[str, str], fixed: dict[str, str]
+    name: str,
+    module: nn.Module,
+    config: DaqConfig,
+    outer: dict[str, str],
+    tied: dict[str, str],
+    bypassed: dict[str, str],
 ) -> PlannedLayer:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
@@ -110,8 +115,10 @@ def _plan_layer(
         return row(None, "router")
     if type(module) not in LAYER_TYPES:
         return row(None, f"no quantized form of {type(module).__name__}", unsupported=True)
-    if name in fixed:
-        return row(None, fixed[name], unsupported="directly" in fixed[name])
+    if name in tied:
+        return row(None, tied[name])
+    if name in bypassed:
+        return row(None, bypassed[name], unsupported=True)
     if config.layers is not None:
         entry = config.layers.get(name)
         return row(entry and (entry["weight_bits"], entry["activation_bits"]), "resolved before")  # type: ignore[arg-type]

@@ -28,17 +28,22 @@ _checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 def refuse_wrapped(model: nn.Module) -> None:
     """Refuse a model that a DistributedDataParallel holds, whoever made it: it reduces the gradients of the parameters
     there were when it was made, so that others would drift apart."""
-    if _processes() > 1 and _is_wrapped(model):
+    if processes() > 1 and _is_wrapped(model):
         raise ModelError(f"a DistributedDataParallel holds this model already; the order is: {ORDER}")
 
 
-def _processes() -> int:
+def processes() -> int:
+    """How many take part under `torch.distributed`; 1 without it."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _is_wrapped(model: nn.Module) -> bool:
-    wrappers = [found for found in gc.get_objects() if issubclass(type(found), DistributedDataParallel)]
-    return any(module is model for wrapper in wrappers for module in wrapper.modules())
+    return any(module is model for wrapper in _alive(DistributedDataParallel) for module in wrapper.modules())
+
+
+def _alive(kind: type) -> list[Any]:
+    # By `type`: what `isinstance` asks, `__class__`, does things in lazy objects.
+    return [found for found in gc.get_objects() if issubclass(type(found), kind)]
 
 
 def watch(model: nn.Module) -> None:
@@ -59,11 +64,11 @@ def _check(optimizer: Optimizer, *_: Any) -> None:
     own = _parameters(optimizer)
     models = [m for m in list(_models) if any(id(layer.weight) in own for layer in quantized_layers(m).values())]
     for model in models:
-        if _processes() > 1 and not _is_wrapped(model) and not any(map(is_shard, model.parameters())):
+        if processes() > 1 and not _is_wrapped(model) and not any(map(is_shard, model.parameters())):
             logger.warning(
                 "%d processes train a %s that nothing wraps: if nobody averages its gradients, each trains a model of its "
                 "own. accelerator.prepare wraps it, unless the very model was evaluated through Trainer before",
-                _processes(),
+                processes(),
                 type(model).__name__,
             )
     missing = {
@@ -76,8 +81,7 @@ def _check(optimizer: Optimizer, *_: Any) -> None:
         if parameter.requires_grad and id(parameter) not in own
     }
     if missing:  # another optimizer may have them
-        others = [found for found in gc.get_objects() if issubclass(type(found), Optimizer)]  # no lazy `__class__`
-        known = set().union(*map(_parameters, others))
+        known = set().union(*map(_parameters, _alive(Optimizer)))
         lost = [name for name, number in missing.items() if number not in known]
         if lost:
             raise ModelError(

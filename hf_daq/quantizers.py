@@ -154,14 +154,15 @@ class WeightQuantizer(Quantizer):
         """Offset and unit of the bounds for this weight, from `rows`, each broadcastable to it. No gradient."""
         rows = _wide(rows.detach())
         dims = tuple(range(0 if self.granularity == "tensor" else 1, rows.ndim))
-        valid = self.valid(rows.device)
-        if valid is None:
-            count: Tensor | int = rows.numel() // self.lower.numel()
-        else:
-            count = valid.sum(1, keepdim=True)
+        count: Tensor | int = rows.numel() // self.lower.numel()
+        if self.padding:
+            sizes = torch.full((self.groups, 1), float(self.group_size), device=rows.device)
+            sizes[-1] -= self.padding
+            count = sizes.repeat(len(rows) // self.groups, 1)
         offset = torch.zeros_like(rows[(slice(0, 1),) * rows.ndim])
         if self.normalization == "standardize":
             offset = rows.sum(dims, keepdim=True) / count
+            valid = self.valid(rows.device)
             rows = rows - offset if valid is None else (rows - offset) * valid
             count = torch.clamp(count - 1, min=1) if isinstance(count, Tensor) else max(count - 1, 1)
         unit = (rows.square().sum(dims, keepdim=True) / count).sqrt()

@@ -1,5 +1,5 @@
 """Layers with a special place in a network: those that stay in full precision unless a rule says otherwise (`outer_layers`),
-and those that cannot be quantized by themselves (`fixed_layers`). timm and transformers models are known by their
+and those that cannot be quantized by themselves (`tied_layers`, `bypassed_layers`). timm and transformers models are known by their
 methods, not by their classes."""
 
 from __future__ import annotations
@@ -102,25 +102,31 @@ def _first_convolutions(layers: dict[str, nn.Module]) -> list[str]:
 # ------------------------------------------------------------------------------- layers that are not only layers
 
 
-def fixed_layers(model: nn.Module) -> dict[str, str]:
-    """Names of layers that cannot be quantized by themselves, with the reason: their weight belongs to another module too,
-    or a module around them reads it without calling the layer."""
-    fixed = {}
+def bypassed_layers(model: nn.Module) -> dict[str, str]:
+    """Names of layers whose weight a module around them reads without calling the layer, with the reason."""
+    return {
+        f"{name}.{child}".lstrip("."): f"{type(module).__name__} reads its weight directly"
+        for name, module in model.named_modules()
+        for child, child_module in module.named_children()
+        if type(child_module) in LAYER_TYPES and child in _read_directly(module)
+    }
+
+
+def tied_layers(model: nn.Module) -> dict[str, str]:
+    """Names of layers whose weight belongs to another module too, with the reason."""
+    tied = {}
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(f"{name}.{key}")
-        for child, child_module in module.named_children():
-            if type(child_module) in LAYER_TYPES and child in _read_directly(module):
-                fixed[f"{name}.{child}".lstrip(".")] = f"{type(module).__name__} reads its weight directly"
     # While transformers loads a model, its weights are not tied yet.
     pairs = list(getattr(model, "all_tied_weights_keys", {}).items())
     pairs += [(name, names[0]) for names in owners.values() for name in names[1:]]
     for target, source in pairs:
         for one, other in ((target, source), (source, target)):
             if one.endswith(".weight"):
-                fixed[one.removesuffix(".weight")] = f"shares its weight with {other.removesuffix('.weight')}"
-    return fixed
+                tied[one.removesuffix(".weight")] = f"shares its weight with {other.removesuffix('.weight')}"
+    return tied
 
 
 def _read_directly(module: nn.Module) -> frozenset[str]:

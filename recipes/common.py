@@ -222,6 +222,7 @@ class Run:
     higher_is_better: ClassVar[bool]
 
     def loss(self, model: nn.Module, batch: Any, teacher: nn.Module | None) -> Tensor:
+        """The mean loss of a batch, with the distillation from a teacher if there is one."""
         raise NotImplementedError
 
     def evaluate(self, model: nn.Module) -> float:

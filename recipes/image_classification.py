@@ -363,9 +363,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     quantization = daq_config(cfg.daq)
     checkpoint, progress = find_checkpoint(cfg)
     accelerator = start_accelerator(cfg, checkpoint)
-    takes_one = cfg.mixed_precision == "fp16" or accelerator.distributed_type in ("FSDP", "DEEPSPEED")
-    if cfg.optimizer == "sgd" and takes_one:
-        raise SystemExit("sgd comes with an Adam for bounds and scales; fp16, FSDP and DeepSpeed take one: pass adamw")
+    if accelerator.distributed_type in ("FSDP", "DEEPSPEED") and cfg.optimizer != "adamw":
+        raise SystemExit("sgd comes with an Adam for bounds and scales; FSDP and DeepSpeed take one: pass adamw")
 
     # data
     images = read_images(cfg)

@@ -45,6 +45,7 @@ from common import (
     train_phase,
     write_results,
 )
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
@@ -246,12 +247,6 @@ def create_float_model(tokenizer: PreTrainedTokenizerBase, cfg: Config, start: s
         ) from None
 
 
-def float_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-
-
 # ----------------------------------------------------------------------------------------------------------- loop
 
 
@@ -336,7 +331,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     if cfg.float_epochs and progress.phase == "float":
         model = create_float_model(tokenizer, cfg, start)
-        groups = float_groups(model, cfg.weight_decay)
+        groups = param_groups_weight_decay(model, cfg.weight_decay)
         model, [optimizer] = prepare(accelerator, cfg, model, torch.optim.AdamW(groups, cfg.float_lr, (0.9, 0.95)))
         train_phase(run, model, [optimizer], cfg.float_epochs, checkpoint)
         describe(run)

@@ -129,32 +129,28 @@ def gradient_accumulation(rank: int, world: int) -> dict:
     return {"state": accelerator.unwrap_model(model).state_dict()}
 
 
-def gradient_checkpointing(rank: int, world: int) -> dict:
-    model = calibrated_vit(rank, world)
-    model.set_grad_checkpointing()
-    accelerator = Accelerator(cpu=True)
-    model, optimizer = accelerator.prepare(model, optimizer_of(model))
-    train(model, optimizer, rank=rank, world=world, backward=accelerator.backward)
-    return {"state": accelerator.unwrap_model(model).state_dict()}
-
-
-def ddp_in_bf16(rank: int, world: int) -> dict:
+def trained_by_ddp(rank: int, world: int, change: Callable[[nn.Module], object], **options: str) -> dict:
+    """STEPS steps of a calibrated model that `change` did something to, with options of Accelerator."""
     AcceleratorState._reset_state()
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    accelerator = Accelerator(cpu=True, **options)
     model = calibrated_vit(rank, world)
+    change(model)
     model, optimizer = accelerator.prepare(model, optimizer_of(model))
     train(model, optimizer, rank=rank, world=world, backward=accelerator.backward)
     AcceleratorState._reset_state()
     return {"state": accelerator.unwrap_model(model, keep_fp32_wrapper=False).state_dict()}
 
 
+def gradient_checkpointing(rank: int, world: int) -> dict:
+    return trained_by_ddp(rank, world, lambda model: model.set_grad_checkpointing())
+
+
+def ddp_in_bf16(rank: int, world: int) -> dict:
+    return trained_by_ddp(rank, world, lambda model: None, mixed_precision="bf16")
+
+
 def ddp_compiled(rank: int, world: int) -> dict:
-    accelerator = Accelerator(cpu=True)
-    model = calibrated_vit(rank, world)
-    model.compile(fullgraph=True, backend="eager")
-    model, optimizer = accelerator.prepare(model, optimizer_of(model))
-    train(model, optimizer, rank=rank, world=world, backward=accelerator.backward)
-    return {"state": accelerator.unwrap_model(model).state_dict()}
+    return trained_by_ddp(rank, world, lambda model: model.compile(fullgraph=True, backend="eager"))
 
 
 def save_and_load_state(rank: int, world: int, folder: Path) -> dict:

@@ -7,9 +7,6 @@ Weights are random. The exit code is 1 if a model fails.
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import json
 import sys
 import tempfile
 import time
@@ -18,8 +15,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import scanning
 import timm
 import torch
+from scanning import Result
 from torch import Tensor, nn
 
 import hf_daq
@@ -138,17 +137,6 @@ ARCHITECTURES: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@dataclasses.dataclass
-class Result:
-    """What happened to one architecture. `kept` counts reasons; `problems` is empty on success."""
-
-    name: str
-    quantized: int = 0
-    kept: dict[str, int] = dataclasses.field(default_factory=dict)
-    problems: list[str] = dataclasses.field(default_factory=list)
-    seconds: float = 0.0
-
-
 def build(name: str) -> tuple[nn.Module, Tensor]:
     """A model as if it had been trained, with random weights and ten classes, and four images.
 
@@ -195,7 +183,7 @@ def _problems(result: Result, config: dict[str, Any]) -> Iterator[str]:
     float_keys = list(model.state_dict())
 
     plan = hf_daq.plan(model, **config)
-    result.quantized = len(plan.quantized)
+    result.quantized, result.unsupported = len(plan.quantized), len(plan.unsupported)
     result.kept = dict(Counter(layer.reason for layer in plan.kept.values()))
     planned = {layer.name for layer in plan.layers}
     for name, module in model.named_modules():
@@ -265,33 +253,9 @@ def _learnables(layer: QuantizedLayer) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Take timm models of every family through apply, train, save and reload."
-    )
-    parser.add_argument("--names", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES, metavar="NAME")
-    parser.add_argument("--output", help="write the results to this JSON file")
-    arguments = parser.parse_args()
+    parser = scanning.parser("Take timm models of every family through apply, train, save and reload.", ARCHITECTURES)
     torch.set_num_threads(1)
-    results = []
-    for name in arguments.names:
-        result = check_architecture(name)
-        results.append(result)
-        kept = ", ".join(f"{count} {reason}" for reason, count in result.kept.items())
-        outcome = "FAILED" if result.problems else "ok"
-        print(
-            f"{name:40} {result.quantized:4d} quantized  {outcome:6} {result.seconds:6.1f} s  kept: {kept}", flush=True
-        )
-        for problem in result.problems:
-            print(f"    {problem}", flush=True)
-    if arguments.output:
-        with open(arguments.output, "w") as file:
-            json.dump([dataclasses.asdict(result) for result in results], file, indent=1)
-    failed = [result.name for result in results if result.problems]
-    print(
-        f"{len(results)} architectures, {sum(result.quantized for result in results)} quantized layers, "
-        f"{sum(result.seconds for result in results):.0f} s, {len(failed)} failed: {' '.join(failed) or '-'}"
-    )
-    return 1 if failed else 0
+    return scanning.report(parser.parse_args(), check_architecture)
 
 
 if __name__ == "__main__":

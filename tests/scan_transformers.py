@@ -8,9 +8,7 @@ Weights are random and nothing is downloaded. The exit code is 1 if a model fail
 
 from __future__ import annotations
 
-import argparse
 import copy
-import dataclasses
 import json
 import logging
 import sys
@@ -25,10 +23,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import scanning
 import tiny
 import torch
 import transformers
 from safetensors.torch import load_file
+from scanning import Result
 from torch import Tensor, nn
 
 import hf_daq
@@ -41,18 +41,6 @@ GROUPS = DaqConfig(weight_bits=3, group_size=16)
 OUTER_TOO = CONFIG.replace(first_last_bits=8)
 NEW_TOKENS = 5
 HEADS = ("classifier", "qa_outputs", "lm_head", "score", "router", "gate")
-
-
-@dataclasses.dataclass
-class Result:
-    """What happened to one architecture. `kept` counts reasons; `problems` is empty on success."""
-
-    name: str
-    quantized: int = 0
-    kept: dict[str, int] = dataclasses.field(default_factory=dict)
-    unsupported: int = 0
-    problems: list[str] = dataclasses.field(default_factory=list)
-    seconds: float = 0.0
 
 
 class Case:
@@ -550,35 +538,13 @@ def check_architecture(name: str, checks: Any = CHECKS, trace: bool = False) -> 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Take tiny transformers models of many architectures the whole way.")
-    names = list(tiny.ARCHITECTURES)
-    parser.add_argument("--names", nargs="+", default=names, choices=names, metavar="NAME")
+    parser = scanning.parser("Take tiny transformers models of many architectures the whole way.", tiny.ARCHITECTURES)
     parser.add_argument("--checks", nargs="+", default=list(CHECKS), choices=CHECKS, metavar="CHECK")
     parser.add_argument("--trace", action="store_true", help="print the traceback of an error")
-    parser.add_argument("--output", help="write the results to this JSON file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    results = []
-    for name in arguments.names:
-        with quiet():
-            result = check_architecture(name, arguments.checks, arguments.trace)
-        results.append(result)
-        kept = ", ".join(f"{count} {reason}" for reason, count in result.kept.items())
-        outcome = "FAILED" if result.problems else "ok"
-        print(
-            f"{name:18} {result.quantized:3d} quantized  {outcome:6} {result.seconds:5.1f} s  kept: {kept}", flush=True
-        )
-        for problem in result.problems:
-            print(f"    {problem}", flush=True)
-    if arguments.output:
-        with open(arguments.output, "w") as file:
-            json.dump([dataclasses.asdict(result) for result in results], file, indent=1)
-    failed = [result.name for result in results if result.problems]
-    print(
-        f"{len(results)} architectures, {sum(result.quantized for result in results)} quantized layers, "
-        f"{sum(result.seconds for result in results):.0f} s, {len(failed)} failed: {' '.join(failed) or '-'}"
-    )
-    return 1 if failed else 0
+    with quiet():
+        return scanning.report(arguments, lambda name: check_architecture(name, arguments.checks, arguments.trace))
 
 
 @contextmanager

@@ -1,0 +1,49 @@
+"""What the scans of timm and of transformers share: the outcome of an architecture, and the report of all."""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable, Iterable
+
+
+@dataclasses.dataclass
+class Result:
+    """What happened to one architecture. `kept` counts reasons; `problems` is empty on success."""
+
+    name: str
+    quantized: int = 0
+    kept: dict[str, int] = dataclasses.field(default_factory=dict)
+    unsupported: int = 0
+    problems: list[str] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+
+
+def parser(description: str, names: Iterable[str]) -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=description)
+    found.add_argument("--names", nargs="+", default=list(names), choices=list(names), metavar="NAME")
+    found.add_argument("--output", help="write the results to this JSON file")
+    return found
+
+
+def report(arguments: argparse.Namespace, check: Callable[[str], Result]) -> int:
+    """Check and print one architecture after the other. Returns the exit code: 1 if one failed."""
+    results = []
+    for name in arguments.names:
+        result = check(name)
+        results.append(result)
+        kept = ", ".join(f"{count} {reason}" for reason, count in result.kept.items())
+        outcome = "FAILED" if result.problems else "ok"
+        print(
+            f"{name:40} {result.quantized:4d} quantized  {outcome:6} {result.seconds:6.1f} s  kept: {kept}", flush=True
+        )
+        for problem in result.problems:
+            print(f"    {problem}", flush=True)
+    if arguments.output:
+        with open(arguments.output, "w") as file:
+            json.dump([dataclasses.asdict(result) for result in results], file, indent=1)
+    failed = [result.name for result in results if result.problems]
+    print(
+        f"{len(results)} architectures, {sum(result.quantized for result in results)} quantized layers, "
+        f"{sum(result.seconds for result in results):.0f} s, {len(failed)} failed: {' '.join(failed) or '-'}"
+    )
+    return 1 if failed else 0
