@@ -7,14 +7,14 @@ optimizer = torch.optim.SGD(hf_daq.param_groups(model, lr=0.01, quantizer_lr=1e-
 hf_daq.save_pretrained(model, "out")
 """
 
+from . import registration as registration
 from .apply import apply_daq, remove_daq
 from .calibrate import calibrate
 from .checkpoint import from_pretrained, save_pretrained
 from .config import DaqConfig
 from .errors import DaqError
-from .hub_transformers import trainer_optimizer
 from .matching import plan
-from .training import param_groups
+from .training import param_groups, trainer_optimizer
 from .version import __version__
 
 __all__ = [

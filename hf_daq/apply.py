@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 from torch import nn
 
-from . import hub_transformers
 from .config import DaqConfig
 from .errors import ModelError
 from .matching import config_from
 from .patch import patch, start_weights, unpatch
+from .special import is_transformers_model
 
 
 def apply_daq(model: nn.Module, config: DaqConfig | None = None, **kwargs: Any) -> nn.Module:
@@ -32,7 +32,10 @@ def apply_daq(model: nn.Module, config: DaqConfig | None = None, **kwargs: Any) 
     """
     patch(model, config_from(config, kwargs))
     start_weights(model)
-    hub_transformers.attach(model)
+    if is_transformers_model(model):
+        from . import hub_transformers
+
+        hub_transformers.attach(model)
     return model
 
 
@@ -52,5 +55,8 @@ def remove_daq(model: nn.Module, weights: Literal["float", "quantized"] = "float
     if weights not in ("float", "quantized"):
         raise ModelError(f"weights={weights!r} must be 'float' or 'quantized'")
     unpatch(model, quantized=weights == "quantized")
-    hub_transformers.detach(model)
+    if is_transformers_model(model):
+        from . import hub_transformers
+
+        hub_transformers.detach(model)
     return model

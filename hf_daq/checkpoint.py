@@ -10,8 +10,8 @@ import timm
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
-from . import fileformat, hub_timm, hub_transformers
-from .config import DaqConfig
+from . import fileformat, hub_timm
+from .config import QUANT_METHOD, DaqConfig
 from .errors import CheckpointError, ConfigError, ModelError
 from .layers import quantized_layers
 from .patch import patch, unpatch
@@ -40,6 +40,8 @@ def save_pretrained(
     if config is None or not quantized_layers(model):
         raise ModelError("save_pretrained needs the model that apply_daq returned, not a float or wrapped one")
     if is_transformers_model(model):
+        from . import hub_transformers
+
         hub_transformers.save(model, Path(save_directory), state_dict, **kwargs)
         return
     if kwargs:
@@ -91,7 +93,9 @@ def from_pretrained(
             f"a transformers model is opened by its class: {type(model).__name__}.from_pretrained({path_or_repo!r})"
         )
     description = fileformat.read_description(directory)
-    if model is None and hub_transformers.is_transformers_checkpoint(description):
+    if model is None and _is_of_transformers(description):
+        from . import hub_transformers
+
         return hub_transformers.open_checkpoint(path_or_repo, description, **options, **kwargs)
     weights = directory / fileformat.WEIGHTS_NAME
     model_args = description.get("model_args")
@@ -111,6 +115,12 @@ def from_pretrained(
         )
     loaded: nn.Module = timm.create_model(f"local-dir:{directory}", pretrained=True, **kwargs)
     return loaded
+
+
+def _is_of_transformers(description: dict[str, Any]) -> bool:
+    """True for a config.json of a DAQ model that transformers saved."""
+    config = description.get("quantization_config")
+    return isinstance(config, dict) and config.get("quant_method") == QUANT_METHOD and "model_type" in description
 
 
 def _load_into(model: nn.Module, config: DaqConfig, weights: Path) -> nn.Module:

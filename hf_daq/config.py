@@ -60,6 +60,8 @@ class DaqConfig:
             the values of the config. A rule is stronger than the default for first and last layers.
         modules_to_not_convert: patterns of modules that stay in full precision, before any rule.
         layers: the resolved bits, one entry a quantized layer. Written by `apply_daq`; if given, it alone decides.
+        low_memory: a training step does not keep quantized inputs and weights for the backward but computes them once
+            more, with the same results.
         dequantize: not a part of the quantization, and not saved: `from_pretrained` of transformers gives back a plain
             model with the quantized weights in it.
 
@@ -88,6 +90,7 @@ class DaqConfig:
     rules: Sequence[Mapping[str, Any]] = ()
     modules_to_not_convert: Sequence[str] = ()
     layers: Mapping[str, Mapping[str, int | None]] | None = None
+    low_memory: bool = False
     dequantize: bool = field(default=False, compare=False)
 
     quant_method = QUANT_METHOD
@@ -117,7 +120,7 @@ class DaqConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
-        for name in ("bias_correction", "dequantize"):
+        for name in ("bias_correction", "low_memory", "dequantize"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.group_size is not None or self.weight_granularity == "group":

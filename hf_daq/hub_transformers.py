@@ -1,5 +1,5 @@
-"""transformers: the quantizer `from_pretrained` finds by `quant_method`, `attach` and `detach` for models that are already
-loaded, and an optimizer for `Trainer`.
+"""transformers: the quantizer `from_pretrained` finds by `quant_method`, and `attach` and `detach` for models that are
+already loaded. Importing this loads much of transformers.
 
 With it, `AutoModel....from_pretrained(path)` opens our checkpoints, and `from_pretrained(path, quantization_config=DaqConfig(
 weight_bits=3))` quantizes a float one.
@@ -16,15 +16,15 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers.quantizers import HfQuantizer, auto
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
 
 from . import fileformat
 from .config import QUANT_METHOD, DaqConfig
-from .errors import CheckpointError, ConfigError, ModelError
+from .errors import CheckpointError, ModelError
 from .layers import quantized_layers
 from .patch import patch, start_weights, unpatch
 from .special import is_transformers_model
-from .training import param_groups
 
 
 class DaqHfQuantizer(HfQuantizer):
@@ -98,9 +98,7 @@ _save_pretrained.__name__ = "save_pretrained"  # pickling a bound method looks i
 
 def attach(model: Any) -> None:
     """Make a patched transformers model what `from_pretrained` gives: transformers knows that it is quantized, saves its
-    config, and trains it. Nothing happens to other models."""
-    if not is_transformers_model(model):
-        return
+    config, and trains it."""
     config: Any = model.daq_config
     quantizer = getattr(model, "hf_quantizer", None) or DaqHfQuantizer(config, pre_quantized=False)
     quantizer.quantization_config = config
@@ -115,8 +113,6 @@ def attach(model: Any) -> None:
 
 def detach(model: Any) -> None:
     """Inverse of `attach`."""
-    if not is_transformers_model(model):
-        return
     for name in ("hf_quantizer", "quantization_method", "save_pretrained"):
         model.__dict__.pop(name, None)
     model.is_quantized = False
@@ -139,12 +135,6 @@ def save(model: Any, directory: Path, state_dict: Any = None, **kwargs: Any) -> 
             path.unlink()
 
 
-def is_transformers_checkpoint(description: dict[str, Any]) -> bool:
-    """True for a config.json of a DAQ model that transformers saved."""
-    config = description.get("quantization_config")
-    return isinstance(config, dict) and config.get("quant_method") == QUANT_METHOD and "model_type" in description
-
-
 def open_checkpoint(path_or_repo: Any, description: dict[str, Any], **kwargs: Any) -> nn.Module:
     """`from_pretrained` of the class of transformers that config.json names; no other code is run."""
     names = description.get("architectures")
@@ -155,30 +145,6 @@ def open_checkpoint(path_or_repo: Any, description: dict[str, Any], **kwargs: An
     loader: Any = found
     model: nn.Module = loader.from_pretrained(path_or_repo, use_safetensors=True, **kwargs)
     return model
-
-
-class TrainerOptimizer:
-    """What `Trainer` calls for its optimizer; see `trainer_optimizer`."""
-
-    def __call__(self, model: nn.Module, args: Any, quantizer_lr: float | None) -> torch.optim.Optimizer:
-        optimizer_class, kwargs = transformers.Trainer.get_optimizer_cls_and_kwargs(args)
-        if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
-            raise ConfigError(f"optim={args.optim!r} chooses its parameters itself; take one such as 'adamw_torch'")
-        groups = param_groups(model, args.learning_rate, quantizer_lr, args.weight_decay)
-        return optimizer_class(groups, **kwargs)
-
-
-def trainer_optimizer(args: Any, quantizer_lr: float | None = None) -> tuple[type, dict[str, Any]]:
-    """The optimizer of the training arguments on the groups of `param_groups`: bounds and scales learn at their own rate,
-    without weight decay.
-
-        trainer = Trainer(model=model, args=args, optimizer_cls_and_kwargs=hf_daq.trainer_optimizer(args, 1e-3), ...)
-
-    Args:
-        args: `transformers.TrainingArguments`.
-        quantizer_lr: learning rate of bounds and scales; that of the arguments if None.
-    """
-    return TrainerOptimizer, {"args": args, "quantizer_lr": quantizer_lr}
 
 
 def _transformers_parts(model: nn.Module) -> list[Any]:

@@ -6,9 +6,13 @@ and its Parameter objects stay what they were.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import timm.layers
+import torch
 import torch.nn.functional as F
 from timm.layers.padding import pad_same
 from torch import Tensor, nn
@@ -16,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import DaqConfig
 from .errors import CalibrationError
+from .functional import node_of, recomputed
 from .quantizers import ActivationQuantizer, WeightQuantizer
 
 
@@ -23,7 +28,11 @@ class QuantizedLayer(nn.Module):
     """Quantizes input and weight, then does what the float layer does.
 
     w_quant: `WeightQuantizer`. a_quant: `ActivationQuantizer`, or None for weights only. daq_name: the module's name in
-    the model, for error messages.
+    the model, for error messages. low_memory: the quantized input and weight are not kept for the backward but computed
+    once more in it.
+
+    In evaluation the quantized weight is kept until a parameter changes, `train()` or `eval()` is called, or a forward
+    learns. Autograd's versions tell of changes; what is written through `.data` they do not see.
     """
 
     float_class: ClassVar[type[nn.Module]]
@@ -32,6 +41,8 @@ class QuantizedLayer(nn.Module):
     w_quant: WeightQuantizer
     a_quant: ActivationQuantizer | None
     daq_name: str
+    low_memory: bool
+    _kept: tuple[Any, Any, Tensor] | None = None
 
     def float_weight(self) -> Tensor:
         """The weight the float layer computes with, shape (out, in / groups, ...)."""
@@ -68,8 +79,57 @@ class QuantizedLayer(nn.Module):
             )
         if self.a_quant is not None:
             x = self.a_quant(x)
-        weight = self.w_quant(self.float_weight())
-        return self.compute(x, weight, self.w_quant.shifted(self.bias, weight.dtype))
+        weight = self.quantized_weight()
+        bias = self.w_quant.shifted(self.bias, self.weight.dtype)
+        if self.low_memory and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            with _recomputing(x, weight):
+                return self.compute(x, weight, bias)
+        return self.compute(x, weight, bias)
+
+    def quantized_weight(self) -> Tensor:
+        """The weight the quantized layer computes with, as `float_weight`."""
+        sources = [value for part in (self, self.w_quant) for value in part._parameters.values() if value is not None]
+        learns = any(source.requires_grad for source in sources) and (self.training or torch.is_grad_enabled())
+        plain = all(type(source) in (Tensor, nn.Parameter) and not source.is_inference() for source in sources)
+        if learns or not plain or torch.compiler.is_compiling():
+            self._forget()
+            return self.w_quant(self.float_weight())  # type: ignore[no-any-return]
+        state = [(source._version, source.data_ptr()) for source in sources], self.w_quant.result_dtype(self.weight)
+        kept = self._kept
+        if kept is None or kept[1] != state or not all(map(operator.is_, kept[0], sources)):
+            with torch.inference_mode(False), torch.no_grad():
+                kept = self._kept = sources, state, self.w_quant(self.float_weight())
+        return kept[2]
+
+    def _forget(self) -> None:
+        if self._kept is not None:
+            self._kept = None
+
+    def train(self, mode: bool = True) -> Any:
+        self._forget()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_kept"}
+
+
+@contextmanager
+def _recomputing(*quantized: Tensor) -> Iterator[None]:
+    """What is saved for the backward inside is, where it is one of these tensors, computed again from its own inputs."""
+    nodes = {tensor.untyped_storage().data_ptr(): node for tensor in quantized if (node := node_of(tensor)) is not None}
+
+    def pack(saved: Tensor) -> Any:
+        node = nodes.get(saved.untyped_storage().data_ptr())
+        return saved if node is None else (node, saved.shape, saved.stride(), saved.storage_offset())
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        node, *view = packed
+        return recomputed(node).as_strided(*view)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 class DaqLinear(QuantizedLayer, nn.Linear):
@@ -200,11 +260,13 @@ def quantize_layer(layer: Any, name: str, config: DaqConfig, weight_bits: int, a
     layer.register_module("w_quant", w_quant)
     layer.register_module("a_quant", a_quant)
     layer.daq_name = name
+    layer.low_memory = config.low_memory
     layer.train(layer.training)
 
 
 def restore_layer(layer: QuantizedLayer) -> None:
     """Inverse of `quantize_layer`: the float class, without quantizers."""
     float_class: Any = layer.float_class
-    del layer.w_quant, layer.a_quant, layer.daq_name
+    del layer.w_quant, layer.a_quant, layer.daq_name, layer.low_memory
+    layer._forget()
     layer.__class__ = float_class

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import quantize
+from .functional import quantize_activation, quantize_weight
 
 _SMALLEST_SCALE = 1e-8
 
@@ -27,6 +27,15 @@ def _wide(tensor: Tensor) -> Tensor:
 def is_shard(tensor: Tensor) -> bool:
     """True for a DTensor, as FSDP2 makes of parameters."""
     return hasattr(tensor, "device_mesh")
+
+
+def _norm(rows: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Euclidean norm over `dims`, kept. Over all of them it goes by rows first, for speed and accuracy."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    if len(dims) == rows.ndim:
+        rows = torch.linalg.vector_norm(rows, dim=dims[1:] or None, keepdim=True, dtype=wide)
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=dims, keepdim=True, dtype=wide)
+    return norm
 
 
 class Quantizer(nn.Module):
@@ -63,23 +72,23 @@ class Quantizer(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self.finish()
 
-    def _quantize(
-        self, x: Tensor, lower: Tensor, upper: Tensor, center: Tensor | float, step: Tensor | float
-    ) -> Tensor:
+    def result_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype of x; under autocast the one to which the layer would cast the result anyway."""
+        cast = x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
+        return torch.get_autocast_dtype(x.device.type) if cast else x.dtype
+
+    def _options(self, x: Tensor) -> dict[str, Any]:
+        """What the quantizing functions take besides tensors."""
         # The soft quantizer trains one function and deploys another: rounding.
         rounding = "ste" if self.rounding == "soft" and not self.training else self.rounding
-        return quantize(
-            x,
-            lower,
-            upper,
-            center=center,
-            step=step,
-            bits=self.bits,
-            rounding=rounding,
-            gamma=self.gamma,
-            sigma=self.sigma,
-            temperature=self.temperature,
-        )
+        return {
+            "bits": self.bits,
+            "rounding": rounding,
+            "gamma": self.gamma,
+            "sigma": self.sigma,
+            "temperature": self.temperature,
+            "dtype": self.result_dtype(x),
+        }
 
     def extra_repr(self) -> str:
         state = "" if self.calibrated else ", not calibrated"
@@ -152,32 +161,27 @@ class WeightQuantizer(Quantizer):
 
     def statistics(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Offset and unit of the bounds for this weight, from `rows`, each broadcastable to it. No gradient."""
-        rows = _wide(rows.detach())
+        rows = rows.detach()
         dims = tuple(range(0 if self.granularity == "tensor" else 1, rows.ndim))
         count: Tensor | int = rows.numel() // self.lower.numel()
         if self.padding:
             sizes = torch.full((self.groups, 1), float(self.group_size), device=rows.device)
             sizes[-1] -= self.padding
             count = sizes.repeat(len(rows) // self.groups, 1)
-        offset = torch.zeros_like(rows[(slice(0, 1),) * rows.ndim])
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        offset = torch.zeros((len(self.lower),) + (1,) * (rows.ndim - 1), device=rows.device, dtype=wide)
         if self.normalization == "standardize":
-            offset = rows.sum(dims, keepdim=True) / count
+            offset = rows.sum(dims, keepdim=True, dtype=wide) / count
             valid = self.valid(rows.device)
             rows = rows - offset if valid is None else (rows - offset) * valid
             count = torch.clamp(count - 1, min=1) if isinstance(count, Tensor) else max(count - 1, 1)
-        unit = (rows.square().sum(dims, keepdim=True) / count).sqrt()
+        unit = _norm(rows, dims) / count**0.5
         return offset, unit.clamp_min(_SMALLEST_SCALE)
 
     def forward(self, weight: Tensor) -> Tensor:
         rows = self.rows(weight)
-        shape = (-1,) + (1,) * (rows.ndim - 1)
-        offset, unit = self.statistics(rows)
-        # Clipping (w - mean) / std to [l, u] is clipping w to [mean + std l, mean + std u].
-        lower = offset + unit * _wide(self.lower).view(shape)
-        upper = offset + unit * _wide(self.upper).view(shape)
-        levels = 2**self.bits - 1
-        step = _wide(self.scale).abs().view(shape) * (2 / levels)
-        quantized = self._quantize(rows, lower, upper, levels / 2, step)
+        offset, unit = (value.view(-1) for value in self.statistics(rows))
+        quantized = quantize_weight(rows, self.lower, self.upper, self.scale, offset, unit, **self._options(weight))
         if self.groups == 1:
             return quantized
         flat = quantized.view(weight.shape[0], -1)
@@ -217,12 +221,4 @@ class ActivationQuantizer(Quantizer):
         return _wide(self.upper) - _wide(self.lower)
 
     def forward(self, x: Tensor) -> Tensor:
-        levels = 2**self.bits - 1
-        if not self.signed:
-            return self._quantize(x, self.lower, self.upper, 0.0, 1 / levels)
-        span = self.span
-        step = span / levels
-        exact = -_wide(self.lower) / step
-        zero_point = exact + (exact.round().clamp(0, levels) - exact).detach()
-        lower = -zero_point * step
-        return self._quantize(x, lower, lower + span, zero_point, 1 / levels)
+        return quantize_activation(x, self.lower, self.upper, **self._options(x))

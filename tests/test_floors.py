@@ -6,7 +6,7 @@ from pathlib import Path
 import hf_daq
 
 FLOORS = [
-    {"errors", "version"},
+    {"errors", "version", "compiling"},
     {"config"},
     {"functional"},
     {"quantizers"},
@@ -16,7 +16,7 @@ FLOORS = [
     {"patch", "calibrate", "training"},
     {"fileformat"},
     {"hub_timm", "hub_transformers"},
-    {"apply"},
+    {"apply", "registration"},
     {"checkpoint"},
     {"__init__"},
 ]

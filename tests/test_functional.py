@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_daq.functional import quantize, round_half_down_
+from hf_daq import functional
+from hf_daq.functional import quantize_activation, quantize_weight, round_half_down_
 
 SETTINGS = [(2.0, 1.0), (2.0, 2.0), (1.0, 0.5), (4.0, 5.0), (0.3, 1.3)]
 
@@ -28,37 +29,82 @@ def planted(bits: int, lower: float, upper: float) -> torch.Tensor:
     return torch.cat([values, outside.double()])
 
 
-def leaves(x, lower, upper, center, step):
-    return [
-        torch.as_tensor(t, dtype=torch.float64).clone().requires_grad_()
-        for t in (x, [lower], [upper], [center], [step])
-    ]
+def leaves(*values):
+    return [torch.as_tensor(value, dtype=torch.float64).clone().requires_grad_() for value in values]
+
+
+def reference_activation(x, lower, upper, *, bits, **options):
+    """The paper's definition between bounds that are moved so that zero is a code; autograd does the rest."""
+    levels = 2**bits - 1
+    unit = (upper - lower) / levels
+    exact = -lower / unit
+    zero_point = exact + (exact.round().clamp(0, levels) - exact).detach()
+    start = -zero_point * unit
+    return oracle.quantize(x, start, start + (upper - lower), zero_point, 1 / levels, bits=bits, **options)
+
+
+def reference_weight(weight, lower, upper, scale, offset, unit, *, bits, **options):
+    """The paper's definition of the standardised weight, times the output scale."""
+    levels = 2**bits - 1
+    weight = (weight - offset) / unit
+    return scale.abs() * oracle.quantize(weight, lower, upper, levels / 2, 2 / levels, bits=bits, **options)
+
+
+def assert_same(arguments, twins, options, names, functions, rtol):
+    output, expected = (function(*a, **options) for function, a in zip(functions, (arguments, twins), strict=True))
+    torch.testing.assert_close(output, expected, rtol=0, atol=rtol)
+    seed = torch.linspace(-1, 1, len(output), dtype=torch.float64)
+    output.backward(seed)
+    expected.backward(seed)
+    for got, want, name in zip(arguments, twins, names, strict=True):
+        scale = want.grad.abs().max().clamp_min(1.0)
+        torch.testing.assert_close(
+            got.grad / scale, want.grad / scale, rtol=rtol, atol=rtol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    return output.detach()
 
 
 @pytest.mark.parametrize("rounding", ["daq", "ste", "soft"])
 @pytest.mark.parametrize(("gamma", "sigma"), SETTINGS)
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_values_and_gradients_equal_the_papers_definition(bits, gamma, sigma, rounding):
+def test_activations_equal_the_papers_definition(bits, gamma, sigma, rounding):
+    options = {"bits": bits, "gamma": gamma, "sigma": sigma, "rounding": rounding, "temperature": 3.0}
     # Bounds at which normalising is exact, so that planted thresholds are thresholds in both evaluations.
     levels = 2**bits - 1
-    for lower, upper in [(0.0, float(levels)), (-levels / 2, levels / 2), (-levels * 2.0, levels * 6.0)]:
+    for zero_point, unit in [(0, 1.0), (levels // 2 + 1, 0.25)]:
+        lower = -zero_point * unit
+        upper = lower + levels * unit
         x = planted(bits, lower, upper)
-        arguments, twins = leaves(x, lower, upper, 1.5, 0.7), leaves(x, lower, upper, 1.5, 0.7)
-        options = {"bits": bits, "gamma": gamma, "sigma": sigma, "rounding": rounding, "temperature": 3.0}
-        output = quantize(*arguments[:3], center=arguments[3], step=arguments[4], **options)
-        expected = oracle.quantize(*twins, **options)
-        torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+        arguments, twins = leaves(x, [lower], [upper]), leaves(x, [lower], [upper])
+        functions = quantize_activation, reference_activation
+        output = assert_same(arguments, twins, options, ("x", "lower", "upper"), functions, 1e-10)
         if rounding != "soft":
-            code = output.detach() / 0.7 + 1.5
+            code = output * levels + zero_point
             torch.testing.assert_close(code, code.round(), rtol=0, atol=1e-12)
-        seed = torch.linspace(-1, 1, len(x), dtype=torch.float64)
-        output.backward(seed)
-        expected.backward(seed)
-        for got, want, name in zip(arguments, twins, ("x", "lower", "upper", "center", "step"), strict=True):
-            scale = want.grad.abs().max().clamp_min(1.0)
-            torch.testing.assert_close(
-                got.grad / scale, want.grad / scale, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
-            )
+
+
+@pytest.mark.parametrize("rounding", ["daq", "ste", "soft"])
+@pytest.mark.parametrize(("gamma", "sigma"), SETTINGS)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_weights_equal_the_papers_definition(bits, gamma, sigma, rounding):
+    options = {"bits": bits, "gamma": gamma, "sigma": sigma, "rounding": rounding, "temperature": 3.0}
+    levels = 2**bits - 1
+    for bound, scale, offset, unit in [(levels / 2, 0.7, 0.0, 1.0), (levels * 2.0, -3.0, 0.5, 0.25)]:
+        weight = planted(bits, -bound, bound) * unit + offset
+        values = weight, [-bound], [bound], [scale]
+        constants = [torch.tensor([value], dtype=torch.float64) for value in (offset, unit)]
+        arguments, twins = leaves(*values), leaves(*values)
+        output = assert_same(
+            arguments,
+            twins,
+            options,
+            ("weight", "lower", "upper", "scale"),
+            [lambda *a, f=f, c=constants, **o: f(*a, *c, **o) for f in (quantize_weight, reference_weight)],
+            1e-10,
+        )
+        if rounding != "soft":
+            code = (output / abs(scale) * levels + levels) / 2
+            torch.testing.assert_close(code, code.round(), rtol=0, atol=1e-12)
 
 
 @settings(max_examples=60, deadline=None)
@@ -71,25 +117,28 @@ def test_values_and_gradients_equal_the_papers_definition(bits, gamma, sigma, ro
     seed=st.integers(0, 2**31),
 )
 def test_gradients_equal_the_definition_at_any_bounds(bits, lower, width, gamma, sigma, seed):
-    x = (
-        torch.rand(200, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 1.5 * width
-        + lower
-        - width / 4
-    )
-    arguments, twins = leaves(x, lower, lower + width, 0.5, 2.0), leaves(x, lower, lower + width, 0.5, 2.0)
+    random = torch.rand(200, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = random * 1.5 * width + lower - width / 4
     options = {"bits": bits, "gamma": gamma, "sigma": sigma}
-    quantize(*arguments[:3], center=arguments[3], step=arguments[4], **options).sum().backward()
-    oracle.quantize(*twins, **options).sum().backward()
-    for got, want in zip(arguments, twins, strict=True):
-        scale = want.grad.abs().max().clamp_min(1e-6)
-        torch.testing.assert_close(got.grad / scale, want.grad / scale, rtol=1e-6, atol=1e-6)
+    constants = [torch.tensor([value], dtype=torch.float64) for value in (0.3, 1.7)]
+    for function, reference, more, last in [
+        (quantize_activation, reference_activation, [], []),
+        (quantize_weight, reference_weight, [[-2.0]], constants),
+    ]:
+        values = x, [lower], [lower + width], *more
+        arguments, twins = leaves(*values), leaves(*values)
+        function(*arguments, *last, **options).sum().backward()
+        reference(*twins, *last, **options).sum().backward()
+        for got, want in zip(arguments, twins, strict=True):
+            scale = want.grad.abs().max().clamp_min(1e-6)
+            torch.testing.assert_close(got.grad / scale, want.grad / scale, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("gamma", "sigma", "at_code", "at_threshold"), [(2, 1, 0.362, 0.597), (2, 2, 0.497, 2.217)])
 def test_gradient_follows_the_distance(gamma, sigma, at_code, at_threshold):
     x = torch.tensor([1.0, 1.25, 1.5, 1.75, 2.0], requires_grad=True)
     bounds = torch.tensor([0.0]), torch.tensor([3.0])
-    quantize(x, *bounds, center=0.0, step=1.0, bits=2, gamma=gamma, sigma=sigma).sum().backward()
+    quantize_activation(x, *bounds, bits=2, gamma=gamma, sigma=sigma).sum().mul(3).backward()
     assert x.grad[0].item() == pytest.approx(at_code, abs=5e-4)
     assert x.grad[2].item() == pytest.approx(at_threshold, abs=5e-4)
     assert x.grad[0] < x.grad[1] < x.grad[2]
@@ -100,10 +149,12 @@ def test_ties_go_down():
     assert round_half_down_(v.clone()).tolist() == [0, 0, 1, 2, 1, 3]
 
 
-def test_nan_stays_nan_and_infinities_are_the_outermost_codes():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nan_stays_nan_and_infinities_are_the_outermost_codes(kernels, compiled):
+    kernels(compiled)
     x = torch.tensor([math.nan, math.inf, -math.inf, 0.3], requires_grad=True)
     lower, upper = torch.tensor([0.0], requires_grad=True), torch.tensor([1.0], requires_grad=True)
-    y = quantize(x, lower, upper, center=0.0, step=1.0, bits=2)
+    y = quantize_activation(x, lower, upper, bits=2) * 3
     assert y[0].isnan()
     assert y[1:].tolist() == [3, 0, 1]
     y[1:].sum().backward()
@@ -118,37 +169,93 @@ def test_half_inputs_are_computed_in_float32_and_keep_their_dtype(dtype):
     twin = x.detach().float().requires_grad_()
     bounds = torch.tensor([-1.7]), torch.tensor([2.3])
     with torch.autocast("cpu", torch.bfloat16):
-        half = quantize(x, *bounds, center=7.0, step=1.0, bits=4)
-    full = quantize(twin, *bounds, center=7.0, step=1.0, bits=4)
+        half = quantize_activation(x, *bounds, bits=4)
+    full = quantize_activation(twin, *bounds, bits=4)
     assert half.dtype == dtype
-    assert torch.equal(half.float(), full)
+    assert torch.equal(half, full.to(dtype))
     half.sum().backward()
     full.sum().backward()
     assert x.grad.dtype == dtype
     assert torch.equal(x.grad, twin.grad.to(dtype))
 
 
-def test_bounds_per_channel_equal_one_call_a_channel():
-    x = torch.randn(3, 4, 5, dtype=torch.float64)
-    lower = -torch.rand(3, dtype=torch.float64) - 0.5
-    upper = torch.rand(3, dtype=torch.float64) + 0.5
-    bounds = [lower.clone().requires_grad_(), upper.clone().requires_grad_()]
-    quantize(x, bounds[0].view(3, 1, 1), bounds[1].view(3, 1, 1), center=1.5, step=1.0, bits=2).sum().backward()
-    for channel in range(3):
-        one = [
-            lower[channel : channel + 1].clone().requires_grad_(),
-            upper[channel : channel + 1].clone().requires_grad_(),
-        ]
-        quantize(x[channel], *one, center=1.5, step=1.0, bits=2).sum().backward()
-        torch.testing.assert_close(bounds[0].grad[channel], one[0].grad[0])
-        torch.testing.assert_close(bounds[1].grad[channel], one[1].grad[0])
+def test_rows_equal_one_call_each():
+    weight = torch.randn(3, 4, 5, dtype=torch.float64)
+    values = [torch.rand(3, dtype=torch.float64) + 0.5 for _ in range(5)]
+    values[0].neg_()
+    learned = [value.clone().requires_grad_() for value in values[:3]]
+    whole = quantize_weight(weight, *learned, *values[3:], bits=2)
+    whole.sum().backward()
+    for row in range(3):
+        one = [value[row : row + 1].clone().requires_grad_() for value in values[:3]]
+        alone = quantize_weight(weight[row], *one, *(value[row : row + 1] for value in values[3:]), bits=2)
+        assert torch.equal(alone, whole[row])
+        alone.sum().backward()
+        for got, want in zip(learned, one, strict=True):
+            torch.testing.assert_close(got.grad[row], want.grad[0])
 
 
-def test_inputs_with_gaps_and_any_memory_format():
-    x = torch.randn(4, 8, 6, 6)
+def test_there_is_no_second_derivative():
+    x = torch.randn(5, requires_grad=True)
+    y = quantize_activation(x, torch.tensor([-1.0]), torch.tensor([1.0]), bits=2)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(1, 3).contiguous().transpose(1, 3),
+    "first last": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
+    "with gaps": lambda x: torch.stack([x, x], 2)[:, :, 0],
+    "expanded": lambda x: x[:, :1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("rounding", ["daq", "ste"])
+@pytest.mark.parametrize("dtypes", [("float32", None), ("bfloat16", None), ("float32", "bfloat16")], ids=str)
+@pytest.mark.parametrize("rows", [1, 6])
+def test_compiled_kernels_give_the_same_values_for_every_layout(kernels, rounding, dtypes, rows):
+    """Values bit for bit, gradients but for the last bits; compared with the eager form of the contiguous tensor."""
+    dtype, result = (None if name is None else getattr(torch, name) for name in dtypes)
+    generator = torch.Generator().manual_seed(0)
+    for layout, arrange in LAYOUTS.items():
+        for shape in [(6, 8, 5, 3), (6, 1, 1, 1), (6, 2, 1, 7)]:
+            x = arrange(torch.randn(shape, generator=generator).to(dtype)).detach()
+            seed = torch.randn(shape, generator=generator).to(result or dtype)
+            values = [torch.rand(rows, generator=generator) + 0.3 for _ in range(5)]
+            values[0].neg_()
+            found = []
+            for compiled in (False, True):
+                kernels(compiled)
+                inputs = [value.clone().requires_grad_() for value in values[:3]]
+                leaf = x.detach().requires_grad_() if compiled else x.contiguous().requires_grad_()
+                if rows == 1:
+                    inputs.pop()
+                    y = quantize_activation(leaf, *inputs, bits=4, rounding=rounding, dtype=result)
+                else:
+                    y = quantize_weight(leaf, *inputs, *values[3:], bits=4, rounding=rounding, dtype=result)
+                y.backward(seed if compiled else seed.contiguous())
+                found.append([y.detach(), leaf.grad, *(value.grad for value in inputs)])
+            for part, (eager, fast) in enumerate(zip(*found, strict=True)):
+                what = f"{layout} {shape} {part}"
+                if part == 0:
+                    assert torch.equal(eager, fast), what
+                    assert eager.dtype == (result or dtype)
+                tolerance = 2e-4 if dtype == torch.float32 else 2e-2
+                torch.testing.assert_close(
+                    fast, eager, rtol=tolerance, atol=tolerance, msg=lambda m, w=what: f"{w}: {m}"
+                )
+
+
+def test_other_bits_gamma_and_sigma_need_no_other_kernel(kernels):
+    kernels(True)
     bounds = torch.tensor([-1.0]), torch.tensor([1.0])
-    want = quantize(x, *bounds, center=1.5, step=1.0, bits=2)
-    for view in (x.to(memory_format=torch.channels_last), x.transpose(1, 3).contiguous().transpose(1, 3)):
-        got = quantize(view, *bounds, center=1.5, step=1.0, bits=2)
-        assert torch.equal(got, want)
-    assert torch.equal(quantize(x[:, ::2], *bounds, center=1.5, step=1.0, bits=2), want[:, ::2])
+    quantize_activation(torch.randn(300).requires_grad_(), *bounds, bits=3).sum().backward()
+    before = [len(kernels_.found) for kernels_ in (functional._forward_kernels, functional._backward_kernels)]
+    for bits, size, gamma in [(1, 7, 2.0), (8, 4001, 1.0), (5, 100000, 0.5)]:
+        x = torch.randn(size).requires_grad_()
+        quantize_activation(x, *bounds, bits=bits, gamma=gamma, sigma=gamma).sum().backward()
+    after = [len(kernels_.found) for kernels_ in (functional._forward_kernels, functional._backward_kernels)]
+    assert after == before
