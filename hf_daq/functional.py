@@ -4,8 +4,8 @@ Values are normalised to `v = (clip(x, lower, upper) - lower) / (upper - lower) 
 to the nearest code, ties down. Everything is computed in float32 (float64 for float64 inputs), whatever autocast says.
 
 `_forward` and `_backward` hold the mathematics. They run compiled, each as one pass over memory; or eagerly, in place,
-where nothing can be compiled or it does not pay. Both give the same values, bit for bit; gradients differ in the last
-bits.
+where nothing can be compiled or it does not pay. On the CPU both give the same values, bit for bit; gradients differ in
+the last bits.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ _SMALLEST_SPAN = 1e-12
 # and for activations that code before rounding, for weights their statistic and the output scale.
 _START, _END, _INVERSE, _CENTER, _STEP, _EXACT, _SCALE = range(7)
 _UNIT = _EXACT
-_FEW, _MANY = 2**15, 2**31  # elements between which tensors go to a compiled kernel
-
-
+_FEW, _MANY = 2**16, 2**31  # elements between which tensors go to a compiled kernel
 # exp(-y) on [0, 1] to 3e-7, the highest power first: a compiled kernel on the CPU calls no function for it.
 _EXP = (8.35845826e-4, -7.614024e-3, 0.0411768266, -0.166490286, 0.499969015, -0.999997903, 0.999999976)
 
@@ -237,13 +235,14 @@ def _run_backward(
 
 def _compiles(x: Tensor, value: Tensor, soft: _Soft) -> bool:
     """Whether the compiled kernels serve: many elements and float32 arithmetic. In somebody else's compilation the eager
-    form fuses with its neighbours."""
+    form fuses with its neighbours, and a trace shows it."""
     return (
         not torch.compiler.is_compiling()
         and soft is None
         and _FEW < x.numel() < _MANY
         and value.dtype == torch.float32
         and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.jit.is_tracing()  # type: ignore
         and available(x.device.type)
     )
 
@@ -295,12 +294,14 @@ class _Quantize(torch.autograd.Function):
         constants, _, soft, dtype = ctx.options
         result, rows = _run_forward(x, values, constants, soft, dtype)
         ctx.save_for_backward(x, rows, *values)
+        ctx.unpacked = None
         return result
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, rows, *_ = ctx.saved_tensors
+        x, rows, *_ = _unpacked(ctx)
+        ctx.unpacked = None
         constants, rounding, soft, _ = ctx.options
         needs_x, needs_lower, _, needs_scale, *_ = ctx.needs_input_grad
         third = needs_lower if constants.activation else needs_scale
@@ -310,9 +311,17 @@ class _Quantize(torch.autograd.Function):
         return grad_x if needs_x else None, *lower_upper_scale, *(None,) * 6
 
 
+def _unpacked(ctx: Any) -> tuple[Any, ...]:
+    """What was saved. `recomputed` and the backward take it one after the other, and checkpointing gives it out once."""
+    if ctx.unpacked is None:
+        ctx.unpacked = ctx.saved_tensors
+    unpacked: tuple[Any, ...] = ctx.unpacked
+    return unpacked
+
+
 def recomputed(node: Any) -> Tensor:
     """The output of `quantize_activation` or `quantize_weight` once more, from its node in the autograd graph."""
-    x, _, *values = node.saved_tensors
+    x, _, *values = _unpacked(node)
     constants, _, soft, dtype = node.options
     with torch.no_grad():
         return _run_forward(x, tuple(values), constants, soft, dtype)[0]

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import DaqConfig
 from .errors import CalibrationError
 from .functional import node_of, recomputed
-from .quantizers import ActivationQuantizer, WeightQuantizer
+from .quantizers import ActivationQuantizer, WeightQuantizer, is_shard
 
 
 class QuantizedLayer(nn.Module):
@@ -43,6 +43,7 @@ class QuantizedLayer(nn.Module):
     daq_name: str
     low_memory: bool
     _kept: tuple[Any, Any, Tensor] | None = None
+    _sharded = False
 
     def float_weight(self) -> Tensor:
         """The weight the float layer computes with, shape (out, in / groups, ...)."""
@@ -88,10 +89,12 @@ class QuantizedLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """The weight the quantized layer computes with, as `float_weight`."""
+        if torch.compiler.is_compiling():
+            return self.w_quant(self.float_weight())  # type: ignore[no-any-return]
         sources = [value for part in (self, self.w_quant) for value in part._parameters.values() if value is not None]
         learns = any(source.requires_grad for source in sources) and (self.training or torch.is_grad_enabled())
         plain = all(type(source) in (Tensor, nn.Parameter) and not source.is_inference() for source in sources)
-        if learns or not plain or torch.compiler.is_compiling():
+        if learns or self._sharded or not plain:
             self._forget()
             return self.w_quant(self.float_weight())  # type: ignore[no-any-return]
         state = [(source._version, source.data_ptr()) for source in sources], self.w_quant.result_dtype(self.weight)
@@ -102,11 +105,11 @@ class QuantizedLayer(nn.Module):
         return kept[2]
 
     def _forget(self) -> None:
-        if self._kept is not None:
-            self._kept = None
+        self.__dict__.pop("_kept", None)
 
     def train(self, mode: bool = True) -> Any:
         self._forget()
+        self._sharded = is_shard(self.weight)  # whole weights of all layers would undo the sharding
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -267,6 +270,7 @@ def quantize_layer(layer: Any, name: str, config: DaqConfig, weight_bits: int, a
 def restore_layer(layer: QuantizedLayer) -> None:
     """Inverse of `quantize_layer`: the float class, without quantizers."""
     float_class: Any = layer.float_class
-    del layer.w_quant, layer.a_quant, layer.daq_name, layer.low_memory
-    layer._forget()
+    del layer.w_quant, layer.a_quant
+    for name in ("daq_name", "low_memory", "_kept", "_sharded"):
+        layer.__dict__.pop(name, None)
     layer.__class__ = float_class

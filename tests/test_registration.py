@@ -1,0 +1,26 @@
+"""transformers knows of DAQ whichever of the two is imported first, and `import hf_daq` does not load its quantizers."""
+
+import subprocess
+import sys
+
+import pytest
+
+KNOWN = """
+from transformers import AutoModel
+from transformers.quantizers import auto
+assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["daq"] is hf_daq.DaqConfig
+assert auto.AUTO_QUANTIZER_MAPPING["daq"].__module__ == "hf_daq.hub_transformers"
+assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("hf_daq")]
+"""
+SCRIPTS = {
+    "hf_daq first": "import sys, hf_daq\nassert 'transformers.quantizers' not in sys.modules" + KNOWN,
+    "transformers first": "import sys\nfrom transformers.quantizers import auto\nimport hf_daq" + KNOWN,
+    "a model of transformers first": "import sys\nfrom transformers import BertModel\nimport hf_daq" + KNOWN,
+    "hub_transformers first": "import sys, hf_daq.hub_transformers" + KNOWN,
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_order_of_imports(script):
+    result = subprocess.run([sys.executable, "-c", SCRIPTS[script]], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
