@@ -242,7 +242,7 @@ def _compiles(x: Tensor, value: Tensor, soft: _Soft) -> bool:
         and _FEW < x.numel() < _MANY
         and value.dtype == torch.float32
         and type(x) in (Tensor, torch.nn.Parameter)
-        and not torch.jit.is_tracing()  # type: ignore
+        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
         and available(x.device.type)
     )
 
@@ -328,11 +328,9 @@ def recomputed(node: Any) -> Tensor:
 
 
 def node_of(quantized: Tensor) -> Any:
-    """The node for `recomputed` of a quantized tensor or a view of it; None if it has no gradient."""
-    node: Any = quantized.grad_fn
-    while node is not None and not hasattr(node, "options"):
-        node = node.next_functions[0][0]
-    return node
+    """The node for `recomputed` of a quantized tensor or a view of it; None for all others, and without a gradient."""
+    node = (quantized if quantized._base is None else quantized._base).grad_fn
+    return node if isinstance(node, _Quantize._backward_cls) else None  # type: ignore[attr-defined]
 
 
 def quantize_activation(

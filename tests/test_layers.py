@@ -20,7 +20,8 @@ def net(**options):
     model = nn.Sequential(
         nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3, bias=False), nn.GELU(), nn.Flatten(), nn.Linear(32, 5)
     )
-    hf_daq.apply_daq(model, hf_daq.DaqConfig(bits=3, rules=[{"pattern": "*", "bits": 3}], **options))
+    options = {"rules": [{"pattern": "*", "bits": 3}]} | options
+    hf_daq.apply_daq(model, hf_daq.DaqConfig(bits=3, **options))
     with hf_daq.calibrate(model):
         model(X)
     return model
@@ -139,11 +140,13 @@ def kept_bytes(model, x):
     return sum(event.self_cpu_memory_usage for event in profile.key_averages()), output
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "group", "weights only"])
 @pytest.mark.parametrize("context", ["plain", "autocast", "checkpoint", "reentrant checkpoint", "compiled kernels"])
 def test_low_memory_gives_the_same_gradients(granularity, context, kernels):
     kernels(context == "compiled kernels")
     options = {"group_size": 4} if granularity == "group" else {"weight_granularity": granularity}
+    if granularity == "weights only":
+        options = {"rules": [{"pattern": "*", "weight_bits": 3, "activation_bits": None}]}
     results = []
     for low_memory in (False, True):
         model = net(low_memory=low_memory, **options)
