@@ -89,14 +89,25 @@ class QuantizedLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """The weight the quantized layer computes with, as `float_weight`."""
-        if torch.compiler.is_compiling():
-            return self.w_quant(self.float_weight())  # type: ignore[no-any-return]
-        sources = [value for part in (self, self.w_quant) for value in part._parameters.values() if value is not None]
-        learns = any(source.requires_grad for source in sources) and (self.training or torch.is_grad_enabled())
-        plain = all(type(source) in (Tensor, nn.Parameter) and not source.is_inference() for source in sources)
-        if learns or self._sharded or not plain:
+        if not torch.compiler.is_compiling():
+            sources = [
+                value for part in (self, self.w_quant) for value in part._parameters.values() if value is not None
+            ]
+            if self._may_keep(sources):
+                return self._kept_weight(sources)
             self._forget()
-            return self.w_quant(self.float_weight())  # type: ignore[no-any-return]
+        weight: Tensor = self.w_quant(self.float_weight())
+        return weight
+
+    def _may_keep(self, sources: list[Any]) -> bool:
+        """Whether nothing learns here, and changes of these parameters are seen."""
+        if (self.training or torch.is_grad_enabled()) and any(source.requires_grad for source in sources):
+            return False
+        return not self._sharded and all(
+            type(source) in (Tensor, nn.Parameter) and not source.is_inference() for source in sources
+        )
+
+    def _kept_weight(self, sources: list[Any]) -> Tensor:
         state = [(source._version, source.data_ptr()) for source in sources], self.w_quant.result_dtype(self.weight)
         kept = self._kept
         if kept is None or kept[1] != state or not all(map(operator.is_, kept[0], sources)):

@@ -298,7 +298,7 @@ def quantizer(variant: str, layer: nn.Conv2d, x: Tensor, weight: bool, args: arg
             "pattern": "*",
             "weight_bits": args.bits[0],
             "activation_bits": args.bits[1],
-        }  # first and last layer, too
+        }  # its only layer is the last
         model: Any = hf_daq.apply_daq(nn.Sequential(layer), daq_config(variant, args).replace(rules=[rule]))
         with hf_daq.calibrate(model):
             model(batch)
