@@ -4,7 +4,7 @@ hf_daq.apply_daq(model, bits=3)
 with hf_daq.calibrate(model):
     model(images)
 optimizer = torch.optim.SGD(hf_daq.param_groups(model, lr=0.01, quantizer_lr=1e-4))
-hf_daq.save_pretrained(model, "out")
+hf_daq.save_pretrained(model, "out")  # packed=True: codes of a few bits
 """
 
 from . import registration as registration
@@ -14,6 +14,7 @@ from .checkpoint import from_pretrained, save_pretrained
 from .config import DaqConfig
 from .errors import DaqError
 from .matching import plan
+from .packing import pack, unpack
 from .training import param_groups, trainer_optimizer
 from .version import __version__
 
@@ -24,9 +25,11 @@ __all__ = [
     "apply_daq",
     "calibrate",
     "from_pretrained",
+    "pack",
     "param_groups",
     "plan",
     "remove_daq",
     "save_pretrained",
     "trainer_optimizer",
+    "unpack",
 ]

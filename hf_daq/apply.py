@@ -30,7 +30,10 @@ def apply_daq(model: nn.Module, config: DaqConfig | None = None, **kwargs: Any) 
         ConfigError: a rule matches nothing.
         ModelError: already quantized, wrapped, sharded or scripted; nothing to quantize.
     """
-    patch(model, config_from(config, kwargs))
+    config = config_from(config, kwargs)
+    if config.packed:
+        raise ModelError("packed=True is written by hf_daq.pack; apply_daq without it, calibrate or train, then pack")
+    patch(model, config)
     start_weights(model)
     if is_transformers_model(model):
         from . import hub_transformers

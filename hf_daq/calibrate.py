@@ -58,7 +58,7 @@ def calibrate(model: nn.Module) -> Iterator[nn.Module]:
     config: DaqConfig | None = getattr(model, "daq_config", None)
     if not layers or config is None:
         raise ModelError(
-            f"calibrate needs the model that apply_daq returned, not a float or wrapped one; order: {ORDER}"
+            f"calibrate needs the model that apply_daq returned, not a float, wrapped or packed one; order: {ORDER}"
         )
     refuse_wrapped(model)
     if any(is_shard(layer.weight) for layer in layers.values()):

@@ -2,57 +2,89 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from huggingface_hub import hf_hub_download
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from . import fileformat, hub_timm
 from .config import QUANT_METHOD, DaqConfig
-from .errors import CheckpointError, ConfigError, ModelError
-from .layers import quantized_layers
-from .patch import patch, unpatch
+from .errors import CheckpointError, ConfigError, DaqError, ModelError
+from .fileformat import PROBE_NAME, temporary_folder
+from .packed import daq_layers, packed_layers
+from .packing import packed_copy
+from .patch import patch
 from .special import is_transformers_model
 
 
 def save_pretrained(
-    model: nn.Module, save_directory: str | Path, *, state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
+    model: nn.Module,
+    save_directory: str | Path,
+    *,
+    packed: bool = False,
+    probe: Any = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+    **kwargs: Any,
 ) -> None:
     """Write `model.safetensors` and `config.json` of a quantized model, both with its quantization config.
 
     A timm model is opened again by `timm.create_model("local-dir:...", pretrained=True)` after `import hf_daq`, a
-    transformers model by `AutoModel....from_pretrained`, any model by `hf_daq.from_pretrained`. An interrupted save leaves the files that were there.
+    transformers model by `AutoModel....from_pretrained`, any model by `hf_daq.from_pretrained`. An interrupted save
+    leaves the files that were there.
 
     Args:
-        model: a quantized, calibrated model, not wrapped (`accelerator.unwrap_model(model)`).
+        model: a quantized, calibrated model, not wrapped (`accelerator.unwrap_model(model)`), or a packed one.
         save_directory: created if needed.
+        packed: write codes of a few bits instead of float weights, as of `pack(model)`; the model itself stays trainable.
+        probe: a batch of inputs, a tensor or a mapping of tensors. The folder is opened again before it takes its place,
+            and its outputs for the batch must be the model's, bit for bit; both are kept in `probe.safetensors`.
         state_dict: the tensors to write instead of `model.state_dict()`, e.g. gathered from sharded ranks.
         **kwargs: of the `save_pretrained` of a transformers model, e.g. `max_shard_size`.
 
     Raises:
         ModelError: not a quantized model. CalibrationError: not calibrated. CheckpointError: bounds that are not finite
-        or have crossed.
+        or have crossed; the outputs of the file are not the model's.
     """
-    config: DaqConfig | None = getattr(model, "daq_config", None)
-    if config is None or not quantized_layers(model):
+    directory = Path(save_directory)
+    if getattr(model, "daq_config", None) is None or not daq_layers(model):
         raise ModelError("save_pretrained needs the model that apply_daq returned, not a float or wrapped one")
+    if packed and state_dict is not None:
+        raise ModelError("a packed file is written from the model itself: save the state dict, open it, then pack")
+    saved = packed_copy(model) if packed and not packed_layers(model) else model
+    if probe is None:
+        _write(saved, directory, state_dict, kwargs)
+        (directory / PROBE_NAME).unlink(missing_ok=True)
+        return
+    outputs = _outputs(model, probe)
+    with temporary_folder(directory) as temporary:
+        _write(saved, temporary, state_dict, kwargs)
+        _compare(outputs, _outputs(_opened(saved, temporary), probe))
+        _write_probe(temporary / PROBE_NAME, probe, outputs)
+
+
+def _write(model: nn.Module, directory: Path, state_dict: Mapping[str, Tensor] | None, kwargs: dict[str, Any]) -> None:
     if is_transformers_model(model):
         from . import hub_transformers
 
-        hub_transformers.save(model, Path(save_directory), state_dict, **kwargs)
+        hub_transformers.save(model, directory, state_dict, **kwargs)
         return
     if kwargs:
         raise ModelError(f"{next(iter(kwargs))!r} is an argument for transformers models only")
     tensors = model.state_dict() if state_dict is None else state_dict
     fileformat.check_values(tensors, model)
+    config: Any = model.daq_config
     if hub_timm.is_timm_model(model):
         description = hub_timm.describe(model, config)
     else:
         description = {"architecture": type(model).__name__, "quantization_config": config.to_dict()}
-    fileformat.write(Path(save_directory), tensors, config, description)
+    fileformat.write(directory, tensors, model, description)
 
 
 def from_pretrained(
@@ -113,7 +145,12 @@ def from_pretrained(
             f"{directory} holds a {description.get('architecture')}, which is neither a timm nor a transformers model; "
             "build it and write hf_daq.from_pretrained(path, model=model)"
         )
-    loaded: nn.Module = timm.create_model(f"local-dir:{directory}", pretrained=True, **kwargs)
+    try:
+        loaded: nn.Module = timm.create_model(f"local-dir:{directory}", pretrained=True, **kwargs)
+    except DaqError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"timm cannot build the model that {directory} describes: {error!r}") from error
     return loaded
 
 
@@ -125,13 +162,62 @@ def _is_of_transformers(description: dict[str, Any]) -> bool:
 
 def _load_into(model: nn.Module, config: DaqConfig, weights: Path) -> nn.Module:
     header = fileformat.read_agreeing_header(weights, config)
+    before = [(module, type(module), _copied(vars(module))) for module in model.modules()]
     try:
         patch(model, config)
-    except ConfigError as error:
-        raise CheckpointError(f"{weights} does not fit the model: {error}") from None
-    try:
         fileformat.load(model, header, weights)
-    except BaseException:
-        unpatch(model)
+    except BaseException as error:
+        for module, kind, state in before:
+            module.__class__, module.__dict__ = kind, state
+        if isinstance(error, ConfigError):
+            raise CheckpointError(f"{weights} does not fit the model: {error}") from None
         raise
     return model.eval()
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of a module, with the registries of its parameters and children, but not the tensors, copied."""
+    return {key: value.copy() if isinstance(value, dict) else value for key, value in state.items()}
+
+
+def _opened(model: nn.Module, directory: Path) -> nn.Module:
+    """What is saved in a folder, as others will open it, on the device of the model."""
+    device = next(model.parameters()).device
+    if is_transformers_model(model) or hub_timm.is_timm_model(model):
+        return from_pretrained(directory).to(device)
+    opened = copy.deepcopy(model)
+    with torch.no_grad():
+        for tensor in opened.state_dict().values():
+            tensor.zero_()
+    path = directory / fileformat.WEIGHTS_NAME
+    fileformat.load(opened, fileformat.read_header(path), path)
+    return opened
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, probe: Any) -> list[Tensor]:
+    """Every tensor that the model gives for these inputs, in evaluation mode."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        output = model(**probe) if isinstance(probe, Mapping) else model(probe)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _compare(outputs: list[Tensor], reopened: list[Tensor]) -> None:
+    for one, other in zip(outputs, reopened, strict=True):
+        if not torch.equal(one, other):
+            largest = (one.double() - other.double()).abs().max().item()
+            raise CheckpointError(
+                f"the saved model gives other outputs than the model: they differ by up to {largest:g}"
+            )
+
+
+def _write_probe(path: Path, probe: Any, outputs: list[Tensor]) -> None:
+    inputs = probe if isinstance(probe, Mapping) else {"x": probe}
+    tensors = {f"input.{key}": value for key, value in inputs.items() if isinstance(value, Tensor)}
+    tensors |= {f"output.{index}": value for index, value in enumerate(outputs)}
+    save_file({key: value.detach().contiguous().clone() for key, value in tensors.items()}, path)

@@ -62,6 +62,7 @@ class DaqConfig:
         layers: the resolved bits, one entry a quantized layer. Written by `apply_daq`; if given, it alone decides.
         low_memory: a training step does not keep quantized inputs and weights for the backward but computes them once
             more, with the same results.
+        packed: weights are codes of a few bits, for inference. Written by `pack`.
         dequantize: not a part of the quantization, and not saved: `from_pretrained` of transformers gives back a plain
             model with the quantized weights in it.
 
@@ -91,6 +92,7 @@ class DaqConfig:
     modules_to_not_convert: Sequence[str] = ()
     layers: Mapping[str, Mapping[str, int | None]] | None = None
     low_memory: bool = False
+    packed: bool = False
     dequantize: bool = field(default=False, compare=False)
 
     quant_method = QUANT_METHOD
@@ -120,7 +122,7 @@ class DaqConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
-        for name in ("bias_correction", "low_memory", "dequantize"):
+        for name in ("bias_correction", "low_memory", "packed", "dequantize"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.group_size is not None or self.weight_granularity == "group":

@@ -1,6 +1,7 @@
 """One checkpoint on disk: `model.safetensors` with the quantization config in its header, and `config.json`.
 
-The header's metadata has one key, "hf_daq", with a JSON string `{"hf_daq_version": ..., "quantization_config": ...}`.
+The header's metadata has one key, "hf_daq", with a JSON string `{"hf_daq_version": ..., "quantization_config": ...}`; in
+a packed file also `"shapes": {layer: shape of its weight}`, so that codes can be read without the model.
 Files may come from strangers: the header, every name, dtype and shape, and the values of the quantizers are checked
 before anything is written to a model. No pickle is read or written.
 """
@@ -10,7 +11,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,38 +21,46 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .config import DaqConfig
 from .errors import CalibrationError, CheckpointError, ConfigError
-from .layers import quantized_layers
+from .layers import QuantizedLayer
+from .packed import PackedLayer, daq_layers, packed_layers
 from .quantizers import is_shard
 from .version import __version__
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+PROBE_NAME = "probe.safetensors"
 METADATA_KEY = "hf_daq"
 _DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a weights file says of itself: quantization config, library version, and name -> (dtype, shape)."""
+    """What a weights file says of itself: quantization config, library version, name -> (dtype, shape), and the shapes of
+    packed weights."""
 
     config: DaqConfig
     version: str
     tensors: dict[str, tuple[str, tuple[int, ...]]]
+    shapes: dict[str, list[int]]
 
 
-def metadata(config: DaqConfig) -> dict[str, str]:
+def metadata(model: Any) -> dict[str, str]:
     """What the header of a weights file says of the quantization."""
-    content = {"hf_daq_version": __version__, "quantization_config": config.to_dict()}
+    content = {"hf_daq_version": __version__, "quantization_config": model.daq_config.to_dict()}
+    if model.daq_config.packed:
+        content["shapes"] = {name: list(layer.shape) for name, layer in packed_layers(model).items()}
     return {METADATA_KEY: json.dumps(content, sort_keys=True)}
 
 
-def write(directory: Path, tensors: Mapping[str, Tensor], config: DaqConfig, description: dict[str, Any]) -> None:
+def write(directory: Path, tensors: Mapping[str, Tensor], model: nn.Module, description: dict[str, Any]) -> None:
     """Write both files, each to a temporary file that is then renamed: an interrupted save leaves the old files.
 
     Args:
+        tensors: the state dict of `model`, or one gathered from its shards.
         description: content of config.json, without the version.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -63,7 +73,7 @@ def write(directory: Path, tensors: Mapping[str, Tensor], config: DaqConfig, des
         # A module that is in the model twice has two names; the file holds it under both.
         contents[name] = tensor.clone() if address in storages else tensor
         storages.add(address)
-    header = {"format": "pt", **metadata(config)}
+    header = {"format": "pt", **metadata(model)}
     replace_file(directory / WEIGHTS_NAME, lambda path: save_file(contents, path, metadata=header))
     replace_file(directory / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -83,6 +93,20 @@ def replace_file(target: Path, write_to: Callable[[Path], Any]) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def temporary_folder(directory: Path) -> Iterator[Path]:
+    """A folder whose files take their places in `directory` at the end, if nothing was raised."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as temporary:
+        yield Path(temporary)
+        written = {path.name for path in Path(temporary).iterdir()}
+        for name in written:
+            os.replace(Path(temporary) / name, directory / name)
+    for path in directory.glob("model*.safetensors*"):  # shards of a larger model, or what shards replace
+        if path.name not in written:
+            path.unlink()
 
 
 def read_description(directory: Path) -> dict[str, Any]:
@@ -117,14 +141,14 @@ def read_header(path: Path) -> Header:
     try:
         content = json.loads(found[METADATA_KEY])
         config = DaqConfig.from_dict(content["quantization_config"])
-        version = str(content["hf_daq_version"])
+        version, shapes = str(content["hf_daq_version"]), content.get("shapes", {})
     except ConfigError as error:
         raise CheckpointError(f"{path}: quantization config: {error}") from None
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged {METADATA_KEY!r} metadata: {error!r}") from None
     if config.layers is None:
         raise CheckpointError(f"{path}: the quantization config has no resolved layers")
-    return Header(config, version, tensors)
+    return Header(config, version, tensors, shapes)
 
 
 def read_agreeing_header(path: Path, config: DaqConfig) -> Header:
@@ -133,6 +157,27 @@ def read_agreeing_header(path: Path, config: DaqConfig) -> Header:
     if header.config != config:
         raise CheckpointError(f"{path} and {CONFIG_NAME} disagree about the quantization config")
     return header
+
+
+@contextmanager
+def building(header: Header) -> Iterator[None]:
+    """While a model is built as a file describes it: no more parameters than the file can fill, however deep the network
+    that it asks for."""
+    room = 2 * len(header.tensors) + 1000
+
+    def count(*_: Any) -> None:
+        nonlocal room
+        room -= 1
+        if room < 0:
+            raise CheckpointError(
+                f"the model that is described has more parameters than the {len(header.tensors)} of the file"
+            )
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def check_fits(model: nn.Module, header: Header, path: Path) -> None:
@@ -151,6 +196,9 @@ def check_fits(model: nn.Module, header: Header, path: Path) -> None:
             problems.append(f"{name} has shape {shape}, the model {tuple(expected[name].shape)}")
         if dtype not in _DTYPES or dtype.startswith(("F", "BF")) != expected[name].is_floating_point():
             problems.append(f"{name} has dtype {dtype}, the model {expected[name].dtype}")
+    shapes = {name: list(layer.shape) for name, layer in packed_layers(model).items()}
+    if shapes != header.shapes:
+        problems.append("the shapes of packed weights in its metadata are not those of the model")
     if problems:
         raise CheckpointError(f"{path} does not fit the model: " + "; ".join(problems[:8]))
 
@@ -163,13 +211,10 @@ def load(model: nn.Module, header: Header, path: Path) -> None:
             tensors = {name: file.get_tensor(name) for name in header.tensors}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
-    for name, layer in quantized_layers(model).items():
-        for side in layer.quantizers:
-            prefix = f"{name}.{side}."
-            values = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-            problem = bounds_problem(values)
-            if problem:
-                raise CheckpointError(f"{path}: {prefix[:-1]}: {problem}")
+    for name, layer in daq_layers(model).items():
+        problem = layer_problem(name, layer, tensors)
+        if problem:
+            raise CheckpointError(f"{path}: {problem}")
     model.load_state_dict(tensors)
 
 
@@ -180,13 +225,23 @@ def check_values(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
             "the model is sharded; gather its tensors on every rank and save them on the main one: state_dict = "
             "accelerator.get_state_dict(model), then save_pretrained(model, directory, state_dict=state_dict)"
         )
-    for name, layer in quantized_layers(model).items():
-        if not layer.calibrated:
+    for name, layer in daq_layers(model).items():
+        if isinstance(layer, QuantizedLayer) and not layer.calibrated:
             raise CalibrationError(f"layer {name!r} is not calibrated; run hf_daq.calibrate(model) before saving")
-        for side, quantizer in layer.quantizers.items():
-            problem = bounds_problem({key: tensors[f"{name}.{side}.{key}"] for key in quantizer.state_dict()})
-            if problem:
-                raise CheckpointError(f"cannot save: {name}.{side}: {problem}; a smaller quantizer_lr usually helps")
+        problem = layer_problem(name, layer, tensors)
+        if problem:
+            raise CheckpointError(f"cannot save: {problem}; a smaller quantizer_lr usually helps")
+
+
+def layer_problem(name: str, layer: QuantizedLayer | PackedLayer, tensors: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with the bounds and scales of a layer among these tensors, or None."""
+    if isinstance(layer, PackedLayer) and not torch.isfinite(tensors[f"{name}.weight_scale"]).all():
+        return f"{name}.weight_scale is not finite"
+    for side, quantizer in layer.quantizers.items():
+        problem = bounds_problem({key: tensors[f"{name}.{side}.{key}"] for key in quantizer.state_dict()})
+        if problem:
+            return f"{name}.{side}: {problem}"
+    return None
 
 
 def bounds_problem(values: Mapping[str, Tensor]) -> str | None:

@@ -400,6 +400,32 @@ def quantize_weight(
     return result
 
 
+def dequantize_weight(
+    codes: Tensor, scale: Tensor, *, bits: int, group_size: int | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`|scale| * (2q - R) / R`, bit for bit as from `quantize_weight`.
+
+    Args:
+        codes: integers q from 0 to R, shape (channels, ...).
+        scale: shape (1,), (channels,), or (channels * groups,) with `group_size`.
+        bits: 1 to 8, `R = 2**bits - 1`.
+        group_size: columns that share a scale; the last group of a channel may be shorter. None without groups.
+        dtype: of the result.
+    """
+    levels = 2**bits - 1
+    wide = torch.promote_types(dtype, torch.float32)
+    step = scale.to(wide).abs() * (2 / levels)
+    rows, missing = codes, 0
+    if group_size is not None:
+        missing = -(codes.numel() // len(codes)) % group_size
+        rows = torch.nn.functional.pad(codes.flatten(1), (0, missing)).view(-1, group_size)
+    step = step if len(step) == 1 else step.view(-1, *(1,) * (rows.ndim - 1))
+    weight = rows.to(wide).sub_(levels / 2).mul_(step).to(dtype)
+    if missing:
+        weight = weight.view(len(codes), -1)[:, :-missing]
+    return weight.reshape(codes.shape)
+
+
 def _options(
     activation: bool, bits: int, rounding: str, gamma: float, sigma: float, temperature: float
 ) -> tuple[_Constants, str, _Soft]:

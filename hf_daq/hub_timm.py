@@ -20,12 +20,13 @@ from torch import nn
 from . import fileformat
 from .config import DaqConfig
 from .errors import CheckpointError, ConfigError
-from .layers import quantized_layers
+from .packed import daq_layers
 from .patch import patch, start_weights
 
 ARCHITECTURE = "hf_daq"
 _OWN_ARGS = ("base", "base_args", "quantization_config")
 _SOURCE_KEYS = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load")
+_LARGEST = 2**20
 _REFUSED_ARGS = {
     "pretrained",
     "pretrained_cfg",
@@ -90,7 +91,7 @@ def hf_daq(
     if not isinstance(base, str) or base == ARCHITECTURE or not is_model(base):
         raise CheckpointError(f"base={base!r} is not an architecture of this timm ({timm.__version__})")
     base_args = base_args or {}
-    if not isinstance(base_args, dict) or _REFUSED_ARGS & base_args.keys():
+    if not isinstance(base_args, dict) or _REFUSED_ARGS & base_args.keys() or _is_huge(base_args):
         raise CheckpointError(f"base_args={base_args!r} are not arguments of a model")
     source = dict(pretrained_cfg or {}) | (pretrained_cfg_overlay or {})
     plain = {key: value for key, value in source.items() if key not in _SOURCE_KEYS} | {"architecture": base}
@@ -104,8 +105,9 @@ def hf_daq(
     if pretrained:
         path = _weights_file(source, cache_dir)
         header = fileformat.read_agreeing_header(path, config)
-        with torch.device("meta"):  # no memory is taken for a model that the file does not fit
-            fileformat.check_fits(build(), header, path)
+        with torch.device("meta"), fileformat.building(header):  # no memory for a model that the file does not fit
+            described = build()
+        fileformat.check_fits(described, header, path)
         model = build()
         fileformat.load(model, header, path)
         model.eval()
@@ -115,10 +117,17 @@ def hf_daq(
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **source, "architecture": ARCHITECTURE}  # type: ignore
     if num_classes is not None and num_classes != model.num_classes:
         model.reset_classifier(num_classes)  # type: ignore[operator]
-        layers = quantized_layers(model)
+        layers = daq_layers(model)
         assert config.layers is not None
         model.daq_config = config.replace(layers={k: v for k, v in config.layers.items() if k in layers})  # type: ignore
     return model
+
+
+def _is_huge(value: Any) -> bool:
+    """Whether a number in it is one that no layer has."""
+    if isinstance(value, dict | list):
+        return any(map(_is_huge, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int | float) and not abs(value) <= _LARGEST
 
 
 def _weights_file(source: dict[str, Any], cache_dir: str | None) -> Path:

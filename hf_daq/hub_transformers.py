@@ -7,8 +7,6 @@ weight_bits=3))` quantizes a float one.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -23,6 +21,7 @@ from . import fileformat
 from .config import QUANT_METHOD, DaqConfig
 from .errors import CheckpointError, ModelError
 from .layers import quantized_layers
+from .packed import PackedLayer, daq_layers
 from .patch import patch, start_weights, unpatch
 from .special import is_transformers_model
 
@@ -31,9 +30,13 @@ class DaqHfQuantizer(HfQuantizer):
     """What transformers calls while it loads, saves, trains and dequantizes a DAQ model."""
 
     quantization_config: DaqConfig
-    is_trainable = True
-    is_qat_trainable = True
     is_compileable = True
+
+    @property
+    def is_trainable(self) -> bool:
+        return not self.quantization_config.packed
+
+    is_qat_trainable = is_trainable
 
     def is_serializable(self) -> bool:
         return True
@@ -47,9 +50,13 @@ class DaqHfQuantizer(HfQuantizer):
         config = self.quantization_config
         if self.pre_quantized:
             config = config.replace(layers=_layers_of(model, config))
+        elif config.packed:
+            raise ModelError("packed=True is written by hf_daq.pack; quantize without it, calibrate or train, then pack")
         patch(model, config.replace(dequantize=False))
         self.shapes = {
-            name: tuple(parameter.shape) for name, parameter in model.named_parameters() if "_quant." in name
+            f"{name}.{key}": tuple(tensor.shape)
+            for name, layer in daq_layers(model).items()
+            for key, tensor in layer.state_dict().items()
         }
         self.ignored = model._keys_to_ignore_on_load_missing
         if not self.pre_quantized:  # a float checkpoint has no quantizers: they start from its weights
@@ -57,7 +64,7 @@ class DaqHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         model._keys_to_ignore_on_load_missing = self.ignored
-        if any(layer.weight.is_meta for layer in quantized_layers(model).values()):
+        if any(tensor.is_meta for layer in daq_layers(model).values() for tensor in layer.state_dict().values()):
             raise ModelError("a DAQ model must be in memory; choose a device_map that offloads nothing")
         if not self.pre_quantized:
             _clear(model)
@@ -82,7 +89,7 @@ class DaqHfQuantizer(HfQuantizer):
             state_dict = state_dict | {one: state_dict[other] for one, other in tied if other in state_dict}
         if state_dict != {}:  # which ranks have that do not write
             fileformat.check_values(model.state_dict() if state_dict is None else state_dict, model)
-        return state_dict, fileformat.metadata(model.daq_config)
+        return state_dict, fileformat.metadata(model)
 
 
 def _save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
@@ -124,15 +131,8 @@ def detach(model: Any) -> None:
 def save(model: Any, directory: Path, state_dict: Any = None, **kwargs: Any) -> None:
     """`model.save_pretrained` into a temporary folder whose files are then renamed: an interrupted save leaves the old
     ones."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as temporary:
+    with fileformat.temporary_folder(directory) as temporary:
         model.save_pretrained(temporary, state_dict=state_dict, **kwargs)
-        written = {path.name for path in Path(temporary).iterdir()}
-        for name in written:
-            os.replace(Path(temporary) / name, directory / name)
-    for path in directory.glob("model*.safetensors*"):  # shards of a larger model, or what shards replace
-        if path.name not in written:
-            path.unlink()
 
 
 def open_checkpoint(path_or_repo: Any, description: dict[str, Any], **kwargs: Any) -> nn.Module:
@@ -184,19 +184,22 @@ def _clear(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _check_loaded(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Refuse a quantized checkpoint without all its quantizers, or with values that no quantizer can have."""
-    for name, layer in quantized_layers(model).items():
-        for side, quantizer in layer.quantizers.items():
-            values = dict(quantizer.named_parameters())
-            for key, value in values.items():
-                full, shape = f"{name}.{side}.{key}", tuple(value.shape)
-                if not getattr(value, "_is_hf_initialized", False):
-                    raise CheckpointError(f"the checkpoint has no {full}, but its config quantizes {name!r}")
-                if shape != shapes[full]:
-                    raise CheckpointError(f"mismatch: {full} has shape {shape}, its config means {shapes[full]}")
-            problem = fileformat.bounds_problem(values)
-            if problem:
-                raise CheckpointError(f"{name}.{side}: {problem}")
+    """Refuse a quantized checkpoint without all its codes or quantizers, or with values that no quantizer can have."""
+    tensors = {name: tensor for part in (model.named_parameters, model.named_buffers) for name, tensor in part()}
+    for name, layer in daq_layers(model).items():
+        for key in layer.state_dict():
+            if "_quant." not in key and not isinstance(layer, PackedLayer):
+                continue
+            full = f"{name}.{key}"
+            shape = tuple(tensors[full].shape)
+            if not getattr(tensors[full], "_is_hf_initialized", False):
+                raise CheckpointError(f"the checkpoint has no {full}, but its config quantizes {name!r}")
+            if shape != shapes[full]:
+                raise CheckpointError(f"mismatch: {full} has shape {shape}, its config means {shapes[full]}")
+        problem = fileformat.layer_problem(name, layer, tensors)
+        if problem:
+            raise CheckpointError(problem)
+        for quantizer in layer.quantizers.values():
             quantizer.finish()
 
 

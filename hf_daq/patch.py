@@ -13,6 +13,7 @@ from .initial import start_from_weight
 from .layers import QuantizedLayer, StandardizedConv, quantize_layer, quantized_layers, restore_layer
 from .matching import plan
 from .order import ORDER, refuse_wrapped, watch
+from .packed import daq_layers, pack_layer, packed_layers, unpack_layer
 from .quantizers import is_shard
 
 _WRAPPERS = (
@@ -26,7 +27,7 @@ logger = logging.getLogger("hf_daq")
 
 
 def patch(model: nn.Module, config: DaqConfig) -> None:
-    """Give the planned layers their quantized classes, with quantizers without values, and keep the resolved config as
+    """Give the planned layers their quantized classes (or packed ones), with quantizers without values, and keep the resolved config as
     `model.daq_config`. The model may be on the meta device. On an error it is left as it was."""
     _check_float_model(model)
     planned = plan(model, config)
@@ -35,6 +36,9 @@ def patch(model: nn.Module, config: DaqConfig) -> None:
     for name, row in planned.quantized.items():
         assert row.weight_bits is not None
         quantize_layer(model.get_submodule(name), name, config, row.weight_bits, row.activation_bits)
+    if config.packed:
+        for layer in quantized_layers(model).values():
+            pack_layer(layer, values=False)
     _use_qkv_as_a_layer(model)
     bits = {
         name: {"weight_bits": row.weight_bits, "activation_bits": row.activation_bits}
@@ -62,9 +66,15 @@ def start_weights(model: nn.Module) -> None:
 
 def unpatch(model: nn.Module, quantized: bool = False) -> None:
     """Give back the float layers; with `quantized` with the quantized weights in them."""
+    if quantized and packed_layers(model):
+        unpack_layers(model)
     layers = quantized_layers(model)
     if not layers:
-        raise ModelError("the model is not quantized: there is nothing to remove")
+        raise ModelError(
+            "the model is packed and has no float weights; write remove_daq(model, weights='quantized')"
+            if packed_layers(model)
+            else "the model is not quantized: there is nothing to remove"
+        )
     if quantized:
         values = {name: layer.stored(_dequantized_weight(name, layer)) for name, layer in layers.items()}
         gained = [name for name, layer in layers.items() if layer.bias is None and layer.w_quant.shift is not None]
@@ -90,6 +100,39 @@ def unpatch(model: nn.Module, quantized: bool = False) -> None:
         del model.daq_config
 
 
+def pack_layers(model: nn.Module) -> None:
+    """Replace float weights by codes; refuses before anything is changed."""
+    layers, config = quantized_layers(model), getattr(model, "daq_config", None)
+    if not layers or config is None:
+        state = "packed already" if packed_layers(model) else "not quantized, or wrapped"
+        raise ModelError(f"pack needs the model that apply_daq returned, after training; this one is {state}")
+    refuse_wrapped(model)
+    for name, layer in layers.items():
+        if is_shard(layer.weight):
+            raise ModelError("the model is sharded; gather and save it, open it again, then pack it")
+        if not layer.calibrated:
+            raise CalibrationError(f"layer {name!r} is not calibrated: there are no codes yet")
+    for layer in layers.values():
+        pack_layer(layer)
+    model.daq_config = config.replace(packed=True)
+
+
+def unpack_layers(model: nn.Module) -> None:
+    """Give float weights back, on the codes; refuses before anything is changed."""
+    layers, config = packed_layers(model), getattr(model, "daq_config", None)
+    if not layers or config is None:
+        raise ModelError("unpack needs a packed model, from pack or from a packed checkpoint")
+    for name, layer in layers.items():
+        if issubclass(layer.quantized_class, StandardizedConv):
+            raise ModelError(
+                f"layer {name!r} standardises its weight in every forward, so its codes are no weights to train; "
+                "keep the checkpoint from before packing to train on"
+            )
+    model.daq_config = config = config.replace(packed=False)
+    for layer in layers.values():
+        unpack_layer(layer, config)
+
+
 @torch.no_grad()
 def _dequantized_weight(name: str, layer: QuantizedLayer) -> Tensor:
     if isinstance(layer, StandardizedConv):
@@ -111,7 +154,7 @@ def _check_float_model(model: nn.Module) -> None:
     refuse_wrapped(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("a TorchScript model cannot be changed; apply_daq before scripting")
-    if quantized_layers(model) or hasattr(model, "daq_config"):
+    if daq_layers(model) or hasattr(model, "daq_config"):
         raise ModelError("the model is already quantized; hf_daq.remove_daq(model) first to choose other bits")
     for parameter_name, parameter in model.named_parameters():
         if type(parameter) is not nn.Parameter or is_shard(parameter):

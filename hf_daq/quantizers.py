@@ -152,6 +152,13 @@ class WeightQuantizer(Quantizer):
             return weight
         return F.pad(weight.flatten(1), (0, self.padding)).reshape(-1, self.group_size)
 
+    def unrows(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
+        """Inverse of `rows`, for a weight of this shape."""
+        if self.groups == 1:
+            return rows
+        flat = rows.view(shape[0], -1)
+        return flat[:, : flat.shape[1] - self.padding].reshape(shape)
+
     def valid(self, device: torch.device) -> Tensor | None:
         """1 where `rows` holds a weight and 0 where it holds padding, shape (rows, group_size); None without padding."""
         if self.padding == 0:
@@ -179,13 +186,22 @@ class WeightQuantizer(Quantizer):
         return offset, unit.clamp_min(_SMALLEST_SCALE)
 
     def forward(self, weight: Tensor) -> Tensor:
+        return self._quantized(weight, self.scale, self._options(weight))
+
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> Tensor:
+        """The codes q of a weight, uint8 of its shape."""
+        center = (2**self.bits - 1) / 2
+        options = self._options(weight) | {"rounding": "ste", "dtype": None}
+        centered = self._quantized(_wide(weight), torch.full_like(self.scale, center), options)
+        codes: Tensor = (centered + center).round_().to(torch.uint8)
+        return codes
+
+    def _quantized(self, weight: Tensor, scale: Tensor, options: dict[str, Any]) -> Tensor:
         rows = self.rows(weight)
         offset, unit = (value.view(-1) for value in self.statistics(rows))
-        quantized = quantize_weight(rows, self.lower, self.upper, self.scale, offset, unit, **self._options(weight))
-        if self.groups == 1:
-            return quantized
-        flat = quantized.view(weight.shape[0], -1)
-        return flat[:, : flat.shape[1] - self.padding].reshape(weight.shape)
+        quantized = quantize_weight(rows, self.lower, self.upper, scale, offset, unit, **options)
+        return self.unrows(quantized, weight.shape)
 
 
 class ActivationQuantizer(Quantizer):
@@ -219,6 +235,21 @@ class ActivationQuantizer(Quantizer):
     def span(self) -> Tensor:
         """Width of the quantized range, shape (1,): one unit of the output in units of the input."""
         return _wide(self.upper) - _wide(self.lower)
+
+    @property
+    def zero_point(self) -> int:
+        """The code of the real zero."""
+        levels = 2**self.bits - 1
+        step = self.span.detach().clamp_min(1e-12) / levels
+        return int((-self.lower.detach() / step).round().clamp(0, levels))
+
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Tensor:
+        """The codes of inputs, uint8 of their shape; `forward` gives `(codes - zero_point) / R`."""
+        options = self._options(x) | {"rounding": "ste", "dtype": None}
+        values = quantize_activation(_wide(x), self.lower, self.upper, **options)
+        codes: Tensor = (values * (2**self.bits - 1) + self.zero_point).round_().to(torch.uint8)
+        return codes
 
     def forward(self, x: Tensor) -> Tensor:
         return quantize_activation(x, self.lower, self.upper, **self._options(x))

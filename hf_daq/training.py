@@ -33,7 +33,10 @@ def param_groups(
     """
     layers = quantized_layers(model)
     if not layers:
-        raise ModelError("the model has no quantized layers; the order is: apply_daq, calibrate, param_groups")
+        raise ModelError(
+            "the model has no quantized layers that can be trained; the order is: apply_daq, calibrate, param_groups, and "
+            "a packed model is trained on after hf_daq.unpack(model)"
+        )
     for layer_name, layer in layers.items():
         if not layer.calibrated:
             raise CalibrationError(

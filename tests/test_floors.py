@@ -6,17 +6,17 @@ from pathlib import Path
 import hf_daq
 
 FLOORS = [
-    {"errors", "version", "compiling"},
+    {"errors", "version", "compiling", "bitpack"},
     {"config"},
     {"functional"},
     {"quantizers"},
     {"layers", "initial"},
-    {"special", "order"},
-    {"matching"},
+    {"special", "order", "packed"},
+    {"matching", "integers"},
     {"patch", "calibrate", "training"},
     {"fileformat"},
     {"hub_timm", "hub_transformers"},
-    {"apply", "registration"},
+    {"apply", "packing", "registration"},
     {"checkpoint"},
     {"__init__"},
 ]

@@ -1,0 +1,52 @@
+"""Dense codes: code `i` of `bits` bits is in the bits `i * bits` to `(i + 1) * bits - 1` of a stream of bytes, the least
+significant bit of each byte first. The last byte is filled with zeros."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Bytes that hold `count` codes."""
+    return -(-count * bits // 8)
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Codes in bytes.
+
+    Args:
+        codes: uint8 of any shape, read in C order, each below `2**bits`.
+        bits: 1 to 8.
+
+    Returns:
+        uint8, shape (packed_size(codes.numel(), bits),).
+    """
+    flat = codes.flatten()
+    if bits == 8:
+        return flat.clone()
+    eights = F.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    packed = torch.zeros(len(eights), bits, dtype=torch.uint8, device=codes.device)
+    for index in range(8):
+        byte, shift = divmod(index * bits, 8)
+        packed[:, byte] |= eights[:, index] << shift
+        if shift + bits > 8:
+            packed[:, byte + 1] |= eights[:, index] >> (8 - shift)
+    return packed.flatten()[: packed_size(flat.numel(), bits)].clone()
+
+
+def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Inverse of `pack_bits`: uint8, shape (count,)."""
+    if bits == 8:
+        return packed
+    columns = F.pad(packed, (0, -packed.numel() % bits)).view(-1, bits)
+    codes = torch.empty(len(columns), 8, dtype=torch.uint8, device=packed.device)
+    mask = 2**bits - 1
+    for index in range(8):
+        byte, shift = divmod(index * bits, 8)
+        code = columns[:, byte] >> shift
+        if shift + bits > 8:
+            code = code | (columns[:, byte + 1] << (8 - shift))
+        codes[:, index] = code & mask
+    return codes.flatten()[:count]

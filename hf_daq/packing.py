@@ -1,0 +1,53 @@
+"""`pack` and `unpack`: float weights become codes of a few bits, for inference, and come back."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from .patch import pack_layers, unpack_layers
+from .special import is_transformers_model
+
+
+def pack(model: nn.Module) -> nn.Module:
+    """Replace the float weight of every quantized layer by its codes, in place, and return the model in evaluation mode.
+
+    1 to 8 bits a weight, dense, and one float32 scale a layer, channel or group; its outputs stay what they were, bit for
+    bit. The weights exist in float only while their layer computes, so that memory is saved, not time: `export_onnx`
+    gives a file that is fast. `save_pretrained` writes a packed checkpoint, which opens like any other.
+
+    Raises:
+        ModelError: not quantized, packed already, wrapped or sharded. CalibrationError: not calibrated. The model is then
+        left as it was.
+    """
+    pack_layers(model)
+    _tell_transformers(model)
+    return model.eval()
+
+
+def unpack(model: nn.Module) -> nn.Module:
+    """Inverse of `pack`, in place: a model that can be trained, whose float weights are the values they were rounded to.
+
+    Raises:
+        ModelError: not packed, or a layer standardises its weight in the forward, so that its codes are no weights to
+        train. The model is then left as it was.
+    """
+    unpack_layers(model)
+    _tell_transformers(model)
+    return model
+
+
+def packed_copy(model: nn.Module) -> nn.Module:
+    """A packed copy that shares what packing does not change with the model."""
+    shared = {id(value): value for name, value in model.state_dict(keep_vars=True).items() if "_quant." not in name}
+    duplicate: Any = copy.deepcopy(model, shared)
+    return pack(duplicate)
+
+
+def _tell_transformers(model: nn.Module) -> None:
+    if is_transformers_model(model):
+        from . import hub_transformers
+
+        hub_transformers.attach(model)
