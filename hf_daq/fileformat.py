@@ -160,18 +160,15 @@ def read_agreeing_header(path: Path, config: DaqConfig) -> Header:
 
 
 @contextmanager
-def building(header: Header) -> Iterator[None]:
-    """While a model is built as a file describes it: no more parameters than the file can fill, however deep the network
-    that it asks for."""
-    room = 2 * len(header.tensors) + 1000
+def building(room: int) -> Iterator[None]:
+    """While a model is built as a file describes it: no more parameters than this, however deep a network it asks for."""
+    left = room
 
     def count(*_: Any) -> None:
-        nonlocal room
-        room -= 1
-        if room < 0:
-            raise CheckpointError(
-                f"the model that is described has more parameters than the {len(header.tensors)} of the file"
-            )
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise CheckpointError(f"the model that is described has more than {room} parameters")
 
     hook = register_module_parameter_registration_hook(count)
     try:

@@ -105,7 +105,8 @@ def hf_daq(
     if pretrained:
         path = _weights_file(source, cache_dir)
         header = fileformat.read_agreeing_header(path, config)
-        with torch.device("meta"), fileformat.building(header):  # no memory for a model that the file does not fit
+        room = 2 * len(header.tensors) + 1000
+        with torch.device("meta"), fileformat.building(room):  # no memory for a model that the file does not fit
             described = build()
         fileformat.check_fits(described, header, path)
         model = build()

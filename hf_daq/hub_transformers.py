@@ -19,11 +19,13 @@ from transformers.quantizers.base import HfQuantizer
 
 from . import fileformat
 from .config import QUANT_METHOD, DaqConfig
-from .errors import CheckpointError, ModelError
+from .errors import CheckpointError, DaqError, ModelError
 from .layers import quantized_layers
 from .packed import PackedLayer, daq_layers
 from .patch import patch, start_weights, unpatch
 from .special import is_transformers_model
+
+_MOST_PARAMETERS = 200_000
 
 
 class DaqHfQuantizer(HfQuantizer):
@@ -51,7 +53,9 @@ class DaqHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             config = config.replace(layers=_layers_of(model, config))
         elif config.packed:
-            raise ModelError("packed=True is written by hf_daq.pack; quantize without it, calibrate or train, then pack")
+            raise ModelError(
+                "packed=True is written by hf_daq.pack; quantize without it, calibrate or train, then pack"
+            )
         patch(model, config.replace(dequantize=False))
         self.shapes = {
             f"{name}.{key}": tuple(tensor.shape)
@@ -143,7 +147,13 @@ def open_checkpoint(path_or_repo: Any, description: dict[str, Any], **kwargs: An
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise CheckpointError(f"architectures={names!r} of {path_or_repo} names no model of transformers")
     loader: Any = found
-    model: nn.Module = loader.from_pretrained(path_or_repo, use_safetensors=True, **kwargs)
+    try:
+        with fileformat.building(_MOST_PARAMETERS):
+            model: nn.Module = loader.from_pretrained(path_or_repo, use_safetensors=True, **kwargs)
+    except DaqError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"transformers cannot open {path_or_repo}: {error}") from error
     return model
 
 

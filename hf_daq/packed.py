@@ -129,11 +129,11 @@ def unpack_layer(layer: Any, config: DaqConfig) -> None:
     bits, name, has_bias, largest = layer.bits, layer.daq_name, layer.has_bias, scale.abs().clamp_min(1e-12)
     if a_quant is not None:
         largest = largest / a_quant.span.to(scale.dtype)
-    for key in ("weight_codes", "weight_scale", "a_quant", "bits", "shape", "group_size", "has_bias", "dtype"):
+    for key in ("weight_codes", "weight_scale", "a_quant", "bias", "bits", "shape", "group_size", "has_bias", "dtype"):
         delattr(layer, key)
     layer.__class__ = layer.quantized_class.float_class
     layer.weight = nn.Parameter(weight)
-    layer.bias = nn.Parameter(bias) if has_bias else None
+    layer.register_parameter("bias", nn.Parameter(bias) if has_bias else None)
     quantize_layer(layer, name, config, bits, None)
     layer.a_quant = a_quant
     quantizer = layer.w_quant

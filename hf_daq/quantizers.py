@@ -19,7 +19,7 @@ from .functional import quantize_activation, quantize_weight
 _SMALLEST_SCALE = 1e-8
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
     """float32, or float64 for float64."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
@@ -193,7 +193,7 @@ class WeightQuantizer(Quantizer):
         """The codes q of a weight, uint8 of its shape."""
         center = (2**self.bits - 1) / 2
         options = self._options(weight) | {"rounding": "ste", "dtype": None}
-        centered = self._quantized(_wide(weight), torch.full_like(self.scale, center), options)
+        centered = self._quantized(wide(weight), torch.full_like(self.scale, center), options)
         codes: Tensor = (centered + center).round_().to(torch.uint8)
         return codes
 
@@ -234,7 +234,7 @@ class ActivationQuantizer(Quantizer):
     @property
     def span(self) -> Tensor:
         """Width of the quantized range, shape (1,): one unit of the output in units of the input."""
-        return _wide(self.upper) - _wide(self.lower)
+        return wide(self.upper) - wide(self.lower)
 
     @property
     def zero_point(self) -> int:
@@ -247,7 +247,7 @@ class ActivationQuantizer(Quantizer):
     def codes(self, x: Tensor) -> Tensor:
         """The codes of inputs, uint8 of their shape; `forward` gives `(codes - zero_point) / R`."""
         options = self._options(x) | {"rounding": "ste", "dtype": None}
-        values = quantize_activation(_wide(x), self.lower, self.upper, **options)
+        values = quantize_activation(wide(x), self.lower, self.upper, **options)
         codes: Tensor = (values * (2**self.bits - 1) + self.zero_point).round_().to(torch.uint8)
         return codes
 

@@ -1,0 +1,286 @@
+"""Packed models: the same outputs bit for bit, dense codes on disk, and a layout that others can read."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import images, small_net
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_checkpoint import quantized_timm
+from test_transformers import logits, tiny_bert, tokens
+from torch import nn
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+import hf_daq
+from hf_daq import DaqConfig
+from hf_daq.bitpack import pack_bits, packed_size, unpack_bits
+from hf_daq.errors import CalibrationError, CheckpointError, ModelError
+from hf_daq.packed import PackedLayer, packed_layers
+
+SETTINGS = [
+    ("test_resnet", {"bits": 1}),
+    ("test_vit", {"bits": 5, "first_last_bits": 8}),
+    ("test_efficientnet", {"weight_bits": 2, "activation_bits": 4, "weight_granularity": "channel"}),
+    ("test_convnext", {"weight_bits": 3, "group_size": 5}),
+    ("test_mambaout", {"weight_bits": 7, "activation_bits": 8, "weight_normalization": "standardize"}),
+    ("test_vit2", {"bits": 6, "bias_correction": False}),
+]
+
+
+def trained(name, kwargs):
+    """A quantized model after a step that moved its weights, bounds and scales, and its outputs."""
+    model = quantized_timm(name, **kwargs)
+    size = model.pretrained_cfg["input_size"][-1]
+    optimizer = torch.optim.SGD(hf_daq.param_groups(model, lr=0.01, quantizer_lr=1e-3), momentum=0.9)
+    model.train()(images(2, size)).square().mean().backward()
+    optimizer.step()
+    probe = images(2, size, seed=3)
+    return model.eval(), probe, model(probe).detach()
+
+
+@given(st.integers(1, 8), st.integers(0, 70), st.randoms(use_true_random=False))
+def test_every_code_comes_back_from_dense_bytes(bits, count, random):
+    codes = torch.tensor([random.randrange(2**bits) for _ in range(count)], dtype=torch.uint8)
+    packed = pack_bits(codes, bits)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (packed_size(count, bits),) == (math.ceil(count * bits / 8),)
+    stream = sum(int(code) << (index * bits) for index, code in enumerate(codes))  # the definition
+    assert bytes(packed.tolist()) == stream.to_bytes(len(packed), "little")
+    assert torch.equal(unpack_bits(packed, bits, count), codes)
+
+
+@pytest.mark.parametrize(("name", "kwargs"), SETTINGS)
+def test_outputs_are_the_same_packed_reloaded_and_unpacked(name, kwargs, tmp_path):
+    model, probe, want = trained(name, kwargs)
+    hf_daq.save_pretrained(model, tmp_path / "packed", packed=True, probe=probe)
+    assert torch.equal(model(probe), want)  # still trainable
+    assert not packed_layers(model)
+    for loaded in (
+        timm.create_model(f"local-dir:{tmp_path / 'packed'}", pretrained=True),
+        hf_daq.from_pretrained(tmp_path / "packed"),
+        hf_daq.pack(model),
+    ):
+        layers = packed_layers(loaded)
+        assert set(layers) == set(loaded.daq_config.layers)
+        assert not any(
+            name.startswith(tuple(f"{key}.weight" for key in layers)) for name, _ in loaded.named_parameters()
+        )
+        assert torch.equal(loaded(probe), want)
+    hf_daq.unpack(loaded)
+    assert torch.equal(loaded(probe), want)
+    loaded(probe).sum().backward()
+    hf_daq.save_pretrained(loaded, tmp_path / "unpacked")
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path / 'unpacked'}", pretrained=True)(probe), want)
+
+
+def test_a_file_is_as_large_as_its_bits(tmp_path):
+    for bits in range(1, 9):
+        model = timm.create_model("resnet18", num_classes=10)
+        hf_daq.apply_daq(model, weight_bits=bits)
+        hf_daq.save_pretrained(model, tmp_path, packed=True)
+        names = {f"{name}.weight" for name in model.daq_config.layers}
+        state = model.state_dict()
+        codes = sum(state[name].numel() for name in names) * bits / 8
+        floats = sum(v.nbytes for k, v in state.items() if k not in names and "w_quant" not in k)
+        assert (tmp_path / "model.safetensors").stat().st_size == pytest.approx(codes + floats, rel=0.03)
+
+
+def test_the_layout_can_be_read_by_another_program(tmp_path):
+    model, _, _ = trained("test_resnet", {"bits": 3})
+    hf_daq.save_pretrained(model, tmp_path, packed=True)
+
+    # --- ten lines of numpy
+    with safe_open(tmp_path / "model.safetensors", framework="numpy") as file:
+        header = json.loads(file.metadata()["hf_daq"])
+        weights = {}
+        for name, shape in header["shapes"].items():
+            bits = header["quantization_config"]["layers"][name]["weight_bits"]
+            stream = np.unpackbits(file.get_tensor(f"{name}.weight_codes"), bitorder="little")
+            codes = stream[: math.prod(shape) * bits].reshape(-1, bits) @ (1 << np.arange(bits))
+            scale = np.abs(file.get_tensor(f"{name}.weight_scale"))  # of the layer, of each channel, or of each group
+            weights[name] = scale * (2 * codes.reshape(shape) - (2**bits - 1)) / (2**bits - 1)
+    # ---
+    for name, weight in weights.items():
+        layer = model.get_submodule(name)
+        assert np.allclose(weight, layer.w_quant(layer.weight).detach().numpy(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_transformers_opens_packed_checkpoints(bits, tmp_path):
+    model = hf_daq.apply_daq(tiny_bert(), weight_bits=bits, activation_bits=8)
+    with hf_daq.calibrate(model):
+        model(tokens())
+    want = logits(model)
+    hf_daq.save_pretrained(model, tmp_path, packed=True, probe={"input_ids": tokens()})
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert packed_layers(loaded)
+    assert torch.equal(logits(loaded), want)
+    assert not loaded.hf_quantizer.is_trainable
+    assert packed_layers(AutoModel.from_pretrained(tmp_path))
+    assert torch.equal(logits(hf_daq.from_pretrained(tmp_path)), want)
+    half = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    query = half.bert.encoder.layer[0].attention.self.query
+    assert query.weight.dtype == query.bias.dtype == torch.bfloat16
+    assert query.weight_scale.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(logits(loaded), logits(model))
+    hf_daq.unpack(loaded)
+    assert torch.equal(logits(loaded), want)
+    assert loaded.hf_quantizer.is_trainable
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        plain = AutoModelForSequenceClassification.from_pretrained(
+            tmp_path, quantization_config=DaqConfig(bits=3, dequantize=True)
+        )
+    assert type(plain.bert.encoder.layer[0].attention.self.query) is nn.Linear
+    dequantized = copy.deepcopy(model).dequantize()
+    for one, other in zip(plain.parameters(), dequantized.parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-6, atol=0)
+
+
+def test_a_packed_transformers_checkpoint_without_its_codes_is_refused(tmp_path):
+    hf_daq.save_pretrained(hf_daq.apply_daq(tiny_bert(), weight_bits=3), tmp_path, packed=True)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    for key, message in (
+        ("bert.encoder.layer.0.output.dense.weight_codes", "has no bert.*weight_codes"),
+        ("bert.encoder.layer.0.output.dense.bias", "has no bert.*bias"),
+    ):
+        save_file({name: value for name, value in tensors.items() if name != key}, path, metadata=metadata)
+        with pytest.raises(CheckpointError, match=message):
+            AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    scale = "bert.encoder.layer.0.output.dense.weight_scale"
+    save_file(tensors | {scale: tensors[scale] * torch.nan}, path, metadata=metadata)
+    with pytest.raises(CheckpointError, match="weight_scale is not finite"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_a_probe_is_kept_with_its_outputs_and_a_wrong_file_does_not_take_its_place(tmp_path, monkeypatch):
+    model, probe, want = trained("test_resnet", {"bits": 2})
+    hf_daq.save_pretrained(model, tmp_path, packed=True, probe=probe)
+    kept = load_file(tmp_path / "probe.safetensors")
+    assert torch.equal(kept["input.x"], probe)
+    assert torch.equal(kept["output.0"], want)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    wrong = hf_daq.packing.pack_layers
+
+    def pack_wrongly(model):
+        wrong(model)
+        next(iter(packed_layers(model).values())).weight_codes.bitwise_not_()
+
+    monkeypatch.setattr(hf_daq.packing, "pack_layers", pack_wrongly)
+    with pytest.raises(CheckpointError, match="gives other outputs than the model: they differ by up to"):
+        hf_daq.save_pretrained(model, tmp_path, packed=True, probe=probe)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    monkeypatch.undo()
+    hf_daq.save_pretrained(model, tmp_path)
+    assert not (tmp_path / "probe.safetensors").exists()
+
+
+def test_a_model_of_no_library_is_packed_saved_and_loaded_into_a_float_one(tmp_path):
+    model = hf_daq.apply_daq(small_net(), weight_bits=3, activation_bits=4)
+    with hf_daq.calibrate(model):
+        model(images())
+    want = model(images(seed=2))
+    hf_daq.save_pretrained(model, tmp_path, packed=True, probe=images())
+    other = small_net(seed=5)
+    assert torch.equal(hf_daq.from_pretrained(tmp_path, model=other)(images(seed=2)), want)
+
+
+def test_a_packed_file_that_does_not_fit_leaves_the_float_model_as_it_was(tmp_path):
+    model = hf_daq.apply_daq(small_net(), weight_bits=3)
+    hf_daq.save_pretrained(model, tmp_path, packed=True)
+    path = tmp_path / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    save_file(tensors | {"conv.weight_codes": tensors["conv.weight_codes"][:-1]}, path, metadata=metadata)
+    other = small_net()
+    before = {name: id(value) for name, value in other.state_dict(keep_vars=True).items()}
+    want = other(images())
+    with pytest.raises(CheckpointError, match=r"conv.weight_codes has shape \(\d+,\), the model"):
+        hf_daq.from_pretrained(tmp_path, model=other)
+    assert {name: id(value) for name, value in other.state_dict(keep_vars=True).items()} == before
+    assert torch.equal(other(images()), want)
+    hf_daq.apply_daq(other, weight_bits=2)
+
+
+def test_the_shapes_of_the_metadata_must_be_those_of_the_model(tmp_path):
+    hf_daq.save_pretrained(hf_daq.apply_daq(small_net(), weight_bits=3), tmp_path, packed=True)
+    path = tmp_path / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        content = json.loads(file.metadata()["hf_daq"])
+    content["shapes"]["conv"][0] += 1
+    save_file(load_file(path), path, metadata={"format": "pt", "hf_daq": json.dumps(content)})
+    with pytest.raises(CheckpointError, match="shapes of packed weights in its metadata"):
+        hf_daq.from_pretrained(tmp_path, model=small_net())
+
+
+def test_what_cannot_be_packed_or_unpacked_is_refused_and_left_as_it_was():
+    with pytest.raises(ModelError, match="not quantized"):
+        hf_daq.pack(small_net())
+    model = hf_daq.apply_daq(small_net(), bits=3)
+    with pytest.raises(CalibrationError, match="no codes yet"):
+        hf_daq.pack(model)
+    with pytest.raises(ModelError, match="unpack needs a packed model"):
+        hf_daq.unpack(model)
+    with hf_daq.calibrate(model):
+        model(images())
+    hf_daq.pack(model)
+    with pytest.raises(ModelError, match="packed already"):
+        hf_daq.pack(model)
+    with pytest.raises(ModelError, match=r"remove_daq\(model, weights='quantized'\)"):
+        hf_daq.remove_daq(model)
+    with pytest.raises(ModelError, match="hf_daq.unpack"):
+        hf_daq.param_groups(model, lr=0.1)
+    with pytest.raises(ModelError, match="packed"), hf_daq.calibrate(model):
+        pass
+    with pytest.raises(ModelError, match="already quantized"):
+        hf_daq.apply_daq(model, bits=2)
+    with pytest.raises(ModelError, match="written by hf_daq.pack"):
+        hf_daq.apply_daq(small_net(), DaqConfig(bits=3, packed=True))
+    hf_daq.remove_daq(model, weights="quantized")
+    assert type(model.conv) is nn.Conv2d
+
+
+def test_weights_that_the_forward_standardises_are_packed_but_not_unpacked():
+    model, probe, want = trained("test_nfnet", {"weight_bits": 4})
+    hf_daq.pack(model)
+    assert torch.equal(model(probe), want)
+    with pytest.raises(ModelError, match="standardises its weight"):
+        hf_daq.unpack(model)
+    assert torch.equal(model(probe), want)
+
+
+def test_a_packed_layer_is_the_float_class_moves_between_dtypes_and_pickles():
+    model, probe, want = trained("test_resnet", {"bits": 4})
+    hf_daq.pack(model)
+    layer = next(iter(packed_layers(model).values()))
+    assert isinstance(layer, PackedLayer)
+    assert isinstance(layer, nn.Conv2d)
+    assert "bits=4" in repr(layer)
+    assert torch.equal(copy.deepcopy(model)(probe), want)
+    wide = copy.deepcopy(model).double()
+    assert layer.weight.dtype == torch.float32
+    assert wide.get_submodule(layer.daq_name).weight.dtype == torch.float64
+    assert torch.allclose(wide(probe.double()).float(), want, atol=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_eight_bit_codes_survive_unpacking_into_half_precision(dtype):
+    model = hf_daq.apply_daq(small_net(), weight_bits=8)
+    hf_daq.pack(model)
+    codes = {name: layer.codes() for name, layer in packed_layers(model).items()}
+    hf_daq.unpack(model.to(dtype))
+    for name, want in codes.items():
+        layer = model.get_submodule(name)
+        assert torch.equal(layer.w_quant.codes(layer.weight), want)

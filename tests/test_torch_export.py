@@ -1,0 +1,48 @@
+"""`torch.export` of trainable and packed models, for AOTInductor and ExecuTorch."""
+
+import pytest
+import torch
+from models import images
+from test_checkpoint import quantized_timm
+from test_transformers import tiny_bert, tokens
+
+import hf_daq
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("name", "strict"), [("test_resnet", False), ("test_resnet", True), ("test_vit", False)])
+def test_a_timm_model_is_exported_with_a_dynamic_batch(name, strict, packed):
+    model = quantized_timm(name, weight_bits=3, activation_bits=4)
+    if packed:
+        hf_daq.pack(model)
+    size = model.pretrained_cfg["input_size"][-1]
+    program = torch.export.export(
+        model, (images(2, size),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), strict=strict
+    )
+    for count in (1, 5):
+        x = images(count, size, seed=count)
+        assert torch.equal(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_transformers_model_is_exported(packed):
+    model = hf_daq.apply_daq(tiny_bert(), weight_bits=2, activation_bits=8)
+    with hf_daq.calibrate(model):
+        model(tokens())
+    if packed:
+        hf_daq.pack(model)
+    inputs = {"input_ids": tokens(), "attention_mask": torch.ones_like(tokens())}
+    program = torch.export.export(model, (), inputs)
+    assert torch.allclose(program.module()(**inputs).logits, model(**inputs).logits, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
+def test_aot_inductor_compiles_it_to_a_library_that_agrees(packed, tmp_path):
+    model = quantized_timm("test_resnet", weight_bits=3, activation_bits=4)
+    if packed:
+        hf_daq.pack(model)
+    x = images(2, 64)
+    program = torch.export.export(model, (x,))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    assert torch.allclose(torch._inductor.aoti_load_package(path)(x), model(x), atol=1e-5)
