@@ -19,3 +19,7 @@ class CalibrationError(DaqError):
 
 class CheckpointError(DaqError):
     """A saved file or its metadata is damaged, does not fit the model, or comes from a newer format."""
+
+
+class ExportError(DaqError):
+    """An exported file does not give what the model gives, or a model cannot be exported."""

@@ -97,16 +97,28 @@ def replace_file(target: Path, write_to: Callable[[Path], Any]) -> None:
 
 @contextmanager
 def temporary_folder(directory: Path) -> Iterator[Path]:
-    """A folder whose files take their places in `directory` at the end, if nothing was raised."""
+    """A folder whose files take their places in `directory` at the end, weights before config.json; if something is raised,
+    `directory` stays as it was."""
+    existed = directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as temporary:
-        yield Path(temporary)
-        written = {path.name for path in Path(temporary).iterdir()}
-        for name in written:
-            os.replace(Path(temporary) / name, directory / name)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as temporary:
+            yield Path(temporary)
+            written = {path.name for path in Path(temporary).iterdir()}
+            for name in sorted(written, reverse=True):
+                os.replace(Path(temporary) / name, directory / name)
+    except BaseException:
+        if not existed and not any(directory.iterdir()):
+            directory.rmdir()
+        raise
     for path in directory.glob("model*.safetensors*"):  # shards of a larger model, or what shards replace
         if path.name not in written:
             path.unlink()
+
+
+def weights_size(directory: Path) -> int:
+    """Bytes of the weights in a folder."""
+    return sum(path.stat().st_size for path in directory.glob("model*.safetensors"))
 
 
 def read_description(directory: Path) -> dict[str, Any]:

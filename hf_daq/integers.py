@@ -110,14 +110,15 @@ class _IntegerForward:
             codes = x.double()
         else:
             codes = (self.layer.a_quant.codes(x).to(torch.int32) - values.zero_point).double()
-        output = sum(self._scaled_sums(codes, weight, scale) for weight, scale in _groups(values))
+        parts = [self._scaled_sums(codes, weight, scale) for weight, scale in _groups(values)]
+        output = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
         if values.bias is not None:
             output = output + values.bias.view(_per_channel(self.layer, output))
         return output.to(x.dtype)
 
     def _scaled_sums(self, codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         # Whole numbers in float64, exact far beyond int32: torch has no integer convolution on the CPU.
-        sums = self.compute(self.layer, codes, weight.double(), None)
+        sums: Tensor = self.compute(self.layer, codes, weight.double(), None)
         if self.values.input_bits is not None:
             if sums.abs().max() >= 2**31:
                 raise OverflowError("the sums of a layer do not fit int32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, ClassVar
 
@@ -96,6 +97,11 @@ def daq_layers(model: nn.Module) -> dict[str, QuantizedLayer | PackedLayer]:
     return {name: part for name, part in model.named_modules() if isinstance(part, QuantizedLayer | PackedLayer)}
 
 
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of the modules with the very tensors of the model."""
+    return copy.deepcopy(model, {id(value): value for value in model.state_dict(keep_vars=True).values()})
+
+
 @torch.no_grad()
 def pack_layer(layer: Any, values: bool = True) -> None:
     """Turn a quantized layer into its packed form, in place. Without `values` there are none yet."""
@@ -119,7 +125,7 @@ def pack_layer(layer: Any, values: bool = True) -> None:
     layer.bits, layer.shape, layer.dtype, layer.has_bias = bits, shape, dtype, has_bias
     layer.group_size = quantizer.group_size if quantizer.groups > 1 else None
     if layer.a_quant is not None:
-        layer.a_quant.requires_grad_(False)
+        layer.a_quant = copy.deepcopy(layer.a_quant).requires_grad_(False)  # the model may be a shared copy
 
 
 @torch.no_grad()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
 from torch import nn
 
+from .packed import shared_copy
 from .patch import pack_layers, unpack_layers
 from .special import is_transformers_model
 
@@ -41,9 +39,7 @@ def unpack(model: nn.Module) -> nn.Module:
 
 def packed_copy(model: nn.Module) -> nn.Module:
     """A packed copy that shares what packing does not change with the model."""
-    shared = {id(value): value for name, value in model.state_dict(keep_vars=True).items() if "_quant." not in name}
-    duplicate: Any = copy.deepcopy(model, shared)
-    return pack(duplicate)
+    return pack(shared_copy(model))
 
 
 def _tell_transformers(model: nn.Module) -> None:

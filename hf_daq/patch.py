@@ -13,7 +13,7 @@ from .initial import start_from_weight
 from .layers import QuantizedLayer, StandardizedConv, quantize_layer, quantized_layers, restore_layer
 from .matching import plan
 from .order import ORDER, refuse_wrapped, watch
-from .packed import daq_layers, pack_layer, packed_layers, unpack_layer
+from .packed import PackedLayer, daq_layers, pack_layer, packed_layers, unpack_layer
 from .quantizers import is_shard
 
 _WRAPPERS = (
@@ -167,6 +167,8 @@ def _check_float_model(model: nn.Module) -> None:
 def _use_qkv_as_a_layer(model: nn.Module) -> None:
     """timm's BEiT, EVA and Swin-v2 attention read `qkv.weight` themselves unless told to call the layer."""
     for module in model.modules():
-        if isinstance(getattr(module, "qkv", None), QuantizedLayer) and hasattr(module, "qkv_bias_separate"):
+        if isinstance(getattr(module, "qkv", None), QuantizedLayer | PackedLayer) and hasattr(
+            module, "qkv_bias_separate"
+        ):
             module.daq_qkv_bias_separate = module.qkv_bias_separate
             module.qkv_bias_separate = True  # type: ignore[assignment]

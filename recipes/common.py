@@ -32,7 +32,16 @@ import hf_daq
 # -------------------------------------------------------------------------------------------------------- options
 
 # What may differ between a run and its continuation.
-FREE_ON_RESUME = {"dataset", "output_dir", "checkpoint_every", "resume", "tracker", "log_every", "num_workers"}
+FREE_ON_RESUME = {
+    "dataset",
+    "output_dir",
+    "checkpoint_every",
+    "resume",
+    "tracker",
+    "log_every",
+    "num_workers",
+    "export",
+}
 
 
 def parse(config_class: type, argv: list[str], doc: str) -> Any:

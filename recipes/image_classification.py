@@ -32,6 +32,7 @@ import accelerate
 import cifar_resnet  # noqa: F401  registers resnet20_cifar and resnet8_cifar with timm
 import common
 import datasets
+import exporting
 import numpy as np
 import timm
 import torch
@@ -116,6 +117,7 @@ class Config:
     # run
     seed: int = 0
     output_dir: str = "output"
+    export: str | None = None  # of packed, onnx, compressed-tensors, separated by commas: written after the last epoch
     checkpoint_every: int = 0  # updates; 0: none
     resume: bool = False
     tracker: Literal["none", "tensorboard", "trackio"] = "none"
@@ -360,7 +362,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         raise SystemExit(
             "sgd comes with an Adam for bounds and scales, and fp16 has one loss scale: take bf16 or adamw"
         )
-    quantization = daq_config(cfg.daq)
+    quantization, exports = daq_config(cfg.daq), exporting.formats(cfg.export)
     checkpoint, progress = find_checkpoint(cfg)
     accelerator = start_accelerator(cfg, checkpoint)
     if accelerator.distributed_type in ("FSDP", "DEEPSPEED") and cfg.optimizer != "adamw":
@@ -415,6 +417,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if run.is_main:
         write_results(run, torch, timm, accelerate, datasets, hf_daq)
         print(", ".join(f"{key} {value:.2f}" for key, value in results.items()))
+        if exports and cfg.epochs:
+            batches = itertools.islice(loaders[1], max(1, 256 // cfg.batch_size))
+            exporting.export(exports, run.output, torch.cat([batch for batch, _ in batches]))
     accelerator.end_training()
     return results
 

@@ -29,6 +29,7 @@ from typing import Any, Literal
 import accelerate
 import common
 import datasets
+import exporting
 import tokenizers
 import torch
 import torch.nn.functional as F
@@ -123,6 +124,7 @@ class Config:
     # run
     seed: int = 0
     output_dir: str = "output"
+    export: str | None = None  # of packed, onnx, compressed-tensors, separated by commas: written after the last epoch
     checkpoint_every: int = 0  # updates; 0: none
     resume: bool = False
     tracker: Literal["none", "tensorboard", "trackio"] = "none"
@@ -316,7 +318,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if cfg.epochs and not (cfg.float_epochs or cfg.model or cfg.checkpoint):
         raise SystemExit("the DAQ phase starts from float weights: set float_epochs, model or checkpoint")
     common.refuse_missing(cfg.checkpoint)
-    quantization = daq_config(cfg.daq)
+    quantization, exports = daq_config(cfg.daq), exporting.formats(cfg.export)
     checkpoint, progress = find_checkpoint(cfg)
     accelerator = start_accelerator(cfg, checkpoint)
 
@@ -367,6 +369,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if run.is_main:
         write_results(run, torch, transformers, accelerate, datasets, tokenizers, hf_daq)
         print(", ".join(f"{key} {value:.3f}" for key, value in results.items() if isinstance(value, float)))
+        if exports and cfg.epochs:
+            exporting.export(exports, run.output, {"input_ids": next(iter(loaders[1]))[:, :-1]})
     accelerator.end_training()
     return results
 

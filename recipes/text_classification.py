@@ -31,6 +31,7 @@ from typing import Any
 
 import common
 import datasets
+import exporting
 import torch
 import transformers
 from accelerate import PartialState
@@ -39,6 +40,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -95,6 +97,7 @@ class Config:
     # run
     seed: int = 0
     output_dir: str = "output"
+    export: str | None = None  # of packed, onnx, compressed-tensors, separated by commas: written after the last epoch
     resume: bool = False
 
 
@@ -281,7 +284,7 @@ def write_report(report: dict[str, Any], cfg: Config) -> None:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     cfg = parse(sys.argv[1:] if argv is None else argv)
     common.refuse_missing(cfg.checkpoint)
-    quantization = daq_config(cfg.daq)
+    quantization, exports = daq_config(cfg.daq), exporting.formats(cfg.export)
     report = start_report(cfg)
     results = report["results"]
     set_seed(cfg.seed)
@@ -337,6 +340,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     if PartialState().is_main_process:
         print(", ".join(f"{key} {value:.2f}" for key, value in results.items()))
+        if exports and cfg.epochs:
+            batch = DataCollatorWithPadding(tokenizer)([evaluation[row] for row in range(min(256, len(evaluation)))])
+            exporting.export(
+                exports, Path(cfg.output_dir), {key: batch[key] for key in tokenizer.model_input_names if key in batch}
+            )
     return results
 
 

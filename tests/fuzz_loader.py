@@ -73,6 +73,8 @@ def mutate(folder: Path, rng: random.Random) -> str:
     kinds = {"bytes": 1, "header bytes": 1, "length": 1, "header": 2, "metadata": 2, "config": 3, "both configs": 3}
     (kind,) = rng.choices(list(kinds), list(kinds.values()))
     data = bytearray(weights.read_bytes())
+    if len(data) < 16:
+        return "nothing"
     (size,) = struct.unpack("<Q", data[:8])
     if kind == "bytes":
         for _ in range(rng.randint(1, 20)):
@@ -96,12 +98,12 @@ def mutate(folder: Path, rng: random.Random) -> str:
         elif kind == "config":
             change(description, rng)
         else:  # the same change of the quantization config in both places, which must agree
-            state = rng.getstate()
-            change(content["quantization_config"], rng)
-            rng.setstate(state)
             holder = description.get("model_args", description)
-            change(holder["quantization_config"] if isinstance(holder, dict) else {}, rng)
-        with contextlib.suppress(TypeError):
+            state = rng.getstate()
+            for place in (content, holder):
+                rng.setstate(state)
+                change(place.get("quantization_config") if isinstance(place, dict) else None, rng)
+        with contextlib.suppress(TypeError, KeyError):
             header["__metadata__"]["hf_daq"] = json.dumps(content)
         text = json.dumps(header).encode()
         data = bytearray(struct.pack("<Q", len(text)) + text + data[8 + size :])

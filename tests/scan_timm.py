@@ -1,4 +1,4 @@
-"""Take timm models of every family through the whole way: apply, calibrate, train, save, reload, remove.
+"""Take timm models of every family through the whole way: apply, calibrate, train, save, pack, reload, remove.
 
     python tests/scan_timm.py [--names test_vit test_resnet] [--output scan.json]
 
@@ -22,7 +22,8 @@ from scanning import Result
 from torch import Tensor, nn
 
 import hf_daq
-from hf_daq.layers import QuantizedLayer, quantized_layers
+from hf_daq.layers import QuantizedLayer, StandardizedConv, quantized_layers
+from hf_daq.packed import packed_layers
 from hf_daq.special import outer_layers
 
 # Architecture: input size, and arguments that make it smaller.
@@ -207,6 +208,7 @@ def _problems(result: Result, config: dict[str, Any]) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as directory:
         hf_daq.save_pretrained(model, directory)
         reloaded = timm.create_model(f"local-dir:{directory}", pretrained=True)
+        yield from _packed_problems(model, images, logits, directory)
     if not torch.equal(_evaluate(reloaded, images), logits):
         yield "the reloaded model gives other logits"
     hf_daq.remove_daq(reloaded)
@@ -216,6 +218,22 @@ def _problems(result: Result, config: dict[str, Any]) -> Iterator[str]:
         yield "remove_daq leaves other keys than those of the float model"
 
     yield from _gradient_problems(model, images)
+
+
+def _packed_problems(model: nn.Module, images: Tensor, logits: Tensor, directory: str) -> Iterator[str]:
+    hf_daq.save_pretrained(model, directory, packed=True)
+    packed = timm.create_model(f"local-dir:{directory}", pretrained=True)
+    if list(packed_layers(packed)) != list(quantized_layers(model)):
+        yield "not every quantized layer is packed"
+    if not torch.equal(_evaluate(packed, images), logits):
+        yield "the packed model gives other logits"
+    if any(isinstance(layer, StandardizedConv) for layer in quantized_layers(model).values()):
+        return  # has no float weights to go back to
+    hf_daq.unpack(packed)
+    if not torch.equal(_evaluate(packed, images), logits):
+        yield "the unpacked model gives other logits"
+    if list(packed.state_dict()) != list(model.state_dict()):
+        yield "unpack leaves other keys than those of the model"
 
 
 def _evaluate(model: nn.Module, batch: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 import hf_daq
 from hf_daq import DaqConfig
 from hf_daq.layers import LAYER_TYPES, quantized_layers
+from hf_daq.packed import packed_layers
 
 CONFIG = DaqConfig(weight_bits=3, activation_bits=8)
 WEIGHTS_ONLY = DaqConfig(weight_bits=3)
@@ -217,6 +218,27 @@ def check_reload(case: Case) -> Iterator[str]:
             if not torch.equal(case.outputs(other), expected):
                 yield f"{folder}, {way}: other outputs"
             yield from wide_quantizers(f"{folder}, {way}", other)
+
+
+def check_packed(case: Case) -> Iterator[str]:
+    model = case.calibrated()
+    expected = case.outputs(model)
+    path = case.folder / "packed"
+    hf_daq.save_pretrained(model, path, packed=True)
+    loaded, info = case.model_class.from_pretrained(path, output_loading_info=True)
+    yield from loading_problems("packed", info)
+    if list(packed_layers(loaded)) != list(quantized_layers(model)):
+        yield "packed: not every quantized layer is packed"
+    for way in ("reloaded", "saved by transformers", "unpacked"):
+        if way == "saved by transformers":
+            loaded.save_pretrained(path)
+            loaded = hf_daq.from_pretrained(path)
+        if way == "unpacked":
+            hf_daq.unpack(loaded)
+            if model.state_dict().keys() != loaded.state_dict().keys():
+                yield "unpacked: other keys than those of the model"
+        if not torch.equal(case.outputs(loaded), expected):
+            yield f"packed, {way}: other outputs"
 
 
 def train(case: Case, model: Any) -> Any:
@@ -504,6 +526,7 @@ CHECKS: dict[str, Callable[[Case], Iterator[str]]] = {
     "load": check_load,
     "reach": check_reach,
     "reload": check_reload,
+    "packed": check_packed,
     "train": check_train,
     "dequantize": check_dequantize,
     "groups": check_groups,

@@ -12,12 +12,12 @@ FLOORS = [
     {"quantizers"},
     {"layers", "initial"},
     {"special", "order", "packed"},
-    {"matching", "integers"},
+    {"matching", "integers", "onnx_graph"},
     {"patch", "calibrate", "training"},
     {"fileformat"},
     {"hub_timm", "hub_transformers"},
     {"apply", "packing", "registration"},
-    {"checkpoint"},
+    {"checkpoint", "export_compressed", "export_onnx"},
     {"__init__"},
 ]
 FOLDER = Path(hf_daq.__file__).parent

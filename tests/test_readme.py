@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -10,6 +11,7 @@ from models import images
 from test_transformers import logits, tiny_bert, tokens
 
 import hf_daq
+from hf_daq.layers import quantized_layers
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
@@ -44,12 +46,19 @@ def test_the_second_block_does_the_same_with_transformers(tmp_path, monkeypatch)
     assert torch.equal(logits(scope["loaded"]), logits(scope["model"]))
 
 
-def test_the_other_blocks_run(capsys):
+def test_the_other_blocks_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scope = {"timm": timm, "torch": torch, "hf_daq": hf_daq}
     for block in BLOCKS[2:]:
-        exec(block, {"timm": timm, "torch": torch, "hf_daq": hf_daq})
+        exec(block, scope)
     printed = capsys.readouterr().out
     assert re.search(r"layer1.0.conv1 +Conv2d +64x64x3x3 +4 +8 +rule layer1\.\*", printed)
     assert "rule re:.*downsample.*" in printed
+    layers = quantized_layers(scope["model"])  # unpacked
+    assert scope["weights"].keys() == layers.keys()
+    for name, weight in scope["weights"].items():  # as another program reads them
+        want = layers[name].w_quant(layers[name].weight).detach().numpy()
+        assert np.allclose(weight, want, rtol=1e-6, atol=0)
 
 
 def test_the_files_it_names_are_there():

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 import common  # noqa: E402
+import deploy  # noqa: E402
 import image_classification as recipe  # noqa: E402
 import language_modeling  # noqa: E402
 import post_training  # noqa: E402
@@ -306,6 +307,7 @@ def test_an_earlier_run_is_neither_mixed_up_nor_overwritten(tmp_path):
         (["--float_epochs", "0", "--checkpoint", "nowhere"], "checkpoint nowhere does not exist"),
         (["--eval_split", "tset"], "digits has no split 'tset'; it has train, test"),
         (["--label_column", "lable"], "no single column fits; name it with --label_column"),
+        (["--export", "packed,onxx"], "allowed are packed, onnx, compressed-tensors, separated by commas"),
         (["--batch_size", "5000"], "batch_size is 5000, but the training split has only 1437 images"),
     ],
 )
@@ -674,3 +676,70 @@ def test_blocks_cover_the_text_once_and_begin_elsewhere_every_epoch(play):
 def test_language_mistakes_end_the_run_with_a_line(args, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
         run_language(*args, "--output_dir", tmp_path)
+
+
+# Exports ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_run_ends_with_its_exports(parquet, float_folder, tmp_path, capsys):
+    run(
+        *(
+            "--config",
+            RECIPES / "configs" / "cifar10_resnet20_w4a4.yaml",
+            "--dataset",
+            parquet,
+            "--checkpoint",
+            float_folder,
+        ),
+        *("--output_dir", tmp_path, "--export", "packed,onnx", *SMALL.split()),
+    )
+    packed = timm.create_model(f"local-dir:{tmp_path / 'packed'}", pretrained=True)
+    assert packed.daq_config.packed
+    assert (tmp_path / "packed" / "probe.safetensors").exists()
+    assert (tmp_path / "model.onnx").stat().st_size > 200_000
+    printed = capsys.readouterr().out
+    assert "the same outputs bit for bit" in printed
+    assert "onnxruntime" in printed
+
+
+def test_a_text_run_ends_with_its_exports(reviews, text_float, tmp_path):
+    args = ["--config", RECIPES / "configs" / "sst2_minilm_w4a8.yaml", "--dataset", reviews, "--checkpoint", text_float]
+    run_text(*args, "--output_dir", tmp_path, "--training.max_steps", 3, "--export", "packed, compressed-tensors,onnx")
+    for folder in ("packed", "compressed-tensors"):
+        transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / folder)
+    assert (tmp_path / "model.onnx").exists()
+
+
+def test_a_language_run_ends_with_its_exports(play, language_float, tmp_path):
+    args = ["--config", RECIPES / "configs" / "tinyshakespeare_llama_w3.yaml", "--dataset", play]
+    args += ["--checkpoint", language_float, "--output_dir", tmp_path, "--max_steps", 3]
+    run_language(*args, "--export", "packed,compressed-tensors,onnx")
+    for folder in ("packed", "compressed-tensors"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+    assert (tmp_path / "model.onnx").exists()
+
+
+def test_sizes_and_parity_of_three_kinds_of_networks(
+    parquet, float_folder, reviews, text_float, play, language_float, tmp_path, capsys
+):
+    data = {float_folder: parquet, text_float: reviews / "train.tsv", language_float: play}
+    models = [f"{model}={source}" for model, source in data.items()]
+    few = "--bits 3 --steps 2 --rows 8 --batch_size 8 --tokens 16 --threads 1"
+    tables = deploy.main([*models, *few.split(), "--output", str(tmp_path / "table.json")])
+    assert len(tables["sizes"]) == 3
+    for row in tables["sizes"]:
+        assert row["packed"] < row["trainable"]
+        assert row["integers, float64"] < 1e-9
+        assert row["runtimes"].keys() == {"onnxruntime", "openvino"}
+        assert ("compressed-tensors" in row) == (row["model"] != str(float_folder))
+        assert row["onnx int4"] < row["onnx int8"]
+    assert json.loads((tmp_path / "table.json").read_text())["sizes"] == tables["sizes"]
+    assert capsys.readouterr().out.count(str(text_float)) == 1
+
+
+def test_speed_is_measured_in_both_runtimes():
+    rows = deploy.main(["--speed", "test_resnet", "--threads", "1"])["speed"]
+    assert [(row["runtime"], row["batch"]) for row in rows] == [
+        (runtime, batch) for runtime in ("onnxruntime", "openvino") for batch in (1, 8)
+    ]
+    assert all(row["exact"] > 0 and row["int8_outputs"] > 0 for row in rows)

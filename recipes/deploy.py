@@ -1,0 +1,361 @@
+"""What leaves training: sizes of files, how exactly they agree with the network, and how fast they run.
+
+    python recipes/deploy.py resnet18.a1_in1k=cifar10 vit_tiny_patch16_224.augreg_in21k_ft_in1k=cifar10
+    python recipes/deploy.py runs/resnet18/float=DIR runs/sst2/float=sst2/train.tsv runs/shakespeare/float=input.txt
+    python recipes/deploy.py --speed resnet18 mobilenetv2_100 vit_tiny_patch16_224 runs/sst2/float --threads 1
+
+MODEL=DATA: a name of timm, or a folder with the float network of a training recipe; and images (a Hub id, or a folder
+of parquet files) or a text file with one example a line. At each of `--bits` the network is quantized (images: weights and inputs;
+texts: weights, and inputs to 8 bits; causal language models: weights only, in groups of 64), calibrated, trained for
+`--steps` updates to give the outputs of the float network, without labels, and then
+
+    trainable, packed    saved both ways; the packed file gives the same outputs bit for bit, or this stops
+    integers             computed with integers in PyTorch: relative error of the outputs (in float64: largest)
+    ONNX                 exported and run in ONNX Runtime and OpenVINO: equal top-1, relative error of the outputs
+    compressed-tensors   of transformers models: opened by plain transformers
+
+on `--rows` examples it was not trained on. The table has sizes in MB (10^6 bytes).
+
+`--speed` measures inference of float and quantized files in the same runtime, random weights for names of timm, as ratios of medians
+taken in turn.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import timm
+import torch
+import torch.nn.functional as F
+import transformers
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoTokenizer
+
+import hf_daq
+
+# ---------------------------------------------------------------------------------------------------------- knobs
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("models", nargs="*", metavar="MODEL=DATA")
+    add("--bits", nargs="+", type=int, default=[1, 2, 3, 4, 8])
+    add("--steps", type=int, default=60, help="updates of distillation after calibration")
+    add("--rows", type=int, default=256, help="examples to compare with")
+    add("--batch_size", type=int, default=32)
+    add("--lr", type=float, default=2e-4, help="of the weights (AdamW)")
+    add("--quantizer_lr", type=float, default=1e-3)
+    add("--tokens", type=int, default=64, help="length of texts")
+    add("--int8_outputs", action="store_true", help="as of hf_daq.export_onnx")
+    add("--speed", nargs="*", default=[], metavar="MODEL")
+    add("--speed_bits", nargs="+", type=int, default=[4])
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--seed", type=int, default=0)
+    add("--output", type=Path, help="JSON file for the tables")
+    args = parser.parse_args(argv)
+    for model in args.models:
+        if "=" not in model:
+            parser.error(f"{model!r}: write MODEL=DATA, e.g. resnet18.a1_in1k=cifar10")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------- model
+
+
+def load_float(name: str) -> tuple[nn.Module, str]:
+    """A float network and what it reads: "image", "text" or "next token"."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return timm.create_model(name, pretrained=True).eval(), "image"
+    if "model_type" not in json.loads((folder / "config.json").read_text()):
+        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval(), "image"
+    kind = AutoConfig.from_pretrained(folder).architectures[0]
+    model = getattr(transformers, kind).from_pretrained(folder).eval()
+    model.config.use_cache = False
+    return model, "next token" if kind.endswith("ForCausalLM") else "text"
+
+
+def settings(kind: str, bits: int) -> hf_daq.DaqConfig:
+    if kind == "image":
+        return hf_daq.DaqConfig(bits, weight_granularity="channel")
+    if kind == "text":
+        return hf_daq.DaqConfig(weight_bits=bits, activation_bits=8, weight_granularity="channel")
+    return hf_daq.DaqConfig(weight_bits=bits, group_size=64)
+
+
+def run(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Logits, or what else the network gives first."""
+    output = model(batch["x"]) if "x" in batch else model(**batch)
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def outputs(model: nn.Module, batch: dict[str, Tensor], size: int = 32) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([run(model, part) for part in split(batch, size)])
+
+
+def split(batch: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
+    for start in range(0, len(next(iter(batch.values()))), size):
+        yield {key: value[start : start + size] for key, value in batch.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+
+
+def read(data: str, model: nn.Module, name: str, kind: str, args: argparse.Namespace) -> tuple[dict, dict]:
+    """Examples to train on, and others to compare with, as batches of all of them."""
+    count = args.steps * args.batch_size
+    if kind == "image":
+        make = create_transform(**resolve_data_config({}, model=model))
+        found = datasets.load_dataset(data)
+        column = next(key for key, feature in found["train"].features.items() if isinstance(feature, datasets.Image))
+
+        def images(split: str, number: int) -> dict[str, Tensor]:
+            part = found[split].shuffle(seed=args.seed)
+            part = part.select(range(min(number, len(part))))
+            return {"x": torch.stack([make(image.convert("RGB")) for image in part[column]])}
+
+        return images("train", max(count, 256)), images("test", args.rows)
+    lines = [line.rpartition("\t")[0] or line for line in Path(data).read_text(encoding="utf-8").splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if kind == "text":
+        generator = torch.Generator().manual_seed(args.seed)
+        lines = [lines[index] for index in torch.randperm(len(lines), generator=generator).tolist()]
+        encoded = tokenizer(lines, truncation=True, max_length=args.tokens, padding="max_length", return_tensors="pt")
+        tokens = {key: encoded[key] for key in tokenizer.model_input_names}
+    else:
+        stream = tokenizer("\n".join(lines), return_tensors="pt", add_special_tokens=False)["input_ids"][0]
+        tokens = {"input_ids": stream[: len(stream) // args.tokens * args.tokens].view(-1, args.tokens)}
+    return (
+        {key: value[args.rows :][: max(count, 256)] for key, value in tokens.items()},
+        {key: value[: args.rows] for key, value in tokens.items()},
+    )
+
+
+def distil(model: nn.Module, teacher: nn.Module, train: dict[str, Tensor], args: argparse.Namespace, what: str) -> None:
+    groups = hf_daq.param_groups(model, args.lr, args.quantizer_lr)
+    optimizer = torch.optim.AdamW(groups)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
+    model.train()
+    batches = list(split(train, args.batch_size))
+    for step in tqdm(range(args.steps), desc=what, leave=False):
+        batch = batches[step % len(batches)]
+        target = outputs(teacher, batch).flatten(0, -2)
+        F.cross_entropy(run(model, batch).flatten(0, -2), target.softmax(1)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    model.eval()
+
+
+# -------------------------------------------------------------------------------------------------- sizes and parity
+
+
+def measure(name: str, data: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    teacher, kind = load_float(name)
+    train, test = read(data, teacher, name, kind, args)
+    expected = outputs(teacher, test)
+    for bits in args.bits:
+        torch.manual_seed(args.seed)
+        model = hf_daq.apply_daq(copy.deepcopy(teacher), settings(kind, bits))
+        with hf_daq.calibrate(model):
+            for batch in split({key: value[:256] for key, value in train.items()}, 32):
+                run(model, batch)
+        if args.steps:
+            distil(model, teacher, train, args, f"{name}, {bits} bits")
+        row = {"model": name, "bits": bits, "float": sum(t.nbytes for t in teacher.state_dict().values()) / 1e6}
+        row |= {"as float": agreement(outputs(model, test), expected)}
+        with tempfile.TemporaryDirectory() as folder:
+            row |= files(model, test, Path(folder), kind, args)
+        yield row
+
+
+def files(
+    model: nn.Module, test: dict[str, Tensor], folder: Path, kind: str, args: argparse.Namespace
+) -> dict[str, Any]:
+    probe = test.get("x", test)
+    hf_daq.save_pretrained(model, folder / "trainable")
+    hf_daq.save_pretrained(model, folder / "packed", packed=True, probe=probe)
+    expected = outputs(model, test)
+    with hf_daq.integer_arithmetic(model):
+        integers = outputs(model, test)
+    row: dict[str, Any] = {
+        "trainable": size(folder / "trainable"),
+        "packed": size(folder / "packed"),
+        "ideal": ideal_size(model),
+        "integers": error(integers, expected),
+    }
+    double = copy.deepcopy(model).double()
+    few = {key: (value[:8].double() if value.is_floating_point() else value[:8]) for key, value in test.items()}
+    simulated = outputs(double, few)
+    with hf_daq.integer_arithmetic(double):
+        row["integers, float64"] = ((outputs(double, few) - simulated).abs().max() / simulated.abs().max()).item()
+    containers = ("int8", "int4") if row_bits(model) <= 3 else ("int8",)
+    for weights in containers:
+        # The table shows what verification would refuse: a network that hesitates between classes changes its mind easily.
+        options = {"int8_outputs": args.int8_outputs, "min_agreement": 0.0, "max_error": float("inf")}
+        report = hf_daq.export_onnx(model, folder / f"{weights}.onnx", probe, weights=weights, **options)
+        row[f"onnx {weights}"] = report.bytes / 1e6
+        if weights == "int8":
+            row["runtimes"] = {key: [found.top1, found.error] for key, found in report.runtimes.items()}
+    if kind != "image":
+        found = hf_daq.export_compressed_tensors(model, folder / "compressed", test)
+        row["compressed-tensors"] = found.size / 1e6
+        row["compressed error"] = found.relative_error
+    return row
+
+
+def row_bits(model: Any) -> int:
+    return model.daq_config.weight_bits
+
+
+def size(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.glob("model*.safetensors")) / 1e6
+
+
+def ideal_size(model: Any) -> float:
+    """Weights x bits / 8, and what stays in float: MB."""
+    total = 0.0
+    layers = model.daq_config.layers
+    for name, tensor in model.state_dict().items():
+        layer, _, key = name.rpartition(".")
+        if layer in layers and key == "weight":
+            total += tensor.numel() * layers[layer]["weight_bits"] / 8
+        elif "w_quant" not in name or key == "scale":
+            total += tensor.nbytes
+    return total / 1e6
+
+
+def error(one: Tensor, other: Tensor) -> float:
+    return ((one - other).square().mean() / other.square().mean()).sqrt().item()
+
+
+def agreement(one: Tensor, other: Tensor) -> float:
+    return (one.argmax(-1) == other.argmax(-1)).float().mean().item()
+
+
+# ---------------------------------------------------------------------------------------------------------- speed
+
+
+def speed(name: str, bits: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Times of the float file and the quantized ones, batch 1 and 8, in each runtime."""
+    torch.manual_seed(args.seed)
+    if Path(name).is_dir():
+        model, kind = load_float(name)
+        tokens = torch.randint(1000, (64, 128))
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    else:
+        model, kind = timm.create_model(name).eval(), "image"
+        inputs = {"x": torch.randn(64, *model.pretrained_cfg["input_size"])}
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):  # timm starts some at 0, which would leave out whole branches
+                nn.init.ones_(module.weight)
+    probe = inputs.get("x", inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {"float": Path(folder, "float.onnx")}
+        batch = {key: value[:2] for key, value in inputs.items()}
+        shapes = {key: {0: torch.export.Dim("batch", min=1)} for key in batch}
+        arguments = {"args": tuple(batch.values()), "dynamic_shapes": tuple(shapes.values())}
+        if "x" not in batch:
+            arguments = {"args": (), "kwargs": batch, "dynamic_shapes": shapes}
+        torch.onnx.export(model, f=paths["float"], dynamo=True, verbose=False, external_data=False, **arguments)
+        hf_daq.apply_daq(model, settings(kind, bits))
+        with hf_daq.calibrate(model):
+            run(model, {key: value[:16] for key, value in inputs.items()})
+        for runtime, make in (("onnxruntime", onnxruntime), ("openvino", openvino)):
+            for label, rounded in (("exact", False), ("int8_outputs", True)):
+                paths[label] = Path(folder, f"{label}.onnx")
+                options = {"runtime": runtime, "int8_outputs": rounded, "verify": False}
+                hf_daq.export_onnx(model, paths[label], probe, **options)
+            sessions = {label: make(path, args.threads) for label, path in paths.items()}
+            for count in (1, 8):
+                feed = {key: value[:count].numpy() for key, value in inputs.items()}
+                yield {"model": name, "bits": bits, "runtime": runtime, "batch": count, **ratios(sessions, feed)}
+
+
+def onnxruntime(path: Path, threads: int) -> Callable[[dict[str, Any]], Any]:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda feed: session.run(
+        None, dict(zip([entry.name for entry in session.get_inputs()], feed.values(), strict=False))
+    )
+
+
+def openvino(path: Path, threads: int) -> Callable[[dict[str, Any]], Any]:
+    import openvino as ov
+
+    options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    request = ov.Core().compile_model(str(path), "CPU", options).create_infer_request()
+    return lambda feed: request.infer(list(feed.values()))
+
+
+def ratios(sessions: dict[str, Callable], feed: dict[str, Any], rounds: int = 9) -> dict[str, float]:
+    """Milliseconds of the float file, and how many times faster the others are, each the median over rounds."""
+    times: dict[str, list[float]] = {label: [] for label in sessions}
+    for index in range(rounds + 1):
+        for label in list(sessions)[:: 1 if index % 2 else -1]:
+            start = time.perf_counter()
+            sessions[label](feed)
+            times[label].append(time.perf_counter() - start)
+    found = {"float, ms": 1e3 * statistics.median(times["float"][1:])}
+    for label in list(sessions)[1:]:
+        pairs = zip(times["float"][1:], times[label][1:], strict=True)
+        found[label] = statistics.median(slow / fast for slow, fast in pairs)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """A Markdown table."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(cell(row.get(column)) for column in columns) + " |")
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {top1:.1%} {error:.0e}" for key, (top1, error) in value.items())
+    if isinstance(value, float):
+        return f"{value:.2f}" if value == 0 or abs(value) > 0.05 else f"{value:.0e}"
+    return "" if value is None else str(value)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    transformers.logging.disable_progress_bar()
+    tables: dict[str, list[dict[str, Any]]] = {"sizes": [], "speed": []}
+    try:
+        for entry in args.models:
+            name, _, data = entry.partition("=")
+            tables["sizes"].extend(measure(name, data, args))
+        for name in args.speed:
+            for bits in args.speed_bits:
+                tables["speed"].extend(speed(name, bits, args))
+    finally:
+        for rows in tables.values():
+            if rows:
+                show(rows)
+        if args.output:
+            args.output.write_text(json.dumps(tables | {"settings": vars(args)}, indent=2, default=str) + "\n")
+    return tables
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""Exported ONNX files compute what the model computes."""
+
+import copy
+import importlib.util
+
+import pytest
+import timm.layers
+import torch
+from models import images, small_net
+from test_transformers import tiny_bert, tiny_llama, tokens
+from torch import nn
+
+import hf_daq
+from hf_daq.errors import CalibrationError, ExportError
+from hf_daq.export_onnx import Report, export_onnx
+from hf_daq.packing import pack
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+ort = pytest.importorskip("onnxruntime")
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+def quantized(model, x, **config):
+    config = {"weight_bits": 4, "activation_bits": 4, "weight_granularity": "channel"} | config
+    hf_daq.apply_daq(model.eval(), **config)
+    with hf_daq.calibrate(model):
+        model(**x) if isinstance(x, dict) else model(x)
+    return model.eval()
+
+
+def exported(model, path, x, **options):
+    return export_onnx(model, path, x, runtimes=["onnxruntime"], **options)
+
+
+def session(path):
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return ort.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+
+
+def check(model, path, x, max_error=1e-4, **options):
+    report = exported(model, path, x, max_error=max_error, **options)
+    assert report.runtimes["onnxruntime"].error < max_error, report
+    assert path.stat().st_size == report.bytes
+    return report
+
+
+KINDS = {
+    "plain": lambda: nn.Conv2d(8, 8, 3, padding=1),
+    "strided": lambda: nn.Conv2d(8, 8, (3, 2), stride=2, padding=(1, 0), dilation=(2, 1), bias=False),
+    "pointwise": lambda: nn.Conv2d(8, 8, 1, stride=2),
+    "depthwise": lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8),
+    "grouped": lambda: nn.Conv2d(8, 8, 3, padding=1, groups=2, bias=False),
+    "same": lambda: timm.layers.Conv2dSame(8, 8, 3, stride=2),
+    "standardized": lambda: timm.layers.StdConv2dSame(8, 8, 3, stride=2),
+}
+
+
+class Branch(nn.Module):
+    """A convolution, BatchNorm with negative and zero factors, ReLU6, and a convolution."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.conv, self.norm, self.last = KINDS[kind](), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+        self.norm.weight.data = torch.tensor([1.0, -1.0, 0.0, 0.5, -0.3, 2.0, 1e-6, -2.0])
+        self.norm.bias.data = torch.linspace(-1, 1, 8)
+        self.norm.running_mean.data.normal_()
+        self.norm.running_var.data.uniform_(0.5, 2)
+
+    def forward(self, x):
+        return self.last(nn.functional.relu6(self.norm(self.conv(x)))).mean((2, 3))
+
+
+class Convolutions(nn.Module):
+    def __init__(self, *kinds):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.branches = nn.ModuleList(Branch(kind) for kind in kinds)
+        self.head = nn.Linear(4 * len(kinds), 5)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x)).relu()
+        return self.head(torch.cat([branch(x) for branch in self.branches], 1))
+
+
+@pytest.mark.parametrize(
+    ("runtime", "bits"), [("onnxruntime", 1), ("onnxruntime", 8), ("openvino", 2), ("openvino", 8)]
+)
+def test_convolutions(runtime, bits, tmp_path):
+    model = quantized(Convolutions(*KINDS), images(8), weight_bits=bits, activation_bits=bits)
+    report = check(model, tmp_path / "a.onnx", images(8), runtime=runtime)
+    assert len(report.layers) == 1 + len(KINDS)  # the first layers of all branches quantize the same values alike
+    kinds = [node.op_type for node in onnx.load(tmp_path / "a.onnx").graph.node]
+    assert "BatchNormalization" not in kinds
+
+
+@pytest.mark.parametrize(
+    ("weight_bits", "activation_bits", "granularity"),
+    [(3, 4, "tensor"), (8, 8, "tensor"), (4, None, "channel"), (8, None, "tensor")],
+)
+def test_small_network(weight_bits, activation_bits, granularity, tmp_path):
+    config = {"weight_bits": weight_bits, "activation_bits": activation_bits, "weight_granularity": granularity}
+    model = quantized(small_net(), images(8), **config)
+    report = check(model, tmp_path / "a.onnx", images(8))
+    assert list(report.layers) == ([] if activation_bits is None else ["conv", "depthwise", "grouped", "hidden"])
+    assert all(share < 1e-3 for share in report.layers.values())
+
+
+@pytest.mark.parametrize(
+    ("weight_bits", "activation_bits", "group_size"),
+    [(3, 8, 16), (3, None, 16), (8, 8, 5), (8, None, 16), (2, None, 5)],
+)
+def test_groups(group_size, activation_bits, weight_bits, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32), nn.Linear(32, 6))
+    x, config = torch.randn(8, 32), {"weight_granularity": "group", "group_size": group_size}
+    quantized(model, x, weight_bits=weight_bits, activation_bits=activation_bits, **config)
+    check(model, tmp_path / "a.onnx", x, weights="int4", max_error=1e-4 if activation_bits or group_size == 5 else 1e-2)
+
+
+def test_groups_of_a_convolution(tmp_path):
+    config = {"weight_granularity": "group", "group_size": 16}
+    model = quantized(Convolutions("plain"), images(8), **config)
+    check(model, tmp_path / "a.onnx", images(8))
+
+
+def test_int4_is_smaller_and_the_same(tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 256), nn.Linear(256, 5)), torch.randn(8, 16)
+    quantized(model, x, weight_bits=3, activation_bits=8)
+    sizes = [check(model, tmp_path / f"{bits}.onnx", x, weights=f"int{bits}").bytes for bits in (8, 4)]
+    assert sizes[1] < sizes[0] - 256 * 64 * 0.45
+    results = [session(tmp_path / f"{bits}.onnx").run(None, {"input": x.numpy()})[0] for bits in (8, 4)]
+    assert (results[0] == results[1]).all()
+
+
+def test_the_number_of_rows_is_free(tmp_path):
+    model = quantized(small_net(), images(8))
+    exported(model, tmp_path / "a.onnx", images(8))
+    for rows in (1, 5):
+        x = images(rows, seed=3)
+        found = session(tmp_path / "a.onnx").run(None, {"x": x.numpy()})[0]
+        assert torch.allclose(torch.from_numpy(found), model(x), atol=1e-4)
+
+
+def test_a_packed_model_gives_the_same_file(tmp_path):
+    model = quantized(small_net(), images(8))
+    exported(model, tmp_path / "a.onnx", images(8))
+    check(pack(model), tmp_path / "packed.onnx", images(8))
+    results = [session(tmp_path / f"{name}.onnx").run(None, {"x": images().numpy()})[0] for name in ("a", "packed")]
+    assert abs(results[0] - results[1]).max() < 1e-5
+
+
+def test_int8_outputs(tmp_path):
+    x = images(16)
+    for bits in (4, 8):
+        model = quantized(Convolutions("depthwise"), x, weight_bits=bits, activation_bits=8)
+        report = exported(model, tmp_path / "a.onnx", x, int8_outputs=True, min_agreement=0.5, max_error=0.2)
+        assert "in 8 bits" in str(report)
+        path = tmp_path / "optimized.onnx"
+        options = ort.SessionOptions()
+        options.log_severity_level, options.optimized_model_filepath = 3, str(path)
+        ort.InferenceSession(str(tmp_path / "a.onnx"), options, providers=["CPUExecutionProvider"])
+        kinds = [node.op_type for node in onnx.load(path).graph.node]
+        assert kinds.count("QLinearConv") == 2
+
+
+def test_openvino_agrees(tmp_path):
+    pytest.importorskip("openvino")
+    model = quantized(Convolutions("plain"), images(8))
+    report = export_onnx(model, tmp_path / "a.onnx", images(8), runtime="openvino", max_error=1e-4)
+    assert set(report.runtimes) == {"onnxruntime", "openvino"}
+    assert "openvino" in str(report)
+
+
+def test_bert(tmp_path):
+    x = {"input_ids": tokens(8), "attention_mask": torch.ones(8, 7, dtype=torch.long)}
+    model = quantized(tiny_bert(), x, weight_bits=4, activation_bits=8)
+    check(model, tmp_path / "a.onnx", x)
+    names = [output.name for output in session(tmp_path / "a.onnx").get_outputs()]
+    assert names == ["logits"]
+    longer = {
+        key: value.numpy()
+        for key, value in {"input_ids": tokens(3, 11), "attention_mask": x["attention_mask"].new_ones(3, 11)}.items()
+    }
+    assert session(tmp_path / "a.onnx").run(None, longer)[0].shape == (3, 2)
+
+
+def test_llama_with_weights_only(tmp_path):
+    model = quantized(
+        tiny_llama(),
+        {"input_ids": tokens(8)},
+        weight_bits=3,
+        activation_bits=None,
+        weight_granularity="group",
+        group_size=16,
+    )
+    check(model, tmp_path / "a.onnx", {"input_ids": tokens(8)}, weights="int4", max_error=1e-2)
+    assert model.config.use_cache
+
+
+def state(model):
+    return {name: (module.training, set(module.__dict__), type(module)) for name, module in model.named_modules()}
+
+
+def test_the_model_is_left_as_it_was(tmp_path, monkeypatch):
+    model = quantized(small_net(), images(8))
+    model.train()
+    model.stem.eval()
+    before, values = state(model), copy.deepcopy(model.state_dict())
+    exported(model, tmp_path / "a.onnx", images(8))
+    assert state(model) == before
+
+    def fail(*args, **kwargs):
+        raise torch.onnx.OnnxExporterError("no")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.onnx, "export", fail)
+        with pytest.raises(ExportError, match="cannot export"):
+            exported(model, tmp_path / "b.onnx", images(8))
+    assert state(model) == before
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.onnx"]
+
+
+def test_verification_catches_a_wrong_graph(tmp_path, monkeypatch):
+    from hf_daq import onnx_graph
+
+    model = quantized(small_net(), images(64))
+
+    def corrupt(graph):
+        for tensor in list(graph.graph.initializer):
+            if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) > 1:
+                graph.add(tensor.name, -graph.values(tensor.name))
+
+    monkeypatch.setattr(onnx_graph, "share_constants", corrupt)
+    (tmp_path / "a.onnx").write_text("old")
+    with pytest.raises(ExportError, match="different input codes"):
+        exported(model, tmp_path / "a.onnx", images(64))
+    assert (tmp_path / "a.onnx").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_report_without_verification(tmp_path):
+    report = export_onnx(quantized(small_net(), images(8)), tmp_path / "a.onnx", images(8), verify=False)
+    assert isinstance(report, Report)
+    assert report.runtimes == {}
+    assert "MiB" in str(report)
+
+
+def test_errors(tmp_path, monkeypatch):
+    path, x = tmp_path / "a.onnx", images(8)
+    model = quantized(small_net(), x)
+    for options, words in (
+        ({"weights": "int2"}, "int4"),
+        ({"opset": 17}, "21 or higher"),
+        ({"runtime": "tvm"}, "onnxruntime"),
+        ({"runtimes": ["tvm"]}, "tvm"),
+    ):
+        with pytest.raises(ExportError, match=words):
+            export_onnx(model, path, x, **options)
+    for inputs, words in ((x[:1], "two rows"), ([], "tensors"), (3, "tensors"), ((x, x[:4]), "the same number")):
+        with pytest.raises(ExportError, match=words):
+            export_onnx(model, path, inputs)
+    with pytest.raises(ExportError, match="apply_daq"):
+        export_onnx(small_net(), path, x)
+    with pytest.raises(CalibrationError, match="not calibrated"):
+        export_onnx(hf_daq.apply_daq(small_net(), bits=4), path, x)
+    with pytest.raises(ExportError, match=r"model\.float"):
+        export_onnx(copy.deepcopy(model).bfloat16(), path, x)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else found(name))
+    with pytest.raises(ExportError, match="pip install onnxscript"):
+        export_onnx(model, path, x)
+    assert not path.exists()
