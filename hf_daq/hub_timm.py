@@ -26,7 +26,7 @@ from .patch import patch, start_weights
 ARCHITECTURE = "hf_daq"
 _OWN_ARGS = ("base", "base_args", "quantization_config")
 _SOURCE_KEYS = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load")
-_LARGEST = 2**20
+_LARGEST = 2**18
 _REFUSED_ARGS = {
     "pretrained",
     "pretrained_cfg",

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
@@ -148,13 +149,23 @@ def open_checkpoint(path_or_repo: Any, description: dict[str, Any], **kwargs: An
         raise CheckpointError(f"architectures={names!r} of {path_or_repo} names no model of transformers")
     loader: Any = found
     try:
-        with fileformat.building(_MOST_PARAMETERS):
+        with fileformat.building(_room(path_or_repo)):
             model: nn.Module = loader.from_pretrained(path_or_repo, use_safetensors=True, **kwargs)
     except DaqError:
         raise
     except Exception as error:
         raise CheckpointError(f"transformers cannot open {path_or_repo}: {error}") from error
     return model
+
+
+def _room(path_or_repo: Any) -> int:
+    """How many parameters the model may have: twice those of the files, where they are here, and a few."""
+    files = list(Path(path_or_repo).glob("*.safetensors"))
+    count = 0
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            count += len(opened.keys())
+    return 2 * count + 1000 if files else _MOST_PARAMETERS
 
 
 def _transformers_parts(model: nn.Module) -> list[Any]:

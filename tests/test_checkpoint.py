@@ -282,9 +282,9 @@ DAMAGES = {
     ),
     "a model far larger than the file": (
         lambda f: edit_description(
-            f, lambda d: d.update(num_classes=10**6) or d["model_args"]["base_args"].update(num_classes=10**6)
+            f, lambda d: d.update(num_classes=200_000) or d["model_args"]["base_args"].update(num_classes=200_000)
         ),
-        r"fc.weight has shape \(10, \d+\), the model \(1000000, \d+\)",
+        r"fc.weight has shape \(10, \d+\), the model \(200000, \d+\)",
     ),
 }
 

@@ -271,3 +271,18 @@ def test_eight_bit_codes_survive_unpacking_into_half_precision(dtype):
     for name, want in codes.items():
         layer = model.get_submodule(name)
         assert torch.equal(layer.w_quant.codes(layer.weight), want)
+
+
+def test_a_config_that_asks_for_more_layers_than_the_file_has_is_refused_at_once(tmp_path):
+    hf_daq.save_pretrained(hf_daq.apply_daq(tiny_bert(), weight_bits=3), tmp_path, packed=True)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 10**9}))
+    with pytest.raises(CheckpointError, match="has more than"):
+        hf_daq.from_pretrained(tmp_path)
+    hf_daq.save_pretrained(hf_daq.apply_daq(timm.create_model("test_vit"), weight_bits=3), tmp_path, packed=True)
+    for depth, message in ((10**9, "not arguments of a model"), (10**5, "has more than")):
+        description = json.loads(path.read_text())
+        description["model_args"]["base_args"]["depth"] = depth
+        path.write_text(json.dumps(description))
+        with pytest.raises(CheckpointError, match=message):
+            hf_daq.from_pretrained(tmp_path)
