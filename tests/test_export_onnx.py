@@ -227,7 +227,7 @@ def test_the_model_is_left_as_it_was(tmp_path, monkeypatch):
 
 
 def test_verification_catches_a_wrong_graph(tmp_path, monkeypatch):
-    from hf_daq import onnx_graph
+    from hf_daq import onnx_passes
 
     model = quantized(small_net(), images(64))
 
@@ -236,7 +236,7 @@ def test_verification_catches_a_wrong_graph(tmp_path, monkeypatch):
             if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) > 1:
                 graph.add(tensor.name, -graph.values(tensor.name))
 
-    monkeypatch.setattr(onnx_graph, "share_constants", corrupt)
+    monkeypatch.setattr(onnx_passes, "share_constants", corrupt)
     (tmp_path / "a.onnx").write_text("old")
     with pytest.raises(ExportError, match="different input codes"):
         exported(model, tmp_path / "a.onnx", images(64))
