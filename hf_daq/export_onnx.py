@@ -62,17 +62,18 @@ def export_onnx(
             of token sequences too where the model allows. All are used to verify and for the ranges of `int8_outputs`;
             a few hundred are enough.
         weights: "int8", or "int4": weights of up to 3 bits take half a byte in the file and run like int8.
-        runtime: the one the file is for. Both run either file. "onnxruntime": convolutions without groups are written as
-            products of gathered codes with a matrix, because ONNX Runtime has no fast integer convolution with a float
-            output; the height and width of images are fixed. "openvino": convolutions stay what they are.
+        runtime: the one the file is for. "onnxruntime": convolutions without groups are written as products of gathered
+            codes with a matrix, because ONNX Runtime has no fast integer convolution with a float output; the height and
+            width of images are fixed. OpenVINO opens such a file, but is slower with it and not always right.
+            "openvino": convolutions stay what they are; exact in both, fast in OpenVINO.
         int8_outputs: convolutions stay what they are; outputs of convolutions that no quantizer follows are rounded to 8
             bits, 8-bit weights of convolutions to 255 values, and biases to int32. Not exact: expect some percent of
             other top-1 predictions. For ONNX Runtime and networks with depthwise convolutions, which it computes
             slowly otherwise.
         opset: 21 or higher.
-        verify: run all inputs through every runtime and compare.
-        runtimes: those to compare with, of "onnxruntime" and "openvino"; None for those installed. If `runtime` is among
-            them, it alone has to pass.
+        verify: run all inputs through the runtimes and compare.
+        runtimes: those to compare with, of "onnxruntime" and "openvino"; None for those that compute the file rightly, if
+            they are installed: ONNX Runtime alone if convolutions are written for it.
         min_agreement: smallest share of equal top-1. One different prediction is always allowed: among fewer than 200 a
             single one would decide.
         max_error: largest RMS of the difference of outputs, over the RMS of the outputs. A file that misses one of the two
@@ -87,7 +88,8 @@ def export_onnx(
             `path`. CalibrationError: a layer is not calibrated.
     """
     path, batch, layers = Path(path), Inputs(inputs), daq_layers(model)
-    chosen = _chosen_runtimes(runtimes) if verify else ()
+    for_one = runtime == "onnxruntime" and not int8_outputs
+    chosen = _chosen_runtimes(runtimes, for_one and _has_convolutions(layers)) if verify else ()
     _require("onnx", "onnxscript", *(["onnxruntime"] if int8_outputs else []), *chosen)
     _check(model, layers, weights, runtime, opset)
     batch.to(next(model.parameters()).device)
@@ -98,13 +100,19 @@ def export_onnx(
         report = Report(path, proto.ByteSize(), weights, int8_outputs)
         if verify:
             verify_file(report, model, layers, proto, batch, chosen)
-            judge(report, model, batch, runtime, min_agreement, max_error)
+            judge(report, model, batch, min_agreement, max_error)
     contents = proto.SerializeToString()
     replace_file(path, lambda temporary: temporary.write_bytes(contents))
     return report
 
 
-def _chosen_runtimes(runtimes: Sequence[str] | None) -> Sequence[str]:
+def _has_convolutions(layers: Mapping[str, Any]) -> bool:
+    return any(isinstance(layer, nn.Conv2d) and layer.a_quant is not None for layer in layers.values())
+
+
+def _chosen_runtimes(runtimes: Sequence[str] | None, for_one: bool) -> Sequence[str]:
+    if runtimes is None and for_one:
+        return ["onnxruntime"]
     if runtimes is None:
         return [name for name in RUNTIMES if name == "onnxruntime" or importlib.util.find_spec(name)]
     for name in runtimes:

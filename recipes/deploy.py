@@ -174,7 +174,7 @@ def measure(name: str, data: str, args: argparse.Namespace) -> Iterator[dict[str
         if args.steps:
             distil(model, teacher, train, args, f"{name}, {bits} bits")
         row = {"model": name, "bits": bits, "float": sum(t.nbytes for t in teacher.state_dict().values()) / 1e6}
-        row |= {"as float": agreement(outputs(model, test), expected)}
+        row |= {"top-1 as float": agreement(outputs(model, test), expected)}
         with tempfile.TemporaryDirectory() as folder:
             row |= files(model, test, Path(folder), kind, args)
         yield row
@@ -207,7 +207,10 @@ def files(
         report = hf_daq.export_onnx(model, folder / f"{weights}.onnx", probe, weights=weights, **options)
         row[f"onnx {weights}"] = report.bytes / 1e6
         if weights == "int8":
-            row["runtimes"] = {key: [found.top1, found.error] for key, found in report.runtimes.items()}
+            other = hf_daq.export_onnx(model, folder / "other.onnx", probe, runtime="openvino", **options)
+            for runtime, found in (("onnxruntime", report), ("openvino", other)):
+                agreed = found.runtimes[runtime]
+                row[f"{runtime}: top-1"], row[f"{runtime}: error"] = agreed.top1, agreed.error
     if kind != "image":
         found = hf_daq.export_compressed_tensors(model, folder / "compressed", test)
         row["compressed-tensors"] = found.size / 1e6
@@ -227,11 +230,12 @@ def ideal_size(model: Any) -> float:
     """Weights x bits / 8, and what stays in float: MB."""
     total = 0.0
     layers = model.daq_config.layers
-    for name, tensor in model.state_dict().items():
+    state = model.state_dict()
+    for name, tensor in state.items():
         layer, _, key = name.rpartition(".")
         if layer in layers and key == "weight":
             total += tensor.numel() * layers[layer]["weight_bits"] / 8
-        elif "w_quant" not in name or key == "scale":
+        elif "w_quant" not in name or key == "scale" or (key == "shift" and f"{layer[:-8]}.bias" not in state):
             total += tensor.nbytes
     return total / 1e6
 
@@ -325,12 +329,12 @@ def show(rows: list[dict[str, Any]]) -> None:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for row in rows:
-        print("| " + " | ".join(cell(row.get(column)) for column in columns) + " |")
+        print("| " + " | ".join(cell(column, row.get(column)) for column in columns) + " |")
 
 
-def cell(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {top1:.1%} {error:.0e}" for key, (top1, error) in value.items())
+def cell(column: str, value: Any) -> str:
+    if "top-1" in column and value is not None:
+        return f"{value:.1%}"
     if isinstance(value, float):
         return f"{value:.2f}" if value == 0 or abs(value) > 0.05 else f"{value:.0e}"
     return "" if value is None else str(value)
