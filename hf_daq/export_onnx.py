@@ -48,9 +48,7 @@ def export_onnx(
     Weights of 1 to 7 bits are held as they are. Of 8 bits, odd integers up to 255 do not fit int8: held are `q - 128`,
     and the missing half step is the sum of the inputs under the kernel times a constant for each channel, which takes
     some time. Sums of codes below 8 bits do not saturate the 16-bit accumulators of processors without VNNI. Layers
-    without a quantized input, and groups of columns, have integers in the file and compute in float; but for linear
-    layers with groups of 16, 32, 64, 128 or 256 columns ONNX Runtime has a kernel of its own that rounds inputs to 8
-    bits, an error of some 0.3 %, unless its session option `session.qdq_matmulnbits_accuracy_level` is "1".
+    without a quantized input, and groups of columns, have integers in the file and compute in float.
 
     Needs `pip install onnx onnxscript`, and onnxruntime for `verify` and `int8_outputs`.
 

@@ -13,7 +13,6 @@ from .integers import Integers, integers
 
 _LARGEST_SUM = 2**15 - 1
 _INT8 = 127
-_BLOCK_SIZES = {16, 32, 64, 128, 256}
 
 
 @contextmanager
@@ -50,22 +49,17 @@ class Emission:
         self.codes, self.group_size = codes.to(torch.int8), found.group_size
         self.scale = self.scale.expand(len(self.codes), -1).contiguous()
         self.in_integers = self.group_size is None and self.input_bits is not None
-        self.blocks = self.linear and not self.in_integers and not self.offset and self._even_blocks()
-        if self.linear and (self.in_integers or self.blocks):
+        if self.linear and self.in_integers:
             self.codes, self.scale = self.codes.t().contiguous(), self.scale.t().contiguous()
         self.ones = torch.ones(len(self.codes), 1, dtype=torch.int8, device=device)
         self.one = torch.ones((), device=device)
         self._prepare_rows()
 
-    def _even_blocks(self) -> bool:
-        # Other sizes, and blocks of weights beside quantized inputs, are refused or computed wrongly by runtimes.
-        columns = self.codes.shape[1]
-        return self.input_bits is None and self.group_size in _BLOCK_SIZES and columns % self.group_size == 0
-
     def _prepare_rows(self) -> None:
-        """The weight for layers that compute in float: a row of integers for each scale, and what to cut off."""
+        """The weight for layers that compute in float: a row of integers for each scale, and what to cut off. Runtimes
+        round the inputs of layers whose weight has blocks of its own (`block_size`) to 8 bits."""
         self.shape = self.codes.shape
-        if self.in_integers or self.blocks:
+        if self.in_integers:
             return
         flat = self.codes.flatten(1)
         self.columns, size = flat.shape[1], self.group_size or flat.shape[1]
@@ -80,13 +74,9 @@ class Emission:
             return self._product(x)
         if self.in_integers:
             weight = self._dequantized("weight", self.codes, self.scale[:, 0], axis=0)
-            output: Tensor = self.compute(self.layer, x, weight, self.bias)
-        elif self.blocks:
-            weight = self._dequantized("weight", self.codes, self.scale, axis=0, block_size=self.group_size)
-            output = torch.matmul(x, weight)
-            return output if self.bias is None else output + self.bias
         else:
-            output = self.compute(self.layer, x, self._float_weight(), self.bias)
+            weight = self._float_weight()
+        output: Tensor = self.compute(self.layer, x, weight, self.bias)
         return output
 
     def _quantized(self, x: Tensor) -> Tensor:
@@ -101,15 +91,14 @@ class Emission:
         name = {"hf_daq": f"{self.name}.input"}
         return emit("DequantizeLinear", (x, *constants), dtype=torch.float32, shape=x.shape, metadata_props=name)
 
-    def _dequantized(self, role: str, codes: Tensor, scale: Tensor, **attributes: Any) -> Tensor:
+    def _dequantized(self, role: str, codes: Tensor, scale: Tensor, axis: int = 0) -> Tensor:
         notes = {"hf_daq": f"{self.name}.{role}"}
         if self.offset and role == "weight":
             notes["hf_daq_offset"] = "1"
-        zeros = () if "block_size" in attributes else (torch.zeros_like(scale, dtype=torch.int8),)
         return torch.onnx.ops.symbolic(
             "DequantizeLinear",
-            (codes, scale, *zeros),
-            attributes,
+            (codes, scale, torch.zeros_like(scale, dtype=torch.int8)),
+            {"axis": axis} if scale.ndim else {},
             dtype=torch.float32,
             shape=codes.shape,
             metadata_props=notes,

@@ -127,7 +127,7 @@ def set_bias(graph: Graph, conv: Any, name: str) -> None:
 def weight_node(graph: Graph, conv: Any) -> Any:
     """The DequantizeLinear of constant integers, with a scale for each channel, that is the weight; or None."""
     node = graph.producer(conv.input[1], "DequantizeLinear")
-    if node is None or graph.constant(node.input[0]) is None or attribute(node, "block_size"):
+    if node is None or graph.constant(node.input[0]) is None:
         return None
     return node if graph.values(node.input[1]).ndim == 1 else None
 

@@ -293,17 +293,14 @@ def store_int4(graph: Graph) -> None:
     file, keeps their arithmetic what it is for int8."""
     casts: dict[str, Any] = {}
     for node in graph.nodes("DequantizeLinear"):
-        codes, blocks = graph.constant(node.input[0]), attribute(node, "block_size", 0)
+        codes = graph.constant(node.input[0])
         if codes is None or codes.dtype != np.int8 or codes.size < 2 or np.abs(codes.astype(np.int16)).max() > 7:
             continue
         name = node.input[0]
         stored = graph.add_tensor(f"{name}.int4", _int4_tensor(f"{name}.int4", codes))
-        if blocks and len(node.input) == 2:
-            node.input[0] = stored
-        elif name not in casts:
+        if name not in casts:
             casts[name] = helper.make_node("Cast", [stored], [f"{name}.int8"], f"{name}.int8", to=onnx.TensorProto.INT8)
-        if name in casts:
-            node.input[0] = casts[name].output[0]
+        node.input[0] = casts[name].output[0]
     for cast in casts.values():
         graph.graph.node.insert(0, cast)
     graph.index()

@@ -173,7 +173,11 @@ def measure(name: str, data: str, args: argparse.Namespace) -> Iterator[dict[str
                 run(model, batch)
         if args.steps:
             distil(model, teacher, train, args, f"{name}, {bits} bits")
-        row = {"model": name, "bits": bits, "float": sum(t.nbytes for t in teacher.state_dict().values()) / 1e6}
+        row = {
+            "model": name,
+            "bits": bits,
+            "float": sum(t.nbytes for t in unshared(teacher.state_dict()).values()) / 1e6,
+        }
         row |= {"top-1 as float": agreement(outputs(model, test), expected)}
         with tempfile.TemporaryDirectory() as folder:
             row |= files(model, test, Path(folder), kind, args)
@@ -231,13 +235,18 @@ def ideal_size(model: Any) -> float:
     total = 0.0
     layers = model.daq_config.layers
     state = model.state_dict()
-    for name, tensor in state.items():
+    for name, tensor in unshared(state).items():
         layer, _, key = name.rpartition(".")
         if layer in layers and key == "weight":
             total += tensor.numel() * layers[layer]["weight_bits"] / 8
         elif "w_quant" not in name or key == "scale" or (key == "shift" and f"{layer[:-8]}.bias" not in state):
             total += tensor.nbytes
     return total / 1e6
+
+
+def unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tied weights once."""
+    return {name: state[name] for name in {tensor.data_ptr(): name for name, tensor in state.items()}.values()}
 
 
 def error(one: Tensor, other: Tensor) -> float:
