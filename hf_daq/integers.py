@@ -7,7 +7,7 @@ with unsigned codes of the input, odd integers `2q - R` for the weight, and one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -88,13 +88,23 @@ def integer_arithmetic(model: nn.Module) -> Iterator[nn.Module]:
     for name, layer in layers.items():
         if isinstance(layer, QuantizedLayer) and not layer.calibrated:
             raise CalibrationError(f"layer {name!r} is not calibrated: it has no codes yet")
-    try:
-        for layer in layers.values():
-            layer.forward = _IntegerForward(layer)  # type: ignore[method-assign]
+    with replaced_forwards({layer: _IntegerForward(layer) for layer in layers.values()}):
         yield model
+
+
+@contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Inside, modules compute with these functions."""
+    before = {module: vars(module).get("forward") for module in forwards}  # Accelerate puts one of its own there
+    try:
+        for module, forward in forwards.items():
+            vars(module)["forward"] = forward
+        yield
     finally:
-        for layer in layers.values():
-            layer.__dict__.pop("forward", None)
+        for module, own in before.items():
+            vars(module).pop("forward", None)
+            if own is not None:
+                vars(module)["forward"] = own
 
 
 class _IntegerForward:

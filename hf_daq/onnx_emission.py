@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .integers import Integers, integers
+from .integers import Integers, integers, replaced_forwards
 
 _LARGEST_SUM = 2**15 - 1
 _INT8 = 127
 
 
-@contextmanager
-def emitting(layers: Mapping[str, Any], multiply: bool) -> Iterator[None]:
+def emitting(layers: Mapping[str, Any], multiply: bool) -> AbstractContextManager[None]:
     """Inside, quantized layers emit ONNX operators."""
-    try:
-        for name, layer in layers.items():
-            layer.forward = Emission(layer, name, multiply)
-        yield
-    finally:
-        for layer in layers.values():
-            layer.__dict__.pop("forward", None)
+    return replaced_forwards({layer: Emission(layer, name, multiply) for name, layer in layers.items()})
 
 
 class Emission:

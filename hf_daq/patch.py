@@ -27,8 +27,8 @@ logger = logging.getLogger("hf_daq")
 
 
 def patch(model: nn.Module, config: DaqConfig) -> None:
-    """Give the planned layers their quantized classes (or packed ones), with quantizers without values, and keep the resolved config as
-    `model.daq_config`. The model may be on the meta device. On an error it is left as it was."""
+    """Give the planned layers their quantized classes (or packed ones), with quantizers without values, and keep
+    the resolved config as `model.daq_config`. The model may be on the meta device. On an error it is left as it was."""
     _check_float_model(model)
     planned = plan(model, config)
     if not planned.quantized:

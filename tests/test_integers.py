@@ -108,6 +108,15 @@ def test_a_transformers_model_computes_with_integers_and_is_left_as_it_was():
         assert torch.allclose(model(tokens()).logits, want, rtol=1e-9)
         assert not torch.equal(model(tokens()).logits, want)
     assert torch.equal(model(tokens()).logits, want)
+    assert "forward" not in vars(model.bert.encoder.layer[0].output.dense)
+
+
+def test_a_forward_that_another_library_put_on_a_layer_comes_back():
+    model = hf_daq.apply_daq(small_net(), weight_bits=4)
+    own = model.hidden.forward = model.hidden.forward
+    with integer_arithmetic(model):
+        assert model.hidden.forward is not own
+    assert vars(model.hidden)["forward"] is own
 
 
 def test_sums_that_do_not_fit_int32_and_models_without_codes_are_refused():
