@@ -35,6 +35,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
+from exporting import weights_size
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -194,8 +195,8 @@ def files(
     with hf_daq.integer_arithmetic(model):
         integers = outputs(model, test)
     row: dict[str, Any] = {
-        "trainable": size(folder / "trainable"),
-        "packed": size(folder / "packed"),
+        "trainable": weights_size(folder / "trainable") / 1e6,
+        "packed": weights_size(folder / "packed") / 1e6,
         "ideal": ideal_size(model),
         "integers": error(integers, expected),
     }
@@ -224,10 +225,6 @@ def files(
 
 def row_bits(model: Any) -> int:
     return model.daq_config.weight_bits
-
-
-def size(folder: Path) -> float:
-    return sum(path.stat().st_size for path in folder.glob("model*.safetensors")) / 1e6
 
 
 def ideal_size(model: Any) -> float:

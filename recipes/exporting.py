@@ -28,7 +28,7 @@ def export(names: list[str], output: Path, inputs: Any) -> None:
 
 def _packed(model: Any, output: Path, inputs: Any) -> str:
     hf_daq.save_pretrained(model, output / "packed", packed=True, probe=inputs)
-    return f"{output / 'packed'}: {_size(output / 'packed'):.2f} MiB, the same outputs bit for bit"
+    return f"{output / 'packed'}: {weights_size(output / 'packed') / 2**20:.2f} MiB, the same outputs bit for bit"
 
 
 def _onnx(model: Any, output: Path, inputs: Any) -> Any:
@@ -39,8 +39,9 @@ def _compressed_tensors(model: Any, output: Path, inputs: Any) -> Any:
     return hf_daq.export_compressed_tensors(model, output / "compressed-tensors", inputs)
 
 
-def _size(folder: Path) -> float:
-    return sum(path.stat().st_size for path in folder.glob("model*.safetensors")) / 2**20
+def weights_size(folder: Path) -> int:
+    """Bytes of the weights in a folder."""
+    return sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
 
 
 _WRITERS = {"packed": _packed, "onnx": _onnx, "compressed-tensors": _compressed_tensors}
