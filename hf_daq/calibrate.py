@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .config import DaqConfig
 from .errors import CalibrationError, ModelError
 from .initial import activation_bounds, start_from_weight
-from .layers import LAYER_TYPES, QuantizedLayer, quantized_layers
+from .layers import LAYER_TYPES, QuantizedLayer, evaluating, quantized_layers
 from .order import ORDER, processes, refuse_wrapped
 from .quantizers import ActivationQuantizer, WeightQuantizer, is_shard
 
@@ -63,15 +63,13 @@ def calibrate(model: nn.Module) -> Iterator[nn.Module]:
     refuse_wrapped(model)
     if any(is_shard(layer.weight) for layer in layers.values()):
         raise ModelError(f"calibrate cannot see through a sharded model; the order is: {ORDER}")
-    training = {module: module.training for module in model.modules()}
     observers = {name: _Observer(layer.weight.device) for name, layer in layers.items()}
     batches: list[_Call] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         batches.append((_copied(args), _copied(kwargs)))
 
-    try:
-        model.eval()
+    with evaluating(model):
         with torch.no_grad(), _float_layers(layers.values()):
             hooks = [layer.register_forward_pre_hook(observers[name].observe) for name, layer in layers.items()]
             hooks.append(model.register_forward_pre_hook(record, with_kwargs=True))
@@ -85,9 +83,6 @@ def calibrate(model: nn.Module) -> Iterator[nn.Module]:
             _match_outputs(model, layers, values, batches)
         for name, layer in layers.items():
             _write(layer, values[name])
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 class _Observer:

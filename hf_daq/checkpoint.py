@@ -18,6 +18,7 @@ from . import fileformat, hub_timm
 from .config import QUANT_METHOD, DaqConfig
 from .errors import CheckpointError, ConfigError, DaqError, ModelError
 from .fileformat import PROBE_NAME, temporary_folder
+from .layers import evaluating
 from .packed import daq_layers, packed_layers
 from .packing import packed_copy
 from .patch import patch
@@ -197,13 +198,8 @@ def _opened(model: nn.Module, directory: Path) -> nn.Module:
 @torch.no_grad()
 def _outputs(model: nn.Module, probe: Any) -> list[Tensor]:
     """Every tensor that the model gives for these inputs, in evaluation mode."""
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
+    with evaluating(model):
         output = model(**probe) if isinstance(probe, Mapping) else model(probe)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 

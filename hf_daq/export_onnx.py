@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .errors import CalibrationError, ExportError
 from .fileformat import replace_file
-from .layers import QuantizedLayer
+from .layers import QuantizedLayer, evaluating
 from .onnx_emission import emitting
 from .onnx_runs import Inputs, OnnxRuntime
 from .onnx_verify import Report, judge, verify_file
@@ -150,21 +150,14 @@ def _check_size(size: int) -> None:
 @contextmanager
 def _inference(model: Any) -> Iterator[None]:
     """Inside, the model computes as in evaluation, without gradients and without a cache of keys and values."""
-    training = [(module, module.training) for module in model.modules()]
     config: Any = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
     try:
-        for module, _ in training:
-            module.training = False
         if use_cache:
             config.use_cache = False
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             yield
     finally:
-        for module, mode in training:
-            module.training = mode
-            if mode:
-                module.__dict__.pop("_kept", None)
         if use_cache:
             config.use_cache = use_cache
 

@@ -128,6 +128,20 @@ class QuantizedLayer(nn.Module):
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode; after it each module is in the mode it was in."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+            if mode:
+                module.__dict__.pop("_kept", None)
+
+
+@contextmanager
 def _recomputing(*quantized: Tensor) -> Iterator[None]:
     """What is saved for the backward inside is, where it is one of these tensors, computed again from its own inputs."""
     nodes = {tensor.untyped_storage().data_ptr(): node for tensor in quantized if (node := node_of(tensor)) is not None}
