@@ -6,21 +6,28 @@ with hf_daq.calibrate(model):
 optimizer = torch.optim.SGD(hf_daq.param_groups(model, lr=0.01, quantizer_lr=1e-4))
 hf_daq.save_pretrained(model, "out")  # packed=True: codes of a few bits
 hf_daq.export_onnx(model, "model.onnx", images)
+
+`import hf_daq` loads neither torch nor timm nor transformers: what a name stands for is loaded when it is first used.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from . import registration as registration
-from .apply import apply_daq, remove_daq
-from .calibrate import calibrate
-from .checkpoint import from_pretrained, save_pretrained
-from .config import DaqConfig
-from .errors import DaqError
-from .export_compressed import export_compressed_tensors
-from .export_onnx import export_onnx
-from .integers import integer_arithmetic
-from .matching import plan
-from .packing import pack, unpack
-from .training import param_groups, trainer_optimizer
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .apply import apply_daq, remove_daq
+    from .calibration import calibrate
+    from .checkpoint import from_pretrained, save_pretrained
+    from .config import DaqConfig
+    from .errors import DaqError
+    from .export_compressed import export_compressed_tensors
+    from .integers import integer_arithmetic
+    from .matching import plan
+    from .onnx_export import export_onnx
+    from .packing import pack, unpack
+    from .training import param_groups, trainer_optimizer
 
 __all__ = [
     "DaqConfig",
@@ -40,3 +47,32 @@ __all__ = [
     "trainer_optimizer",
     "unpack",
 ]
+
+_FILES = {
+    "DaqConfig": "config",
+    "DaqError": "errors",
+    "apply_daq": "apply",
+    "calibrate": "calibration",
+    "export_compressed_tensors": "export_compressed",
+    "export_onnx": "onnx_export",
+    "from_pretrained": "checkpoint",
+    "integer_arithmetic": "integers",
+    "pack": "packing",
+    "param_groups": "training",
+    "plan": "matching",
+    "remove_daq": "apply",
+    "save_pretrained": "checkpoint",
+    "trainer_optimizer": "training",
+    "unpack": "packing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FILES:
+        raise AttributeError(f"module 'hf_daq' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_FILES[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

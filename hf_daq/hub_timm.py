@@ -1,4 +1,4 @@
-"""timm: how a quantized timm model is described in config.json, and the `hf_daq` architecture that rebuilds it.
+"""timm: how a quantized timm model is described in config.json, and what rebuilds it, as the architecture `hf_daq`.
 
 With it, `timm.create_model("local-dir:PATH" | "hf-hub:USER/NAME", pretrained=True)` opens our checkpoints.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import hf_hub_download
-from timm.models import is_model, register_model
+from timm.models import is_model
 from timm.models._hub import hf_split, save_config_for_hf
 from torch import nn
 
@@ -70,8 +70,7 @@ def _base_name(model: Any) -> str:
     return str(args.get("base") or model.pretrained_cfg.get("architecture"))
 
 
-@register_model  # type: ignore[untyped-decorator]
-def hf_daq(
+def build(
     pretrained: bool = False,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,

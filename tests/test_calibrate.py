@@ -12,7 +12,7 @@ from models import images, small_net, small_timm
 
 import hf_daq
 from hf_daq import DaqConfig
-from hf_daq.calibrate import _Observer
+from hf_daq.calibration import _Observer
 from hf_daq.errors import CalibrationError, ModelError
 from hf_daq.layers import quantized_layers
 

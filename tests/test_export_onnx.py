@@ -12,7 +12,7 @@ from torch import nn
 
 import hf_daq
 from hf_daq.errors import CalibrationError, ExportError
-from hf_daq.export_onnx import Report, export_onnx
+from hf_daq.onnx_export import Report, export_onnx
 from hf_daq.packing import pack
 
 onnx = pytest.importorskip("onnx")

@@ -13,11 +13,11 @@ FLOORS = [
     {"layers", "initial"},
     {"special", "order", "packed"},
     {"matching", "integers", "onnx_graph", "onnx_runs"},
-    {"patch", "calibrate", "training", "onnx_emission", "onnx_passes", "onnx_products", "onnx_verify"},
+    {"patch", "calibration", "training", "onnx_emission", "onnx_passes", "onnx_products", "onnx_verify"},
     {"fileformat"},
     {"hub_timm", "hub_transformers"},
     {"apply", "packing", "registration"},
-    {"checkpoint", "export_compressed", "export_onnx"},
+    {"checkpoint", "export_compressed", "onnx_export"},
     {"__init__"},
 ]
 FOLDER = Path(hf_daq.__file__).parent

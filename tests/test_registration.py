@@ -1,4 +1,4 @@
-"""transformers knows of DAQ whichever of the two is imported first, and `import hf_daq` does not load its quantizers."""
+"""timm and transformers know of DAQ whichever is imported first, and `import hf_daq` loads neither."""
 
 import subprocess
 import sys
@@ -10,10 +10,15 @@ from transformers import AutoModel
 from transformers.quantizers import auto
 assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["daq"] is hf_daq.DaqConfig
 assert auto.AUTO_QUANTIZER_MAPPING["daq"].__module__ == "hf_daq.hub_transformers"
+import timm
+assert timm.models.is_model("hf_daq")
 assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("hf_daq")]
 """
 SCRIPTS = {
-    "hf_daq first": "import sys, hf_daq\nassert 'transformers.quantizers' not in sys.modules" + KNOWN,
+    "hf_daq first": "import sys, hf_daq\nassert not {'torch', 'timm', 'transformers'} & sys.modules.keys()" + KNOWN,
+    "a look for timm first": "import sys, hf_daq\nimport importlib.util\nimportlib.util.find_spec('timm')" + KNOWN,
+    "timm first": "import sys, timm, hf_daq" + KNOWN,
+    "a name of hf_daq first": "import sys, hf_daq\nhf_daq.from_pretrained" + KNOWN,
     "transformers first": "import sys\nfrom transformers.quantizers import auto\nimport hf_daq" + KNOWN,
     "a model of transformers first": "import sys\nfrom transformers import BertModel\nimport hf_daq" + KNOWN,
     "hub_transformers first": "import sys, hf_daq.hub_transformers" + KNOWN,
