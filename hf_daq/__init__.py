@@ -19,10 +19,11 @@ from .version import __version__
 if TYPE_CHECKING:
     from .apply import apply_daq, remove_daq
     from .calibration import calibrate
-    from .checkpoint import from_pretrained, save_pretrained
+    from .checkpoint import from_pretrained, push_to_hub, save_pretrained
     from .config import DaqConfig
     from .errors import DaqError
     from .export_compressed import export_compressed_tensors
+    from .facts import CardFacts, Result
     from .integers import integer_arithmetic
     from .matching import plan
     from .onnx_export import export_onnx
@@ -30,8 +31,10 @@ if TYPE_CHECKING:
     from .training import param_groups, trainer_optimizer
 
 __all__ = [
+    "CardFacts",
     "DaqConfig",
     "DaqError",
+    "Result",
     "__version__",
     "apply_daq",
     "calibrate",
@@ -42,6 +45,7 @@ __all__ = [
     "pack",
     "param_groups",
     "plan",
+    "push_to_hub",
     "remove_daq",
     "save_pretrained",
     "trainer_optimizer",
@@ -49,8 +53,10 @@ __all__ = [
 ]
 
 _FILES = {
+    "CardFacts": "facts",
     "DaqConfig": "config",
     "DaqError": "errors",
+    "Result": "facts",
     "apply_daq": "apply",
     "calibrate": "calibration",
     "export_compressed_tensors": "export_compressed",
@@ -60,6 +66,7 @@ _FILES = {
     "pack": "packing",
     "param_groups": "training",
     "plan": "matching",
+    "push_to_hub": "checkpoint",
     "remove_daq": "apply",
     "save_pretrained": "checkpoint",
     "trainer_optimizer": "training",

@@ -1,27 +1,41 @@
-"""`save_pretrained` and `from_pretrained`."""
+"""`save_pretrained`, `push_to_hub` and `from_pretrained`."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
 import torch
-from huggingface_hub import hf_hub_download
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from . import fileformat, hub_timm
-from .config import QUANT_METHOD, DaqConfig
+from . import fileformat, hub, hub_timm
+from .card import running_versions, write_card
+from .config import DaqConfig
 from .errors import CheckpointError, ConfigError, DaqError, ModelError
+from .facts import CardFacts
 from .fileformat import PROBE_NAME, temporary_folder
+from .header import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    described_config,
+    is_of_timm,
+    is_of_transformers,
+    read_agreeing_header,
+    read_description,
+    read_header,
+)
 from .layers import evaluating
 from .packed import daq_layers, packed_layers
 from .packing import packed_copy
 from .patch import patch
+from .sharing import push_folder
 from .special import is_transformers_model
 
 
@@ -32,9 +46,11 @@ def save_pretrained(
     packed: bool = False,
     probe: Any = None,
     state_dict: Mapping[str, Tensor] | None = None,
+    card: CardFacts | None = None,
     **kwargs: Any,
 ) -> None:
-    """Write `model.safetensors` and `config.json` of a quantized model, both with its quantization config.
+    """Write `model.safetensors` and `config.json` of a quantized model, both with its quantization config, and its model
+    card `README.md`.
 
     A timm model is opened again by `timm.create_model("local-dir:...", pretrained=True)` after `import hf_daq`, a
     transformers model by `AutoModel....from_pretrained`, any model by `hf_daq.from_pretrained`. An interrupted save
@@ -47,6 +63,7 @@ def save_pretrained(
         probe: a batch of inputs, a tensor or a mapping of tensors. The folder is opened again before it takes its place,
             and its outputs for the batch must be the model's, bit for bit; both are kept in `probe.safetensors`.
         state_dict: the tensors to write instead of `model.state_dict()`, e.g. gathered from sharded ranks.
+        card: what the card cannot know from the model: base model, data, results. A card that was edited is not overwritten.
         **kwargs: of the `save_pretrained` of a transformers model, e.g. `max_shard_size`.
 
     Raises:
@@ -60,21 +77,74 @@ def save_pretrained(
         raise ModelError("a packed file is written from the model itself: save the state dict, open it, then pack")
     saved = packed_copy(model) if packed and not packed_layers(model) else model
     if probe is None:
-        _write(saved, directory, state_dict, kwargs)
+        _write(saved, directory, state_dict, card, kwargs)
         (directory / PROBE_NAME).unlink(missing_ok=True)
-        return
-    outputs = _outputs(model, probe)
-    with temporary_folder(directory) as temporary:
-        _write(saved, temporary, state_dict, kwargs)
-        _compare(outputs, _outputs(_opened(saved, temporary), probe))
-        _write_probe(temporary / PROBE_NAME, probe, outputs)
+    else:
+        outputs = _outputs(model, probe)
+        with temporary_folder(directory) as temporary:
+            _write(saved, temporary, state_dict, card, kwargs)
+            _compare(outputs, _outputs(_opened(saved, temporary), probe))
+            _write_probe(temporary / PROBE_NAME, probe, outputs)
+    write_card(directory)
 
 
-def _write(model: nn.Module, directory: Path, state_dict: Mapping[str, Tensor] | None, kwargs: dict[str, Any]) -> None:
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    packed: bool = False,
+    probe: Any = None,
+    card: CardFacts | None = None,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    overwrite_card: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Save a quantized timm or transformers model to a repository of the Hub, which is created if needed, as one commit: an
+    interrupted upload changes nothing in it.
+
+    Args:
+        model, packed, probe, card, **kwargs: as of `save_pretrained`.
+        repo_id: "user/name", or "name" for the user whom the token names.
+        commit_message, commit_description, private, token, revision, create_pr: as in huggingface_hub.
+        overwrite_card: replace the repository's card also where a person edited it; else that is kept, with a warning.
+
+    Returns:
+        `huggingface_hub.CommitInfo`, also a text: the address of the commit.
+
+    Raises:
+        HubError: not allowed, not reached, interrupted. Other errors as of `save_pretrained`, before anything is sent.
+    """
+    with TemporaryDirectory() as folder:
+        save_pretrained(model, folder, packed=packed, probe=probe, card=card, **kwargs)
+        return push_folder(
+            Path(folder),
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            overwrite_card=overwrite_card,
+        )
+
+
+def _write(
+    model: nn.Module,
+    directory: Path,
+    state_dict: Mapping[str, Tensor] | None,
+    card: CardFacts | None,
+    kwargs: dict[str, Any],
+) -> None:
     if is_transformers_model(model):
         from . import hub_transformers
 
-        hub_transformers.save(model, directory, state_dict, **kwargs)
+        hub_transformers.save(model, directory, state_dict, card, **kwargs)
         return
     if kwargs:
         raise ModelError(f"{next(iter(kwargs))!r} is an argument for transformers models only")
@@ -85,7 +155,9 @@ def _write(model: nn.Module, directory: Path, state_dict: Mapping[str, Tensor] |
         description = hub_timm.describe(model, config)
     else:
         description = {"architecture": type(model).__name__, "quantization_config": config.to_dict()}
-    fileformat.write(directory, tensors, model, description)
+    facts = card or CardFacts()
+    facts = facts if facts.versions else dataclasses.replace(facts, versions=running_versions())
+    fileformat.write(directory, tensors, model, description, facts)
 
 
 def from_pretrained(
@@ -95,6 +167,7 @@ def from_pretrained(
     revision: str | None = None,
     cache_dir: str | None = None,
     token: str | bool | None = None,
+    local_files_only: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     """Open a checkpoint of `save_pretrained`: a folder, or a repository of the Hub.
@@ -103,7 +176,7 @@ def from_pretrained(
         path_or_repo: folder, or "user/name".
         model: a float model to quantize and load in place, as the checkpoint says; None builds the timm or transformers
             model that the checkpoint names.
-        revision, cache_dir, token: as in huggingface_hub.
+        revision, cache_dir, token, local_files_only: as in huggingface_hub, whose offline mode holds too.
         **kwargs: arguments of the timm model, e.g. `num_classes`, `drop_rate`; for a transformers model those of its own
             `from_pretrained`.
 
@@ -112,36 +185,30 @@ def from_pretrained(
 
     Raises:
         CheckpointError: damaged, unknown, or not fitting the model, which is then left as it was.
+        HubError: the repository is not there, may not be read, or is not reached.
     """
-    options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
-    directory = Path(path_or_repo)
-    is_repo = not directory.is_dir()
-    if is_repo:
-        repo = str(path_or_repo)
-        if repo.count("/") != 1 or repo.startswith((".", "/")):
-            raise CheckpointError(f"{repo!r} is neither a folder nor the name of a repository such as 'user/name'")
-        directory = Path(hf_hub_download(repo, fileformat.CONFIG_NAME, **options)).parent
     if model is not None and is_transformers_model(model):
         raise ModelError(
             f"a transformers model is opened by its class: {type(model).__name__}.from_pretrained({path_or_repo!r})"
         )
-    description = fileformat.read_description(directory)
-    if model is None and _is_of_transformers(description):
+    directory = Path(path_or_repo)
+    if not directory.is_dir():
+        if not hub.is_repository(path_or_repo):
+            raise CheckpointError(
+                f"{str(path_or_repo)!r} is neither a folder nor the name of a repository such as 'user/name'"
+            )
+        options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        directory = hub.download(str(path_or_repo), **options)
+    description = read_description(directory)
+    if model is None and is_of_transformers(description):
         from . import hub_transformers
 
-        return hub_transformers.open_checkpoint(path_or_repo, description, **options, **kwargs)
-    weights = directory / fileformat.WEIGHTS_NAME
-    model_args = description.get("model_args")
-    is_timm = description.get("architecture") == hub_timm.ARCHITECTURE and isinstance(model_args, dict)
-    try:
-        config = DaqConfig.from_dict((model_args if is_timm else description).get("quantization_config"))  # type: ignore
-    except ConfigError as error:
-        raise CheckpointError(f"{directory / fileformat.CONFIG_NAME}: quantization config: {error}") from None
-    if is_repo:
-        hf_hub_download(str(path_or_repo), fileformat.WEIGHTS_NAME, **options)
+        return hub_transformers.open_checkpoint(directory, description, **kwargs)
+    config = described_config(description, directory / CONFIG_NAME)
+    weights = directory / WEIGHTS_NAME
     if model is not None:
         return _load_into(model, config, weights)
-    if not is_timm:
+    if not is_of_timm(description):
         raise CheckpointError(
             f"{directory} holds a {description.get('architecture')}, which is neither a timm nor a transformers model; "
             "build it and write hf_daq.from_pretrained(path, model=model)"
@@ -155,14 +222,8 @@ def from_pretrained(
     return loaded
 
 
-def _is_of_transformers(description: dict[str, Any]) -> bool:
-    """True for a config.json of a DAQ model that transformers saved."""
-    config = description.get("quantization_config")
-    return isinstance(config, dict) and config.get("quant_method") == QUANT_METHOD and "model_type" in description
-
-
 def _load_into(model: nn.Module, config: DaqConfig, weights: Path) -> nn.Module:
-    header = fileformat.read_agreeing_header(weights, config)
+    header = read_agreeing_header(weights, config)
     before = [(module, type(module), _copied(vars(module))) for module in model.modules()]
     try:
         patch(model, config)
@@ -190,8 +251,8 @@ def _opened(model: nn.Module, directory: Path) -> nn.Module:
     with torch.no_grad():
         for tensor in opened.state_dict().values():
             tensor.zero_()
-    path = directory / fileformat.WEIGHTS_NAME
-    fileformat.load(opened, fileformat.read_header(path), path)
+    path = directory / WEIGHTS_NAME
+    fileformat.load(opened, read_header(path), path)
     return opened
 
 

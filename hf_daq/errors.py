@@ -23,3 +23,7 @@ class CheckpointError(DaqError):
 
 class ExportError(DaqError):
     """An exported file does not give what the model gives, or a model cannot be exported."""
+
+
+class HubError(DaqError):
+    """A repository of the Hub is not there, may not be read or written, or was not reached."""

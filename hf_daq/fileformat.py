@@ -1,7 +1,5 @@
 """One checkpoint on disk: `model.safetensors` with the quantization config in its header, and `config.json`.
 
-The header's metadata has one key, "hf_daq", with a JSON string `{"hf_daq_version": ..., "quantization_config": ...}`; in
-a packed file also `"shapes": {layer: shape of its weight}`, so that codes can be read without the model.
 Files may come from strangers: the header, every name, dtype and shape, and the values of the quantizers are checked
 before anything is written to a model. No pickle is read or written.
 """
@@ -13,7 +11,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,45 +20,40 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from .config import DaqConfig
-from .errors import CalibrationError, CheckpointError, ConfigError
+from .errors import CalibrationError, CheckpointError
+from .facts import CardFacts
+from .header import BYTES, CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME, Header, weights_files
 from .layers import QuantizedLayer
 from .packed import PackedLayer, daq_layers, packed_layers
 from .quantizers import is_shard
 from .version import __version__
 
-WEIGHTS_NAME = "model.safetensors"
-CONFIG_NAME = "config.json"
 PROBE_NAME = "probe.safetensors"
-METADATA_KEY = "hf_daq"
-_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 
 
-@dataclass(frozen=True)
-class Header:
-    """What a weights file says of itself: quantization config, library version, name -> (dtype, shape), and the shapes of
-    packed weights."""
-
-    config: DaqConfig
-    version: str
-    tensors: dict[str, tuple[str, tuple[int, ...]]]
-    shapes: dict[str, list[int]]
-
-
-def metadata(model: Any) -> dict[str, str]:
-    """What the header of a weights file says of the quantization."""
-    content = {"hf_daq_version": __version__, "quantization_config": model.daq_config.to_dict()}
+def metadata(model: Any, facts: CardFacts | None = None) -> dict[str, str]:
+    """What the header of a weights file says of the quantization, and what its card says beside it."""
+    content: dict[str, Any] = {"hf_daq_version": __version__, "quantization_config": model.daq_config.to_dict()}
     if model.daq_config.packed:
         content["shapes"] = {name: list(layer.shape) for name, layer in packed_layers(model).items()}
+    if facts is not None and facts.to_dict():
+        content["card"] = facts.to_dict()
     return {METADATA_KEY: json.dumps(content, sort_keys=True)}
 
 
-def write(directory: Path, tensors: Mapping[str, Tensor], model: nn.Module, description: dict[str, Any]) -> None:
+def write(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    description: dict[str, Any],
+    facts: CardFacts | None = None,
+) -> None:
     """Write both files, each to a temporary file that is then renamed: an interrupted save leaves the old files.
 
     Args:
         tensors: the state dict of `model`, or one gathered from its shards.
         description: content of config.json, without the version.
+        facts: for the model card.
     """
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(description | {"hf_daq_version": __version__}, indent=2) + "\n"
@@ -73,7 +65,7 @@ def write(directory: Path, tensors: Mapping[str, Tensor], model: nn.Module, desc
         # A module that is in the model twice has two names; the file holds it under both.
         contents[name] = tensor.clone() if address in storages else tensor
         storages.add(address)
-    header = {"format": "pt", **metadata(model)}
+    header = {"format": "pt", **metadata(model, facts)}
     replace_file(directory / WEIGHTS_NAME, lambda path: save_file(contents, path, metadata=header))
     replace_file(directory / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -118,57 +110,7 @@ def temporary_folder(directory: Path) -> Iterator[Path]:
 
 def weights_size(directory: Path) -> int:
     """Bytes of the weights in a folder."""
-    return sum(path.stat().st_size for path in directory.glob("model*.safetensors"))
-
-
-def read_description(directory: Path) -> dict[str, Any]:
-    """The content of config.json."""
-    path = directory / CONFIG_NAME
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{directory} has no {CONFIG_NAME}; is it a folder written by hf_daq.save_pretrained?"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(description, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return description
-
-
-def read_header(path: Path) -> Header:
-    """Names, dtypes, shapes and the quantization config of a weights file, without reading a tensor."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = file.metadata() or {}
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            tensors = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} has no {path.name}") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
-    if METADATA_KEY not in found:
-        raise CheckpointError(f"{path} has no {METADATA_KEY!r} metadata: it was not written by hf_daq.save_pretrained")
-    try:
-        content = json.loads(found[METADATA_KEY])
-        config = DaqConfig.from_dict(content["quantization_config"])
-        version, shapes = str(content["hf_daq_version"]), content.get("shapes", {})
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: quantization config: {error}") from None
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged {METADATA_KEY!r} metadata: {error!r}") from None
-    if config.layers is None:
-        raise CheckpointError(f"{path}: the quantization config has no resolved layers")
-    return Header(config, version, tensors, shapes)
-
-
-def read_agreeing_header(path: Path, config: DaqConfig) -> Header:
-    """`read_header`, refused if its quantization config is not the one of config.json."""
-    header = read_header(path)
-    if header.config != config:
-        raise CheckpointError(f"{path} and {CONFIG_NAME} disagree about the quantization config")
-    return header
+    return sum(path.stat().st_size for path in weights_files(directory))
 
 
 @contextmanager
@@ -203,7 +145,7 @@ def check_fits(model: nn.Module, header: Header, path: Path) -> None:
         dtype, shape = header.tensors[name]
         if shape != tuple(expected[name].shape):
             problems.append(f"{name} has shape {shape}, the model {tuple(expected[name].shape)}")
-        if dtype not in _DTYPES or dtype.startswith(("F", "BF")) != expected[name].is_floating_point():
+        if dtype not in BYTES or dtype.startswith(("F", "BF")) != expected[name].is_floating_point():
             problems.append(f"{name} has dtype {dtype}, the model {expected[name].dtype}")
     shapes = {name: list(layer.shape) for name, layer in packed_layers(model).items()}
     if shapes != header.shapes:

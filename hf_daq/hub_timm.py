@@ -20,10 +20,10 @@ from torch import nn
 from . import fileformat
 from .config import DaqConfig
 from .errors import CheckpointError, ConfigError
+from .header import ARCHITECTURE, WEIGHTS_NAME, read_agreeing_header
 from .packed import daq_layers
 from .patch import patch, start_weights
 
-ARCHITECTURE = "hf_daq"
 _OWN_ARGS = ("base", "base_args", "quantization_config")
 _SOURCE_KEYS = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load")
 _LARGEST = 2**18
@@ -103,7 +103,7 @@ def build(
 
     if pretrained:
         path = _weights_file(source, cache_dir)
-        header = fileformat.read_agreeing_header(path, config)
+        header = read_agreeing_header(path, config)
         room = 2 * len(header.tensors) + 1000
         with torch.device("meta"), fileformat.building(room):  # no memory for a model that the file does not fit
             described = build()
@@ -132,10 +132,10 @@ def _is_huge(value: Any) -> bool:
 
 def _weights_file(source: dict[str, Any], cache_dir: str | None) -> Path:
     if source.get("source") == "local-dir" and source.get("file"):
-        return Path(source["file"]) / fileformat.WEIGHTS_NAME
+        return Path(source["file"]) / WEIGHTS_NAME
     if source.get("hf_hub_id"):
         repository, revision = hf_split(source["hf_hub_id"])
-        return Path(hf_hub_download(repository, fileformat.WEIGHTS_NAME, revision=revision, cache_dir=cache_dir))
+        return Path(hf_hub_download(repository, WEIGHTS_NAME, revision=revision, cache_dir=cache_dir))
     raise ConfigError(
         "hf_daq is the architecture of saved checkpoints; "
         'write timm.create_model("local-dir:PATH" or "hf-hub:USER/NAME", pretrained=True)'

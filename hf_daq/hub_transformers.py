@@ -7,7 +7,10 @@ weight_bits=3))` quantizes a float one.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MethodType
 from typing import Any
 
@@ -19,14 +22,26 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from . import fileformat
+from .card import running_versions, write_card
 from .config import QUANT_METHOD, DaqConfig
 from .errors import CheckpointError, DaqError, ModelError
+from .facts import CardFacts
+from .header import METADATA_KEY, parse_header, weights_files
 from .layers import quantized_layers
 from .packed import PackedLayer, daq_layers
 from .patch import patch, start_weights, unpatch
+from .sharing import push_folder
 from .special import is_transformers_model
 
-_MOST_PARAMETERS = 200_000
+_HUB_OPTIONS = (
+    "private",
+    "token",
+    "revision",
+    "create_pr",
+    "commit_message",
+    "commit_description",
+    "overwrite_card",
+)
 
 
 class DaqHfQuantizer(HfQuantizer):
@@ -52,6 +67,7 @@ class DaqHfQuantizer(HfQuantizer):
         """Swap the classes of a model on the meta device."""
         config = self.quantization_config
         if self.pre_quantized:
+            _check_headers(kwargs.get("checkpoint_files") or (), config)
             config = config.replace(layers=_layers_of(model, config))
         elif config.packed:
             raise ModelError(
@@ -94,18 +110,49 @@ class DaqHfQuantizer(HfQuantizer):
             state_dict = state_dict | {one: state_dict[other] for one, other in tied if other in state_dict}
         if state_dict != {}:  # which ranks have that do not write
             fileformat.check_values(model.state_dict() if state_dict is None else state_dict, model)
-        return state_dict, fileformat.metadata(model)
+        return state_dict, fileformat.metadata(model, self.__dict__.pop("facts", None))
 
 
-def _save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+def _write(model: Any, directory: Any, state_dict: Any, facts: CardFacts | None, *args: Any, **kwargs: Any) -> Any:
+    """`save_pretrained` of the model's class."""
     # transformers drops the state dict that it is given where a model has a quantizer, and asks the quantizer for one.
+    model.hf_quantizer.state_dict = state_dict
+    model.hf_quantizer.facts = _with_origin(model, facts)
+    return type(model).save_pretrained(model, directory, *args, **kwargs)
+
+
+def _save_pretrained(self: Any, save_directory: Any, *args: Any, card: CardFacts | None = None, **kwargs: Any) -> Any:
     names = ("is_main_process", "state_dict")
     kwargs |= dict(zip(names, args[:2], strict=False))
-    self.hf_quantizer.state_dict = kwargs.pop("state_dict", None)
-    return type(self).save_pretrained(self, save_directory, *args[2:], **kwargs)
+    state_dict = kwargs.pop("state_dict", None)
+    repository = kwargs.pop("repo_id", Path(save_directory).name) if kwargs.pop("push_to_hub", False) else None
+    hub_options = {key: kwargs.pop(key) for key in _HUB_OPTIONS if repository is not None and key in kwargs}
+    _write(self, save_directory, state_dict, card, *args[2:], **kwargs)
+    if kwargs.get("is_main_process", True) and state_dict != {}:
+        write_card(Path(save_directory))
+        if repository is not None:
+            push_folder(Path(save_directory), repository, **hub_options)
 
 
-_save_pretrained.__name__ = "save_pretrained"  # pickling a bound method looks its function up by name
+def _push_to_hub(self: Any, repo_id: str, *, card: CardFacts | None = None, **kwargs: Any) -> Any:
+    options = {key: kwargs.pop(key) for key in _HUB_OPTIONS if key in kwargs}
+    kwargs.pop("tags", None)
+    with TemporaryDirectory() as folder:
+        self.save_pretrained(folder, card=card, **kwargs)
+        return push_folder(Path(folder), repo_id, **options)
+
+
+# pickling a bound method looks its function up by name
+_save_pretrained.__name__, _push_to_hub.__name__ = "save_pretrained", "push_to_hub"
+
+
+def _with_origin(model: Any, facts: CardFacts | None) -> CardFacts:
+    """The facts with what transformers knows of where the model comes from."""
+    facts = facts or CardFacts()
+    origin = model.config.name_or_path if getattr(model.config, "_commit_hash", None) else None  # of the Hub
+    if facts.base_model is None and origin and not model.hf_quantizer.pre_quantized:
+        facts = dataclasses.replace(facts, base_model=origin)
+    return facts if facts.versions else dataclasses.replace(facts, versions=running_versions())
 
 
 def attach(model: Any) -> None:
@@ -121,11 +168,13 @@ def attach(model: Any) -> None:
     for part in _transformers_parts(model):
         part.config._is_quantized = True
     model.save_pretrained = MethodType(_save_pretrained, model)
+    model.push_to_hub = MethodType(_push_to_hub, model)
+    model.add_model_tags(["hf_daq", "quantization"])
 
 
 def detach(model: Any) -> None:
     """Inverse of `attach`."""
-    for name in ("hf_quantizer", "quantization_method", "save_pretrained"):
+    for name in ("hf_quantizer", "quantization_method", "save_pretrained", "push_to_hub", "model_tags"):
         model.__dict__.pop(name, None)
     model.is_quantized = False
     for part in _transformers_parts(model):
@@ -133,39 +182,51 @@ def detach(model: Any) -> None:
             part.config.__dict__.pop(name, None)
 
 
-def save(model: Any, directory: Path, state_dict: Any = None, **kwargs: Any) -> None:
+def save(
+    model: Any, directory: Path, state_dict: Mapping[str, Any] | None, facts: CardFacts | None, **kwargs: Any
+) -> None:
     """`model.save_pretrained` into a temporary folder whose files are then renamed: an interrupted save leaves the old
     ones."""
     with fileformat.temporary_folder(directory) as temporary:
-        model.save_pretrained(temporary, state_dict=state_dict, **kwargs)
+        _write(model, temporary, state_dict, facts, **kwargs)
 
 
-def open_checkpoint(path_or_repo: Any, description: dict[str, Any], **kwargs: Any) -> nn.Module:
+def open_checkpoint(directory: Path, description: Mapping[str, Any], **kwargs: Any) -> nn.Module:
     """`from_pretrained` of the class of transformers that config.json names; no other code is run."""
     names = description.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-        raise CheckpointError(f"architectures={names!r} of {path_or_repo} names no model of transformers")
+        raise CheckpointError(f"architectures={names!r} of {directory} names no model of transformers")
     loader: Any = found
     try:
-        with fileformat.building(_room(path_or_repo)):
-            model: nn.Module = loader.from_pretrained(path_or_repo, use_safetensors=True, **kwargs)
+        with fileformat.building(_room(directory)):
+            model: nn.Module = loader.from_pretrained(directory, use_safetensors=True, **kwargs)
     except DaqError:
         raise
     except Exception as error:
-        raise CheckpointError(f"transformers cannot open {path_or_repo}: {error}") from error
+        raise CheckpointError(f"transformers cannot open {directory}: {error}") from error
     return model
 
 
-def _room(path_or_repo: Any) -> int:
-    """How many parameters the model may have: twice those of the files, where they are here, and a few."""
-    files = list(Path(path_or_repo).glob("*.safetensors"))
+def _room(directory: Path) -> int:
+    """How many parameters the model may have: twice those of the files, and a few."""
     count = 0
-    for file in files:
+    for file in weights_files(directory):
         with safe_open(file, framework="pt") as opened:
             count += len(opened.keys())
-    return 2 * count + 1000 if files else _MOST_PARAMETERS
+    return 2 * count + 1000
+
+
+def _check_headers(files: Any, config: DaqConfig) -> None:
+    """Refuse weights files whose header means another quantization than config.json."""
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            continue
+        with safe_open(file, framework="pt") as opened:
+            found = opened.metadata() or {}
+        if METADATA_KEY in found and parse_header(file, found, {}).config != config:
+            raise CheckpointError(f"{file} and config.json disagree about the quantization config")
 
 
 def _transformers_parts(model: nn.Module) -> list[Any]:

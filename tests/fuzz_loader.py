@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import io
 import json
 import logging
 import os
@@ -32,7 +33,9 @@ from models import images, small_net, small_timm
 from test_transformers import tiny_bert, tokens
 
 import hf_daq
+from hf_daq.card import render
 from hf_daq.errors import DaqError
+from hf_daq.inspection import inspect
 
 SECONDS = 20
 MEMORY = 2**30
@@ -61,6 +64,9 @@ def checkpoints(folder: Path) -> dict[str, Path]:
 
 
 def open_checkpoint(kind: str, folder: Path) -> None:
+    with contextlib.suppress(DaqError):
+        inspection = inspect(folder)
+        print(inspection, json.dumps(inspection.to_dict()), render(inspection), file=io.StringIO())
     if kind.startswith("module"):
         hf_daq.from_pretrained(folder, model=small_net())
     else:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import hf_daq
 from hf_daq import DaqConfig, fileformat
 from hf_daq.errors import CalibrationError, CheckpointError, DaqError, ModelError
+from hf_daq.header import read_header
 
 SIZE = 64
 
@@ -68,7 +69,7 @@ def test_reload_is_bit_exact_in_a_timm_factory_and_in_ours(name, kwargs, tmp_pat
     hf_daq.save_pretrained(reloaded, tmp_path / "b")
     again = hf_daq.from_pretrained(tmp_path / "b", model=small_timm(name))
     assert torch.equal(again(images(2, size, seed=3)), want)
-    headers = [fileformat.read_header(tmp_path / folder / "model.safetensors") for folder in "ab"]
+    headers = [read_header(tmp_path / folder / "model.safetensors") for folder in "ab"]
     descriptions = [(tmp_path / folder / "config.json").read_text() for folder in "ab"]
     assert headers[0] == headers[1]
     assert descriptions[0] == descriptions[1]
@@ -86,7 +87,7 @@ def test_any_module_saves_and_loads_into_a_float_twin(tmp_path):
 
 
 def test_header_and_config_json_carry_the_same_config_and_version(saved):
-    header = fileformat.read_header(saved / "model.safetensors")
+    header = read_header(saved / "model.safetensors")
     description = json.loads((saved / "config.json").read_text())
     assert DaqConfig.from_dict(description["model_args"]["quantization_config"]) == header.config
     assert description["hf_daq_version"] == header.version == hf_daq.__version__

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 import hf_daq
-from hf_daq.fileformat import read_header
+from hf_daq.header import read_header
 from hf_daq.layers import quantized_layers
 
 

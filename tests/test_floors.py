@@ -7,12 +7,12 @@ import hf_daq
 
 FLOORS = [
     {"errors", "version", "compiling", "bitpack"},
-    {"config"},
-    {"functional"},
-    {"quantizers"},
-    {"layers", "initial"},
-    {"special", "order", "packed"},
-    {"matching", "integers", "onnx_graph", "onnx_runs"},
+    {"config", "facts"},
+    {"functional", "header"},
+    {"quantizers", "hub"},
+    {"layers", "initial", "inspection"},
+    {"special", "order", "packed", "card"},
+    {"matching", "integers", "onnx_graph", "onnx_runs", "sharing"},
     {"patch", "calibration", "training", "onnx_emission", "onnx_passes", "onnx_products", "onnx_verify"},
     {"fileformat"},
     {"hub_timm", "hub_transformers"},

@@ -319,12 +319,29 @@ def test_a_checkpoint_without_the_quantizers_that_its_config_names_is_refused(sa
         AutoModelForSequenceClassification.from_pretrained(tmp_path)
 
 
+def change_both_configs(folder, change):
+    """Change the quantization config in config.json and in the header of the weights file."""
+    description = json.loads((folder / "config.json").read_text())
+    change(description["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(description))
+    path = folder / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    content = json.loads(metadata["hf_daq"]) | {"quantization_config": description["quantization_config"]}
+    save_file(load_file(path), path, metadata=metadata | {"hf_daq": json.dumps(content)})
+
+
+def test_config_and_header_must_agree(saved):
+    path = saved[1] / "config.json"
+    path.write_text(path.read_text().replace('"rounding": "daq"', '"rounding": "ste"'))
+    with pytest.raises(CheckpointError, match="disagree about the quantization config"):
+        AutoModelForSequenceClassification.from_pretrained(saved[1])
+
+
 def test_a_checkpoint_with_another_head(saved):
     """A layer of a head that was quantized is no layer of a model without that head."""
-    path = saved[1] / "config.json"
-    content = json.loads(path.read_text())
-    content["quantization_config"]["layers"]["qa_outputs"] = {"weight_bits": 3, "activation_bits": 8}
-    path.write_text(json.dumps(content))
+    more = {"qa_outputs": {"weight_bits": 3, "activation_bits": 8}}
+    change_both_configs(saved[1], lambda config: config["layers"].update(more))
     for auto in (AutoModel, AutoModelForSequenceClassification):
         assert len(quantized_layers(auto.from_pretrained(saved[1]))) == 13
 
@@ -366,10 +383,7 @@ def test_values_that_no_quantizer_can_have_are_refused(saved, change, message):
     ],
 )
 def test_configs_from_strangers_end_in_clear_errors(saved, change, error, message):
-    path = saved[1] / "config.json"
-    content = json.loads(path.read_text())
-    change(content["quantization_config"])
-    path.write_text(json.dumps(content))
+    change_both_configs(saved[1], change)
     with pytest.raises(error, match=message):
         AutoModelForSequenceClassification.from_pretrained(saved[1])
 
