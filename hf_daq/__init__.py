@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from .facts import CardFacts, Result
     from .integers import integer_arithmetic
     from .matching import plan
+    from .monitor import Monitor
+    from .monitor_callback import MonitorCallback
     from .onnx_export import export_onnx
     from .packing import pack, unpack
     from .training import param_groups, trainer_optimizer
@@ -34,6 +36,8 @@ __all__ = [
     "CardFacts",
     "DaqConfig",
     "DaqError",
+    "Monitor",
+    "MonitorCallback",
     "Result",
     "__version__",
     "apply_daq",
@@ -56,6 +60,8 @@ _FILES = {
     "CardFacts": "facts",
     "DaqConfig": "config",
     "DaqError": "errors",
+    "Monitor": "monitor",
+    "MonitorCallback": "monitor_callback",
     "Result": "facts",
     "apply_daq": "apply",
     "calibrate": "calibration",

@@ -159,9 +159,9 @@ def _is_shared(path: Path) -> bool:
 @contextmanager
 def _explained(repo_id: str) -> Iterator[None]:
     """Errors of the Hub's client as a `HubError` that says what to do."""
-    import httpx
     from huggingface_hub import errors
 
+    connection_error: Any = vars(errors)["HTTPError"]  # of httpx, in one major version or another
     try:
         yield
     except errors.HFValidationError as error:
@@ -183,10 +183,10 @@ def _explained(repo_id: str) -> Iterator[None]:
         raise CheckpointError(f"{repo_id} lacks a file, so it is no checkpoint of hf_daq: {error}") from error
     except errors.HfHubHTTPError as error:
         raise HubError(_refusal(repo_id, error)) from error
-    except (errors.OfflineModeIsEnabled, httpx.TransportError, ConnectionError) as error:
+    except (errors.OfflineModeIsEnabled, connection_error, ConnectionError) as error:
         raise HubError(f"the Hub was not reached for {repo_id}: {error}") from error
     except RuntimeError as error:  # of an upload of one large file
-        if not isinstance(error.__cause__, httpx.HTTPError | OSError | errors.HfHubHTTPError):
+        if not isinstance(error.__cause__, (connection_error, OSError)):
             raise
         raise HubError(
             f"the upload to {repo_id} was interrupted, and nothing in it has changed; try again: {error.__cause__}"

@@ -39,6 +39,7 @@ FREE_ON_RESUME = {
     "resume",
     "tracker",
     "log_every",
+    "monitor_every",
     "num_workers",
     "export",
 }
@@ -71,7 +72,10 @@ def parse(config_class: type, argv: list[str], doc: str) -> Any:
         if not isinstance(target, dict):
             raise SystemExit(f"unknown key {dotted!r}: {parent} is a single value")
         target[key] = value
-    return fill(config_class, values)
+    cfg = fill(config_class, values)
+    if cfg.monitor_every != 0 and cfg.monitor_every < 3:
+        raise SystemExit(f"monitor_every is {cfg.monitor_every}; allowed are 0 (never) and 3 or more")
+    return cfg
 
 
 def fill(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
@@ -208,6 +212,7 @@ class Progress:
     total_updates: int = 0
     history: list[dict] = field(default_factory=list)
     results: dict = field(default_factory=dict)
+    monitored: list[dict] = field(default_factory=list)  # history of hf_daq.Monitor
 
     def start_phase(self, phase: str) -> None:
         self.phase, self.epoch, self.batch, self.update, self.loss_sum = phase, 0, 0, 0, 0.0
@@ -226,6 +231,7 @@ class Run:
     train_set: Any
     shuffle: EpochShuffle
     phase_start: float = field(default=0.0, init=False)
+    monitor: hf_daq.Monitor | None = field(default=None, init=False)
 
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool]
@@ -277,6 +283,9 @@ def train_phase(
     schedule = CosineSchedule(optimizers, updates, min(round(cfg.warmup_epochs * per_epoch), updates // 2))
     if checkpoint:
         accelerator.load_state(str(checkpoint))
+    if cfg.monitor_every and progress.phase == "quantized":
+        run.monitor = hf_daq.Monitor(model, cfg.monitor_every)
+        run.monitor.steps, run.monitor.history = progress.update, progress.monitored
     run.phase_start = time.perf_counter() - progress.seconds
     bar = tqdm(total=updates, initial=progress.update, desc=progress.phase, disable=None if run.is_main else True)
 
@@ -334,6 +343,8 @@ def train_epoch(run: Run, model: nn.Module, schedule: CosineSchedule, teacher: n
             continue
         progress.update, progress.total_updates = progress.update + 1, progress.total_updates + 1
         bar.update()
+        if run.monitor and (values := run.monitor.step()):
+            run.log(values)
         if progress.update % cfg.log_every == 0:
             lr = schedule.optimizers[0].param_groups[0]["lr"]
             bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{lr:.5f}")
@@ -479,6 +490,13 @@ def write_results(run: Run, *modules: ModuleType) -> None:
     }
     run.output.mkdir(parents=True, exist_ok=True)
     (run.output / "results.json").write_text(json.dumps(report, indent=2) + "\n")
+    if run.progress.monitored:
+        write_monitored(run.output, run.progress.monitored)
+
+
+def write_monitored(output: Path, history: list[dict]) -> None:
+    """What hf_daq.Monitor found, all layers, as it keeps it."""
+    (output / "monitor.json").write_text(json.dumps(history) + "\n")
 
 
 def versions(*modules: ModuleType) -> dict[str, str]:

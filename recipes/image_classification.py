@@ -122,6 +122,7 @@ class Config:
     resume: bool = False
     tracker: Literal["none", "tensorboard", "trackio"] = "none"
     log_every: int = 50
+    monitor_every: int = 0  # updates of the DAQ phase from one look of hf_daq.Monitor to the next; 0: none
 
 
 def parse(argv: list[str]) -> Config:

@@ -99,6 +99,7 @@ class Config:
     output_dir: str = "output"
     export: str | None = None  # of packed, onnx, compressed-tensors, separated by commas: written after the last epoch
     resume: bool = False
+    monitor_every: int = 0  # updates of the DAQ phase from one look of hf_daq.Monitor to the next; 0: none
 
 
 def parse(argv: list[str]) -> Config:
@@ -336,7 +337,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             results["calibrated"] = measure()
         if arguments.process_index == 0:
             write_report(report, cfg)
+        if cfg.monitor_every:
+            monitor = hf_daq.MonitorCallback(trainer, cfg.monitor_every)
+            trainer.add_callback(monitor)
         train_phase(trainer, "quantized", report, cfg)
+        if cfg.monitor_every and trainer.is_world_process_zero():
+            common.write_monitored(Path(cfg.output_dir), monitor.monitor.history)  # since it was started or continued
 
     if PartialState().is_main_process:
         print(", ".join(f"{key} {value:.2f}" for key, value in results.items()))
