@@ -19,11 +19,13 @@ from .version import __version__
 if TYPE_CHECKING:
     from .apply import apply_daq, remove_daq
     from .calibration import calibrate
+    from .card import update_card
     from .checkpoint import from_pretrained, push_to_hub, save_pretrained
     from .config import DaqConfig
     from .errors import DaqError
     from .export_compressed import export_compressed_tensors
     from .facts import CardFacts, Result
+    from .inspection import inspect
     from .integers import integer_arithmetic
     from .matching import plan
     from .monitor import Monitor
@@ -45,6 +47,7 @@ __all__ = [
     "export_compressed_tensors",
     "export_onnx",
     "from_pretrained",
+    "inspect",
     "integer_arithmetic",
     "pack",
     "param_groups",
@@ -54,6 +57,7 @@ __all__ = [
     "save_pretrained",
     "trainer_optimizer",
     "unpack",
+    "update_card",
 ]
 
 _FILES = {
@@ -68,6 +72,7 @@ _FILES = {
     "export_compressed_tensors": "export_compressed",
     "export_onnx": "onnx_export",
     "from_pretrained": "checkpoint",
+    "inspect": "inspection",
     "integer_arithmetic": "integers",
     "pack": "packing",
     "param_groups": "training",
@@ -77,6 +82,7 @@ _FILES = {
     "save_pretrained": "checkpoint",
     "trainer_optimizer": "training",
     "unpack": "packing",
+    "update_card": "card",
 }
 
 

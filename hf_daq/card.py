@@ -5,6 +5,7 @@ A card has a line with its own digest, so that one which a person edited is told
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -16,6 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from .facts import CardFacts
+from .header import weights_files, write_facts
 from .hub import CARD_NAME
 from .inspection import Inspection, grouped, inspect
 from .version import __version__
@@ -45,6 +48,21 @@ def write_card(directory: Path, repo_id: str | None = None, overwrite: bool = Fa
         return False
     path.write_text(render(inspect(directory), repo_id), encoding="utf-8")
     return True
+
+
+def update_card(directory: str | Path, facts: CardFacts, overwrite: bool = False) -> None:
+    """Give a checkpoint that is saved already the facts of its card: results are mostly measured after saving. They take the
+    place of earlier ones in the header of its weights files, and README.md is written anew; one that a person edited is
+    kept, with a warning, unless `overwrite`.
+
+    Raises:
+        CheckpointError: the folder holds no checkpoint of hf_daq.
+    """
+    directory = Path(directory)
+    before = inspect(directory).facts
+    for path in weights_files(directory):
+        write_facts(path, facts if facts.versions else dataclasses.replace(facts, versions=before.versions))
+    write_card(directory, overwrite=overwrite)
 
 
 def is_edited(text: str) -> bool:
@@ -122,7 +140,7 @@ def _front_matter(inspection: Inspection, name: str, license: str | None) -> str
         library_name=inspection.library if inspection.library != "torch" else None,
         pipeline_tag=task,
         tags=["hf_daq", "quantization", "daq", inspection.architecture],
-        datasets=[dataset for dataset in facts.datasets if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset)] or None,
+        datasets=[dataset for dataset in facts.datasets if re.fullmatch(r"[\w.-]+/[\w.-]+", dataset)] or None,
         metrics=sorted({result.metric for result in facts.results}) or None,
         model_name=name,
         eval_results=results or None,

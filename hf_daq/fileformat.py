@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .errors import CalibrationError, CheckpointError
 from .facts import CardFacts
-from .header import BYTES, CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME, Header, weights_files
+from .header import BYTES, CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME, Header, replace_file, weights_files
 from .layers import QuantizedLayer
 from .packed import PackedLayer, daq_layers, packed_layers
 from .quantizers import is_shard
@@ -68,23 +68,6 @@ def write(
     header = {"format": "pt", **metadata(model, facts)}
     replace_file(directory / WEIGHTS_NAME, lambda path: save_file(contents, path, metadata=header))
     replace_file(directory / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def replace_file(target: Path, write_to: Callable[[Path], Any]) -> None:
-    """Let `write_to` write a temporary file beside `target`, then rename it to `target`."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    os.close(descriptor)
-    try:
-        write_to(Path(temporary))
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

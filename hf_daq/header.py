@@ -8,7 +8,11 @@ the facts of the model card, where there are some.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,3 +134,39 @@ def joined(headers: list[Header]) -> Header:
 def weights_files(directory: Path) -> list[Path]:
     """The weights file of a folder, or its shards."""
     return sorted(directory.glob("model*.safetensors"))
+
+
+def write_facts(path: Path, facts: CardFacts) -> None:
+    """Put the facts of the card into the header of a weights file, in place of those it has; tensors stay as they are."""
+    read_header(path)
+    with open(path, "rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+        content = json.loads(header["__metadata__"][METADATA_KEY]) | {"card": facts.to_dict()}
+        header["__metadata__"][METADATA_KEY] = json.dumps(content, sort_keys=True)
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # tensors are aligned
+
+        def write(target: Path) -> None:
+            with open(target, "wb") as copy:
+                copy.write(struct.pack("<Q", len(text)) + text)
+                shutil.copyfileobj(file, copy, 2**20)
+
+        replace_file(path, write)
+
+
+def replace_file(target: Path, write_to: Callable[[Path], Any]) -> None:
+    """Let `write_to` write a temporary file beside `target`, then rename it to `target`."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    os.close(descriptor)
+    try:
+        write_to(Path(temporary))
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CalibrationError, ExportError
-from .fileformat import replace_file
+from .header import replace_file
 from .layers import QuantizedLayer, evaluating
 from .onnx_emission import emitting
 from .onnx_runs import Inputs, OnnxRuntime

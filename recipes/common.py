@@ -400,8 +400,9 @@ def replacing(folder: Path) -> Iterator[Path]:
     yield temporary
     folder.mkdir(exist_ok=True)
     for path in temporary.iterdir():
-        os.replace(path, folder / path.name)
-    temporary.rmdir()
+        if path.name != "README.md" or not (folder / path.name).exists():  # somebody may have edited it
+            os.replace(path, folder / path.name)
+    shutil.rmtree(temporary)
 
 
 def save_checkpoint(run: Run) -> None:
@@ -478,7 +479,8 @@ def refuse_other_settings(cfg: Any, saved: dict[str, Any], path: Path) -> None:
         raise SystemExit(f"{path} is of a run with {was}; a continued run needs the same settings")
 
 
-def write_results(run: Run, *modules: ModuleType) -> None:
+def write_results(run: Run, *modules: ModuleType) -> dict[str, str]:
+    """Write results.json, and return the versions of the modules."""
     report = {
         "results": run.progress.results,
         "history": run.progress.history,
@@ -492,6 +494,7 @@ def write_results(run: Run, *modules: ModuleType) -> None:
     (run.output / "results.json").write_text(json.dumps(report, indent=2) + "\n")
     if run.progress.monitored:
         write_monitored(run.output, run.progress.monitored)
+    return versions(*modules)
 
 
 def write_monitored(output: Path, history: list[dict]) -> None:

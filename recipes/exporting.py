@@ -27,7 +27,8 @@ def export(names: list[str], output: Path, inputs: Any) -> None:
 
 
 def _packed(model: Any, output: Path, inputs: Any) -> str:
-    hf_daq.save_pretrained(model, output / "packed", packed=True, probe=inputs)
+    card = hf_daq.inspect(output / "quantized").facts
+    hf_daq.save_pretrained(model, output / "packed", packed=True, probe=inputs, card=card)
     return f"{output / 'packed'}: {weights_size(output / 'packed') / 2**20:.2f} MiB, the same outputs bit for bit"
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import accelerate
+import cards
 import cifar_resnet  # noqa: F401  registers resnet20_cifar and resnet8_cifar with timm
 import common
 import datasets
@@ -305,6 +306,16 @@ def create_float_model(cfg: Config, images: Images, size: int | None, checkpoint
     return model.to(memory_format=torch.channels_last) if cfg.channels_last else model
 
 
+def origin(cfg: Config) -> tuple[str | None, str | None]:
+    """Hub id and licence of the pretrained network, as far as timm knows them."""
+    if not cfg.pretrained:
+        return None, None
+    if cfg.model.startswith("hf-hub:"):
+        return cfg.model.removeprefix("hf-hub:"), None
+    pretrained = timm.models.get_pretrained_cfg(cfg.model)
+    return (pretrained.hf_hub_id, pretrained.license) if pretrained else (None, None)
+
+
 def weight_optimizer(groups: list[dict], cfg: Config, lr: float) -> torch.optim.Optimizer:
     if cfg.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=lr)
@@ -356,7 +367,8 @@ class Run(common.Run):
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    cfg = parse(sys.argv[1:] if argv is None else argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    cfg = parse(arguments)
     if cfg.epochs and not (cfg.float_epochs or cfg.pretrained or cfg.checkpoint):
         raise SystemExit("the DAQ phase starts from float weights: set float_epochs, pretrained or checkpoint")
     if cfg.mixed_precision == "fp16" and cfg.optimizer != "adamw":
@@ -416,7 +428,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         train_phase(run, model, optimizers, cfg.epochs, checkpoint, teacher)
 
     if run.is_main:
-        write_results(run, torch, timm, accelerate, datasets, hf_daq)
+        versions = write_results(run, torch, timm, accelerate, datasets, hf_daq)
+        if cfg.epochs:
+            result = hf_daq.Result("accuracy", results["quantized"], results.get("float"), split=cfg.eval_split)
+            start = origin(cfg)
+            cards.write(run.output / "quantized", __file__, arguments, cfg, result, versions, *start)
         print(", ".join(f"{key} {value:.2f}" for key, value in results.items()))
         if exports and cfg.epochs:
             batches = itertools.islice(loaders[1], max(1, 256 // cfg.batch_size))

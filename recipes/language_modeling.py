@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import accelerate
+import cards
 import common
 import datasets
 import exporting
@@ -315,7 +316,8 @@ def describe(run: Run) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    cfg = parse(sys.argv[1:] if argv is None else argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    cfg = parse(arguments)
     if cfg.epochs and not (cfg.float_epochs or cfg.model or cfg.checkpoint):
         raise SystemExit("the DAQ phase starts from float weights: set float_epochs, model or checkpoint")
     common.refuse_missing(cfg.checkpoint)
@@ -368,7 +370,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         describe(run)
 
     if run.is_main:
-        write_results(run, torch, transformers, accelerate, datasets, tokenizers, hf_daq)
+        versions = write_results(run, torch, transformers, accelerate, datasets, tokenizers, hf_daq)
+        if cfg.epochs:
+            split = cfg.eval_split or f"last {cfg.eval_fraction:.0%} of {cfg.train_split}"
+            result = hf_daq.Result("loss", results["quantized"], results.get("float"), split=split)
+            base = cards.hub_id(None if cfg.checkpoint else cfg.model)
+            cards.write(run.output / "quantized", __file__, arguments, cfg, result, versions, base)
         print(", ".join(f"{key} {value:.3f}" for key, value in results.items() if isinstance(value, float)))
         if exports and cfg.epochs:
             exporting.export(exports, run.output, {"input_ids": next(iter(loaders[1]))[:, :-1]})

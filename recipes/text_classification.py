@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cards
 import common
 import datasets
 import exporting
@@ -283,7 +284,8 @@ def write_report(report: dict[str, Any], cfg: Config) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    cfg = parse(sys.argv[1:] if argv is None else argv)
+    command_line = sys.argv[1:] if argv is None else argv
+    cfg = parse(command_line)
     common.refuse_missing(cfg.checkpoint)
     quantization, exports = daq_config(cfg.daq), exporting.formats(cfg.export)
     report = start_report(cfg)
@@ -345,6 +347,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             common.write_monitored(Path(cfg.output_dir), monitor.monitor.history)  # since it was started or continued
 
     if PartialState().is_main_process:
+        if cfg.epochs:
+            result = hf_daq.Result("accuracy", results["quantized"], results.get("float"), split=cfg.eval_split)
+            base = cards.hub_id(None if cfg.checkpoint else cfg.model)
+            folder = Path(cfg.output_dir, "quantized")
+            cards.write(folder, __file__, command_line, cfg, result, report["versions"], base)
         print(", ".join(f"{key} {value:.2f}" for key, value in results.items()))
         if exports and cfg.epochs:
             batch = DataCollatorWithPadding(tokenizer)([evaluation[row] for row in range(min(256, len(evaluation)))])

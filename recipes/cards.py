@@ -1,0 +1,62 @@
+"""What a training recipe knows of the network it saved, for its model card."""
+
+import dataclasses
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import hf_daq
+
+_OF_THIS_MACHINE = {"output_dir", "resume", "checkpoint_every", "tracker", "log_every", "num_workers", "export"}
+
+
+def write(
+    folder: Path,
+    recipe: str,
+    argv: list[str],
+    cfg: Any,
+    result: hf_daq.Result,
+    versions: dict[str, str],
+    base_model: str | None = None,
+    license: str | None = None,
+) -> None:
+    """Give the network in `folder` its card.
+
+    Args:
+        recipe, argv: file of the recipe, and its arguments.
+        result: what was measured.
+        base_model, license: of the Hub, where the network started from there.
+    """
+    settings = {key: named(value) for key, value in dataclasses.asdict(cfg).items() if key not in _OF_THIS_MACHINE}
+    dataset = Path(cfg.dataset).name if Path(cfg.dataset).exists() else cfg.dataset
+    facts = hf_daq.CardFacts(
+        base_model=base_model,
+        license=license,
+        datasets=(dataset,),
+        calibration=f"{cfg.calibration_batches} batches of the {cfg.train_split} split",
+        results=(dataclasses.replace(result, dataset=dataset),),
+        command=command(recipe, argv),
+        recipe=settings,
+        seed=cfg.seed,
+        versions=versions,
+    )
+    hf_daq.update_card(folder, facts)
+
+
+def command(recipe: str, argv: list[str]) -> str:
+    """The line that launched the recipe, without folders of this machine."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    launcher = ["python"] if processes == 1 else ["accelerate", "launch", "--num_processes", str(processes)]
+    return shlex.join([*launcher, f"recipes/{Path(recipe).name}", *map(named, argv)])
+
+
+def named(value: Any) -> Any:
+    """The name of a file or folder of this machine for its whole path; anything else as it is."""
+    path = Path(value) if isinstance(value, str) else None
+    return path.name if path and path.is_absolute() and path.exists() else value
+
+
+def hub_id(name: str | None) -> str | None:
+    """A name of the Hub, None for a folder of this machine."""
+    return None if name is None or Path(name).exists() else name

@@ -1,0 +1,313 @@
+"""Model cards say what the files say and what was told, and what a person wrote in them stays."""
+
+import json
+import logging
+import re
+
+import huggingface_hub
+import pytest
+import torch
+from models import images, small_net, small_timm
+from safetensors.torch import load_file
+from test_transformers import tiny_bert, tokens
+
+import hf_daq
+from hf_daq.card import is_edited, render, write_card
+from hf_daq.errors import CheckpointError
+
+FACTS = hf_daq.CardFacts(
+    base_model="timm/test_resnet.r160_in1k",
+    license="apache-2.0",
+    datasets=("user/data", "some photographs"),
+    calibration="512 images",
+    results=(hf_daq.Result("accuracy", 83.97, 84.99, "user/data", "test"),),
+    command="python train.py --lr 0.1",
+    recipe={"lr": 0.1},
+    seed=7,
+    versions={"torch": "2.9"},
+)
+
+
+def net(name="test_resnet", **config):
+    model, size = small_timm(name), 64 if "resnet" in name else 160
+    hf_daq.apply_daq(model, **(config or {"bits": 3}))
+    with hf_daq.calibrate(model):
+        model(images(2, size))
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return net(rules=[{"pattern": "layer1*", "weight_bits": 8}], weight_bits=3, activation_bits=4)
+
+
+def card(folder):
+    return huggingface_hub.ModelCard.load(folder / "README.md")
+
+
+def test_front_matter_is_what_the_hub_reads(model, tmp_path):
+    hf_daq.save_pretrained(model, tmp_path, card=FACTS)
+    data = card(tmp_path).data
+    assert (data.base_model, data.license, data.library_name) == ("timm/test_resnet.r160_in1k", "apache-2.0", "timm")
+    assert data.base_model_relation == "quantized"
+    assert data.pipeline_tag == "image-classification"
+    assert {"hf_daq", "quantization", "test_resnet"} <= set(data.tags)
+    assert data.datasets == ["user/data"]  # the other is no id of the Hub
+    (result,) = data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_split) == ("accuracy", 83.97, "test")
+
+
+def test_body_says_what_is_in_the_files(model, tmp_path):
+    hf_daq.save_pretrained(model, tmp_path, card=FACTS)
+    text = card(tmp_path).text
+    rows = re.findall(r"^\| `(.+?)` \| (\d) \| (\d) \| (\d+) \| ([\d,]+) \|$", text, re.MULTILINE)
+    layers = hf_daq.plan(small_timm(), model.daq_config).quantized
+    assert sum(int(row[3]) for row in rows) == len(layers)
+    assert {(int(row[1]), int(row[2])) for row in rows} == {(8, 4), (3, 4)}
+    assert sum(int(row[4].replace(",", "")) for row in rows) == sum(
+        model.get_submodule(name).weight.numel() for name in layers
+    )
+    assert "| `conv1.0.weight` | f32 |" in text or "conv1.weight" in text
+    floats = sum(tensor.numel() * tensor.element_size() for tensor in small_timm().state_dict().values())
+    assert f"| float | {floats / 1e6:.2f} |" in text
+    total = sum(t.numel() * t.element_size() for t in load_file(tmp_path / "model.safetensors").values())
+    assert f"| this file | {total / 1e6:.2f} |" in text
+    for known in (
+        "| accuracy | 84.99 | 83.97 | user/data | test |",
+        "python train.py --lr 0.1",
+        '"lr": 0.1',
+        "512 images",
+    ):
+        assert known in text
+    assert "| seed | 7 |" in text
+    assert "| torch | 2.9 |" in text
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_the_size_it_promises_for_a_packed_file_is_what_packing_gives(name, tmp_path):
+    model = net(name)
+    hf_daq.save_pretrained(model, tmp_path / "trainable")
+    hf_daq.save_pretrained(model, tmp_path / "packed", packed=True)
+    promised, packed = (hf_daq.inspect(tmp_path / kind) for kind in ("trainable", "packed"))
+    biases = sum(
+        4 * len(layer.bias)
+        for layer in hf_daq.pack(model).modules()
+        if hasattr(layer, "weight_codes") and layer.bias is not None
+    )
+    assert abs(promised.packed_bytes - packed.tensor_bytes) <= biases  # a convolution may gain a bias
+    assert packed.float_bytes == pytest.approx(promised.float_bytes, abs=biases)
+
+
+def test_nothing_is_invented(model, tmp_path):
+    hf_daq.save_pretrained(model, tmp_path)
+    found = card(tmp_path)
+    assert found.data.to_dict().keys() == {"library_name", "pipeline_tag", "tags"}
+    for section in ("Results", "Training", "seed", "licen"):
+        assert section not in found.text.replace("trained or calibrated", "")
+    assert "| hf_daq |" in found.text
+
+
+def test_the_lines_of_the_card_load_the_model(model, tmp_path, monkeypatch):
+    hf_daq.save_pretrained(model, tmp_path / "PATH")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "PATH" / "README.md").read_text(), re.DOTALL)
+    scope = {}
+    exec(code, scope)
+    assert torch.equal(scope["model"](images(1, 64)), model.eval()(images(1, 64)))
+
+
+@pytest.mark.parametrize(
+    ("packed", "without"), [(False, "loads the float weights, which are not quantized"), (True, "takes random weights")]
+)
+def test_cards_of_transformers_models(tmp_path, monkeypatch, packed, without):
+    model = tiny_bert()
+    hf_daq.apply_daq(model, weight_bits=2)
+    hf_daq.save_pretrained(model, tmp_path / "PATH", packed=packed)
+    monkeypatch.chdir(tmp_path)
+    text = (tmp_path / "PATH" / "README.md").read_text()
+    assert without in text
+    assert card(tmp_path / "PATH").data.pipeline_tag == "text-classification"
+    assert "W2A32" in text
+    scope = {}
+    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], scope)
+    with torch.no_grad():
+        assert torch.equal(scope["model"](tokens()).logits, model.eval()(tokens()).logits)
+
+
+def test_a_transformers_model_of_the_hub_names_its_base(tmp_path):
+    model = tiny_bert()
+    model.config._commit_hash, model.config.name_or_path = "0" * 40, "somebody/bert"  # as from_pretrained sets them
+    hf_daq.apply_daq(model, weight_bits=2)
+    model.save_pretrained(tmp_path)
+    assert card(tmp_path).data.base_model == "somebody/bert"
+
+
+def test_a_card_that_was_edited_is_kept_with_a_warning(model, tmp_path, caplog):
+    hf_daq.save_pretrained(model, tmp_path)
+    path = tmp_path / "README.md"
+    path.write_text(path.read_text().replace("## Size", "## My sizes"))
+    with caplog.at_level(logging.WARNING, "hf_daq"):
+        hf_daq.save_pretrained(model, tmp_path, card=FACTS, probe=images(1, 64))
+    assert "was edited, so it is kept as it is" in caplog.text
+    assert "## My sizes" in path.read_text()
+    hf_daq.update_card(tmp_path, FACTS)
+    assert "## My sizes" in path.read_text()
+    hf_daq.update_card(tmp_path, FACTS, overwrite=True)
+    assert "## My sizes" not in path.read_text()
+    assert "83.97" in path.read_text()
+
+
+def test_a_readme_that_was_there_before_is_kept(tmp_path, caplog):
+    (tmp_path / "README.md").write_text("# My project")
+    model = tiny_bert()
+    hf_daq.apply_daq(model, weight_bits=2)
+    for save in (model.save_pretrained, lambda folder: hf_daq.save_pretrained(model, folder)):
+        save(tmp_path)
+        assert (tmp_path / "README.md").read_text() == "# My project"
+    assert "was edited" in caplog.text
+
+
+def test_a_generated_card_is_written_anew(model, tmp_path):
+    hf_daq.save_pretrained(model, tmp_path)
+    assert not is_edited((tmp_path / "README.md").read_text())
+    hf_daq.save_pretrained(model, tmp_path, packed=True)
+    assert "for inference" in (tmp_path / "README.md").read_text()
+    assert is_edited("# anything")
+
+
+def test_update_card_changes_the_header_and_no_tensor(model, tmp_path):
+    hf_daq.save_pretrained(model, tmp_path)
+    before = load_file(tmp_path / "model.safetensors")
+    hf_daq.update_card(tmp_path, FACTS)
+    after = load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert hf_daq.inspect(tmp_path).facts == FACTS
+    assert torch.equal(hf_daq.from_pretrained(tmp_path)(images(1, 64)), model.eval()(images(1, 64)))
+    hf_daq.update_card(tmp_path, hf_daq.CardFacts(seed=1))
+    assert hf_daq.inspect(tmp_path).facts.versions == {"torch": "2.9"}  # of the run that made the weights
+
+
+def test_update_card_of_shards(tmp_path):
+    model = tiny_bert()
+    hf_daq.apply_daq(model, weight_bits=2)
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    hf_daq.update_card(tmp_path, FACTS)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert hf_daq.inspect(tmp_path).facts == FACTS
+    assert hf_daq.from_pretrained(tmp_path).daq_config.weight_bits == 2
+
+
+def test_update_card_refuses_what_is_not_ours(tmp_path):
+    with pytest.raises(CheckpointError, match="has no config.json"):
+        hf_daq.update_card(tmp_path, FACTS)
+
+
+def test_words_of_others_do_not_break_the_card(model, tmp_path):
+    evil = hf_daq.CardFacts(
+        datasets=("a | b\n# Title <script>",),
+        command="```\nx\n```",
+        results=(hf_daq.Result("acc|uracy", 1.0),),
+        calibration="`x`",
+    )
+    hf_daq.save_pretrained(model, tmp_path, card=evil)
+    text = (tmp_path / "README.md").read_text()
+    assert "| training data | a \\| b # Title &lt;script> |" in text
+    assert "````bash\n```\nx\n```\n````" in text
+    assert card(tmp_path).data.datasets is None
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ([], "not a small mapping"),
+        ({"recipe": {"x": "y" * 70000}}, "not a small mapping"),
+        ({"unknown": 1}, "unknown or a wrong entry: 'unknown'"),
+        ({"seed": "seven"}, "wrong entry: 'seed'"),
+        ({"datasets": "name"}, "wrong entry: 'datasets'"),
+        ({"versions": {"torch": 2}}, "wrong entry: 'versions'"),
+        ({"results": [{"metric": "accuracy"}]}, "wrong keys"),
+        ({"results": [{"metric": "accuracy", "value": "high"}]}, "wrong value"),
+        ({"results": [{"metric": "accuracy", "value": float("nan")}]}, "wrong value"),
+    ],
+)
+def test_facts_from_strangers(facts, message):
+    with pytest.raises(CheckpointError, match=message):
+        hf_daq.CardFacts.from_dict(facts)
+
+
+def test_facts_are_plain_json():
+    assert hf_daq.CardFacts.from_dict(json.loads(json.dumps(FACTS.to_dict()))) == FACTS
+    assert hf_daq.CardFacts().to_dict() == {}
+
+
+# --------------------------------------------------------------------------------------------------------- inspection
+
+
+def test_inspection_counts_what_is_in_the_file(model, tmp_path):
+    hf_daq.save_pretrained(model, tmp_path)
+    found = hf_daq.inspect(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert found.tensor_bytes == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    assert {layer.name for layer in found.layers} == model.daq_config.layers.keys()
+    for layer in found.layers:
+        assert layer.shape == tuple(tensors[f"{layer.name}.weight"].shape)
+        bits = model.daq_config.layers[layer.name]
+        assert (layer.weight_bits, layer.activation_bits) == (bits["weight_bits"], bits["activation_bits"])
+    names = {layer.name for layer in found.layers} | {tensor.name for tensor in found.kept}
+    assert {
+        re.sub(r"\.(weight|[wa]_quant\.\w+)$", "", name) if "_quant." in name else name for name in tensors
+    } <= names | {f"{layer.name}.weight" for layer in found.layers}
+    assert json.loads(json.dumps(found.to_dict()))["library"] == "timm"
+    assert hf_daq.inspect(tmp_path / "model.safetensors").layers == found.layers
+
+
+def test_inspection_prints_groups(tmp_path):
+    hf_daq.save_pretrained(net("test_vit"), tmp_path)
+    text = str(hf_daq.inspect(tmp_path))
+    assert re.search(r"blocks\.\*\.mlp\.fc1 +3 +3 +\d ", text)
+    assert "test_vit of timm, trainable" in text
+    assert re.search(r"layers quantized; [\d.]+ MB in float, [\d.]+ MB in this file, [\d.]+ MB packed", text)
+
+
+def test_inspection_of_a_module_of_neither_library(tmp_path):
+    model = small_net()
+    hf_daq.apply_daq(model, weight_bits=4)
+    hf_daq.save_pretrained(model, tmp_path)
+    found = hf_daq.inspect(tmp_path)
+    assert (found.library, found.architecture) == ("torch", "SmallNet")
+    assert "model=model" in render(found)
+
+
+def test_names_with_markup_are_printed_as_they_are(tmp_path):
+    model = torch.nn.ModuleDict({"[bold]x[/bold]": torch.nn.Linear(8, 8), "y": torch.nn.Linear(8, 8)})
+    hf_daq.apply_daq(model, weight_bits=4, first_last_bits=4)
+    hf_daq.save_pretrained(model, tmp_path)
+    assert "[bold]x[/bold]" in str(hf_daq.inspect(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["missing", "not/a/repository", "./x/y"])
+def test_inspection_of_nothing(name):
+    with pytest.raises(CheckpointError, match="neither a folder, a file, nor a repository"):
+        hf_daq.inspect(name)
+
+
+def test_inspection_of_folders_that_are_not_ours(model, tmp_path):
+    with pytest.raises(CheckpointError, match="has no config.json"):
+        hf_daq.inspect(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no DAQ quantization config: it is not a checkpoint of hf_daq"):
+        hf_daq.inspect(tmp_path)
+    hf_daq.save_pretrained(model, tmp_path / "ours")
+    config = tmp_path / "ours" / "config.json"
+    config.write_text(config.read_text().replace('"weight_bits": 8', '"weight_bits": 7'))
+    with pytest.raises(CheckpointError, match="disagree about the quantization config"):
+        hf_daq.inspect(tmp_path / "ours")
+    (tmp_path / "ours" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="has no model.safetensors"):
+        hf_daq.inspect(tmp_path / "ours")
+
+
+def test_a_card_needs_a_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="has no config.json"):
+        write_card(tmp_path)
