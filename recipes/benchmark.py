@@ -13,6 +13,7 @@ round, and stands with the lowest and the highest. Variants:
 
     float, daq, ste  the float network; hf_daq with the gradient of DAQ, and with a straight-through one
     daq_low_memory   daq with `low_memory=True`
+    daq_monitor      daq with all the work of a window of `hf_daq.Monitor` in every step
     fake_quantize    torch's own operator with a learned scale and zero point on inputs and weights of the same layers
     torchao          linear layers only: dynamic ranges, inputs per token, weights per channel
     brevitas         a learned scale for inputs, the largest value for weights, both per tensor, same layers
@@ -57,7 +58,7 @@ import hf_daq
 
 MIB = 2**20
 PARTS = ("quantizer", "step", "eval")
-DAQ = ("daq", "ste", "daq_low_memory")
+DAQ = ("daq", "ste", "daq_low_memory", "daq_monitor")
 PEERS = ("torchao", "brevitas", "nncf")
 VARIANTS = ("float", *DAQ, "fake_quantize", *PEERS)
 BERTS = {"bert-tiny": (128, 2), "bert-mini": (256, 4), "bert-small": (512, 4)}  # hidden size, layers
@@ -70,7 +71,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     add("--models", nargs="+", default=["resnet18", "vit_tiny_patch16_224", "bert-mini"], metavar="MODEL")
-    add("--variants", nargs="+", choices=VARIANTS, metavar="VARIANT", help="default: all but daq_low_memory")
+    add("--variants", nargs="+", choices=VARIANTS, metavar="VARIANT", help="default: all but daq_low_memory, daq_monitor")
     add("--bits", type=bits, default=(4, 4), metavar="W/A", help="weight bits / activation bits (default 4/4)")
     add("--batch_size", type=int, help="images or texts (default 16, 8 for a vit)")
     add("--image_size", type=int, help="pixels (default 224)")
@@ -183,6 +184,7 @@ class Run:
         params = hf_daq.param_groups(self.model, lr) if variant in DAQ else self.model.parameters()
         self.optimizer = torch.optim.SGD(params, lr, momentum=0.9)
         self.forward = torch.compile(self.model) if args.compile else self.model
+        self.monitor = hf_daq.Monitor(self.model, every=3) if variant == "daq_monitor" else None
         self.autocast = torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
     def logits(self) -> Tensor:
@@ -190,10 +192,15 @@ class Run:
         return output if isinstance(output, Tensor) else output.logits
 
     def step(self) -> Tensor:
+        if self.monitor:  # the first two of the three steps it takes
+            self.monitor.step()
+            self.monitor.step()
         with self.autocast:
             loss = F.cross_entropy(self.logits(), self.work.labels)
         loss.backward()
         self.optimizer.step()
+        if self.monitor:
+            self.monitor.step()
         self.optimizer.zero_grad()
         return loss.detach()
 

@@ -265,7 +265,7 @@ def test_inspection_counts_what_is_in_the_file(model, tmp_path):
 def test_inspection_prints_groups(tmp_path):
     hf_daq.save_pretrained(net("test_vit"), tmp_path)
     text = str(hf_daq.inspect(tmp_path))
-    assert re.search(r"blocks\.\*\.mlp\.fc1 +3 +3 +\d ", text)
+    assert re.search(r"blocks\.\*\.mlp\.fc\* +3 +3 +12 ", text)
     assert "test_vit of timm, trainable" in text
     assert re.search(r"layers quantized; [\d.]+ MB in float, [\d.]+ MB in this file, [\d.]+ MB packed", text)
 
