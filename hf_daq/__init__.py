@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .calibration import calibrate
     from .card import update_card
     from .checkpoint import from_pretrained, push_to_hub, save_pretrained
+    from .checkup import health
     from .config import DaqConfig
     from .errors import DaqError
     from .export_compressed import export_compressed_tensors
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .monitor_callback import MonitorCallback
     from .onnx_export import export_onnx
     from .packing import pack, unpack
+    from .report import summary
     from .training import param_groups, trainer_optimizer
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "export_compressed_tensors",
     "export_onnx",
     "from_pretrained",
+    "health",
     "inspect",
     "integer_arithmetic",
     "pack",
@@ -55,6 +58,7 @@ __all__ = [
     "push_to_hub",
     "remove_daq",
     "save_pretrained",
+    "summary",
     "trainer_optimizer",
     "unpack",
     "update_card",
@@ -72,6 +76,7 @@ _FILES = {
     "export_compressed_tensors": "export_compressed",
     "export_onnx": "onnx_export",
     "from_pretrained": "checkpoint",
+    "health": "checkup",
     "inspect": "inspection",
     "integer_arithmetic": "integers",
     "pack": "packing",
@@ -80,6 +85,7 @@ _FILES = {
     "push_to_hub": "checkpoint",
     "remove_daq": "apply",
     "save_pretrained": "checkpoint",
+    "summary": "report",
     "trainer_optimizer": "training",
     "unpack": "packing",
     "update_card": "card",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import logging
 import math
 import warnings
 from collections.abc import Collection, Iterator
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .checkup import health
 from .config import DaqConfig
 from .errors import CalibrationError, ModelError
 from .initial import activation_bounds, start_from_weight
@@ -21,6 +24,7 @@ from .layers import LAYER_TYPES, QuantizedLayer, evaluating, quantized_layers
 from .order import ORDER, processes, refuse_wrapped
 from .quantizers import ActivationQuantizer, WeightQuantizer, is_shard
 
+logger = logging.getLogger("hf_daq")
 _BINS = 8192
 _SAMPLES = 2**20
 _SMALLEST_EXPONENT = -126
@@ -29,7 +33,7 @@ _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @contextmanager
-def calibrate(model: nn.Module) -> Iterator[nn.Module]:
+def calibrate(model: nn.Module, *, check: bool = True) -> Iterator[nn.Module]:
     """Set bounds and scales from every batch that goes through the model inside the context.
 
         with hf_daq.calibrate(model):
@@ -49,6 +53,7 @@ def calibrate(model: nn.Module) -> Iterator[nn.Module]:
 
     Args:
         model: a model after `apply_daq`, before it is wrapped or prepared.
+        check: at the end run `health` on the last batch, and log a warning for each finding.
 
     Raises:
         ModelError: the model is not quantized, or already wrapped or sharded.
@@ -83,6 +88,15 @@ def calibrate(model: nn.Module) -> Iterator[nn.Module]:
             _match_outputs(model, layers, values, batches)
         for name, layer in layers.items():
             _write(layer, values[name])
+    if check and batches and (processes() == 1 or dist.get_rank() == 0):
+        _log_findings(model, batches[-1])
+
+
+def _log_findings(model: nn.Module, batch: _Call) -> None:
+    args, kwargs = batch
+    names = inspect.signature(model.forward).parameters
+    for finding in health(model, dict(zip(names, args, strict=False)) | kwargs if kwargs else args).findings:
+        logger.warning("after calibration, layer %r: %s", finding.layer, finding.message)
 
 
 class _Observer:

@@ -71,7 +71,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     add("--models", nargs="+", default=["resnet18", "vit_tiny_patch16_224", "bert-mini"], metavar="MODEL")
-    add("--variants", nargs="+", choices=VARIANTS, metavar="VARIANT", help="default: all but daq_low_memory, daq_monitor")
+    add(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        metavar="VARIANT",
+        help="default: all but daq_low_memory, daq_monitor",
+    )
     add("--bits", type=bits, default=(4, 4), metavar="W/A", help="weight bits / activation bits (default 4/4)")
     add("--batch_size", type=int, help="images or texts (default 16, 8 for a vit)")
     add("--image_size", type=int, help="pixels (default 224)")

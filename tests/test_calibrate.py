@@ -216,3 +216,15 @@ def test_timm_models_of_every_kind_train_a_step_after_calibration():
             assert layer.w_quant.upper.grad.isfinite().all()
             assert layer.a_quant.upper.grad.isfinite().all()
         assert torch.equal(twin.eval()(images(2, size)), twin(images(2, size)))
+
+
+@pytest.mark.parametrize("call", [lambda m, x: m(x), lambda m, x: m(x=x)])
+def test_calibration_ends_with_a_health_check_on_its_last_batch(caplog, call):
+    model = hf_daq.apply_daq(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), bits=4, first_last_bits=4)
+    model.forward = lambda x: model[1](model[0](x))  # so that the input has a name
+    for check, expected in ((False, 0), (True, 1)):
+        caplog.clear()
+        with hf_daq.calibrate(model, check=check):
+            call(model, torch.ones(64, 8))
+        found = [record.getMessage() for record in caplog.records if record.name == "hf_daq"]
+        assert sum("layer '0': its inputs use 1 of 16 codes" in message for message in found) == expected

@@ -56,38 +56,39 @@ def small():
 
 
 LOADERS = {
-    "timm": 'import timm; model = timm.create_model("hf-hub:user/model", pretrained=True)',
-    "bert": "from transformers import AutoModelForSequenceClassification as A; model = A.from_pretrained('user/model')",
-    "llama": "from transformers import AutoModelForCausalLM as A; model = A.from_pretrained('user/model')",
-    "hf_daq": 'model = hf_daq.from_pretrained("user/model")',
+    "timm": "timm.create_model('hf-hub:' + repo, pretrained=True)",
+    "bert": "transformers.AutoModelForSequenceClassification.from_pretrained(repo)",
+    "llama": "transformers.AutoModelForCausalLM.from_pretrained(repo)",
 }
 SCRIPT = """
-import sys, torch, hf_daq
+import sys, torch, timm, transformers, hf_daq
 from safetensors.torch import load_file, save_file
-{load}
 inputs = load_file(sys.argv[1])
-with torch.no_grad():
-    output = model.eval()(inputs["x"]) if "x" in inputs else model.eval()(**inputs).logits
-save_file({{"output": output}}, sys.argv[2])
+outputs = {{}}
+for repo in ("user/trainable", "user/packed"):
+    for loader, model in (("own", {loader}), ("hf_daq", hf_daq.from_pretrained(repo))):
+        with torch.no_grad():
+            output = model.eval()(inputs["x"]) if "x" in inputs else model.eval()(**inputs).logits
+        outputs[repo + loader] = output
+save_file(outputs, sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "bert", "llama"])
-def test_a_new_process_opens_it_by_name_with_the_same_outputs(hub, tmp_path, name, packed):
+def test_a_new_process_opens_it_by_name_with_the_same_outputs(hub, tmp_path, name):
     model, batch = trained(name)
-    hf_daq.push_to_hub(model, REPO, packed=packed)
+    hf_daq.push_to_hub(model, "user/trainable")
+    hf_daq.push_to_hub(model, "user/packed", packed=True)
     save_file(batch if isinstance(batch, dict) else {"x": batch}, tmp_path / "inputs.safetensors")
-    for loader in (name if name in LOADERS else "timm", "hf_daq"):
-        arguments = [str(tmp_path / "inputs.safetensors"), str(tmp_path / "output.safetensors")]
-        environment = os.environ | hub.environment(tmp_path / loader)
-        script = SCRIPT.format(load=LOADERS[loader])
-        result = subprocess.run(
-            [sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True
-        )
-        assert result.returncode == 0, result.stderr[-2000:]
-        with torch.no_grad():
-            assert torch.equal(load_file(arguments[1])["output"], run(model, batch))
+    arguments = [str(tmp_path / "inputs.safetensors"), str(tmp_path / "outputs.safetensors")]
+    script = SCRIPT.format(loader=LOADERS.get(name, LOADERS["timm"]))
+    environment = os.environ | hub.environment(tmp_path / "home")
+    result = subprocess.run([sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    outputs = load_file(arguments[1])
+    assert len(outputs) == 4
+    with torch.no_grad():
+        assert all(torch.equal(output, run(model, batch)) for output in outputs.values())
 
 
 def test_push_writes_weights_config_and_card_as_one_commit(hub, small):

@@ -1,0 +1,298 @@
+"""`health`: each planted fault is found at its layer and nowhere else, and well models have no findings."""
+
+import copy
+import json
+import math
+import re
+
+import pytest
+import torch
+from models import images, small_net
+from test_checkpoint import quantized_timm
+from test_transformers import tiny_bert, tokens
+from torch import nn
+
+import hf_daq
+from hf_daq.checkup import Finding, Health, health
+from hf_daq.errors import ModelError
+from hf_daq.layers import quantized_layers
+
+HIDDEN = "hidden"
+
+
+def network(**config):
+    """Quantized at 4 bits; as its layers are small, weights use every code only at few bits."""
+    model = small_net()
+    model.hidden = nn.Linear(16, 48)
+    model.head = nn.Linear(48, 5)
+    config = {"bits": 4} | config
+    hf_daq.apply_daq(model, **config)
+    with hf_daq.calibrate(model):
+        model(images(16))
+    return model
+
+
+def problems(model, batch=None):
+    return [
+        (found.layer, found.problem) for found in health(model, images(16, seed=2) if batch is None else batch).findings
+    ]
+
+
+@torch.no_grad()
+def fill(parameter, value):
+    parameter.fill_(value)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_well_models_have_no_findings(bits, granularity):
+    model = quantized_timm(bits=bits, weight_granularity=granularity)
+    assert health(model, images(8, 64, seed=4)).findings == []
+    assert health(hf_daq.pack(model), images(8, 64, seed=4)).ok
+
+
+@pytest.mark.parametrize(
+    "config", [{"bits": 2}, {"weight_bits": 4}, {"weight_bits": 4, "activation_bits": 8, "group_size": 5}]
+)
+def test_well_transformers_models_have_no_findings(config):
+    model = hf_daq.apply_daq(tiny_bert(), **config)
+    with hf_daq.calibrate(model):
+        model(tokens(16))
+    batch = {"input_ids": tokens(16), "attention_mask": torch.ones(16, 7, dtype=torch.int64)}
+    assert health(model, batch).findings == []
+    assert health(model.bfloat16(), batch).findings == []
+
+
+def narrow_weights(model):
+    fill(model.hidden.w_quant.lower, -1e-3)
+    fill(model.hidden.w_quant.upper, 1e-3)
+
+
+def wide_weights(model):
+    fill(model.hidden.w_quant.lower, -60)
+    fill(model.hidden.w_quant.upper, 60)
+
+
+def narrow_inputs(model):
+    fill(model.hidden.a_quant.lower, -1e-5)
+    fill(model.hidden.a_quant.upper, 1e-5)
+
+
+def wide_inputs(model):
+    fill(model.hidden.a_quant.lower, -500)
+    fill(model.hidden.a_quant.upper, 500)
+
+
+def unsigned_inputs(model):
+    fill(model.hidden.a_quant.lower, 0)
+
+
+def forgotten_quantizer(model):
+    fill(model.hidden.a_quant.lower, math.nan)
+    fill(model.hidden.a_quant.upper, math.nan)
+    model.hidden.a_quant._calibrated = False
+
+
+def bounds_of_nan(model):
+    fill(model.hidden.w_quant.upper, math.nan)
+
+
+def infinite_scale(model):
+    fill(model.hidden.w_quant.scale, math.inf)
+
+
+def crossed_bounds(model):
+    fill(model.hidden.w_quant.lower, 3)
+    fill(model.hidden.w_quant.upper, 2)
+
+
+def weights_of_nan(model):
+    fill(model.hidden.weight[0, :4], math.nan)
+
+
+def inputs_of_nan(model):
+    fill(model.stem.bias[0], math.nan)
+
+
+def outputs_of_nan(model):
+    fill(model.hidden.bias, math.inf)
+
+
+def weights_not_quantized(model):
+    model.hidden.w_quant.forward = lambda weight: weight
+
+
+def inputs_not_quantized(model):
+    model.hidden.a_quant.register_forward_hook(lambda _, args, output: args[0])
+
+
+def layer_not_quantized(model):
+    layer = model.hidden
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight, layer.bias)
+
+
+FAULTS = [
+    (narrow_weights, "clipped-weights", HIDDEN, r"(9\d\.\d|100\.0)% of its weights .* smaller quantizer_lr"),
+    (wide_weights, "dead-weight-codes", HIDDEN, r"use 2 of 16 codes.*weight_granularity='channel'"),
+    (
+        narrow_inputs,
+        "clipped-inputs",
+        HIDDEN,
+        r"% of its inputs are outside of their bounds \[-1e-05, 1e-05\].*activation_init",
+    ),
+    (wide_inputs, "dead-input-codes", HIDDEN, r"use 1 of 16 codes.*'pattern': 'hidden', 'activation_bits': None"),
+    (unsigned_inputs, "negative-inputs", HIDDEN, r"% of its inputs are negative.*calibrate again"),
+    (
+        forgotten_quantizer,
+        "not-calibrated",
+        HIDDEN,
+        r"2 of its 53 bounds, scales and shifts have no value yet.*hf_daq\.calibrate",
+    ),
+    (bounds_of_nan, "non-finite-bounds", HIDDEN, r"1 of its 53 bounds, scales and shifts are NaN.*calibrate again"),
+    (infinite_scale, "non-finite-bounds", HIDDEN, r"1 of its 53 bounds, scales and shifts are NaN"),
+    (crossed_bounds, "crossed-bounds", HIDDEN, r"1 of its 2 lower bounds are not below"),
+    (weights_of_nan, "non-finite-weights", HIDDEN, r"0\.52% of its weights are NaN.*earlier checkpoint"),
+    (inputs_of_nan, "non-finite-inputs", "conv", r"12\.50% of its inputs are NaN.*first layer of the pass"),
+    (outputs_of_nan, "non-finite-outputs", HIDDEN, r"100\.00% of its outputs are NaN.*range of float32"),
+    (weights_not_quantized, "unquantized-weights", HIDDEN, r"768 weight levels.*4 bits have 16.*apply_daq again"),
+    (inputs_not_quantized, "unquantized-inputs", HIDDEN, r"2\d\d input levels.*4 bits have 16"),
+    (layer_not_quantized, "unquantized-outputs", HIDDEN, r"its output is that of the float layer \(SQNR inf dB\)"),
+]
+
+
+@pytest.mark.parametrize(("plant", "problem", "layer", "message"), FAULTS)
+def test_a_planted_fault_is_found(plant, problem, layer, message):
+    model = network()
+    assert problems(model) == []
+    plant(model)
+    found = health(model, images(16, seed=2))
+    assert not found.ok
+    assert {finding.layer for finding in found.findings} == {layer}
+    finding = next(finding for finding in found.findings if finding.problem == problem)
+    assert math.isfinite(finding.value) or problem == "unquantized-outputs"
+    assert re.search(message, finding.message), finding.message
+
+
+def test_a_scale_that_is_off_is_found_against_layers_of_the_same_bits():
+    model = quantized_timm(bits=4)
+    scale = model.layer2[0].conv1.w_quant.scale
+    fill(scale, 6 * scale.item())
+    (finding,) = health(model, images(8, 64, seed=4)).findings
+    assert (finding.layer, finding.problem) == ("layer2.0.conv1", "low-output-sqnr")
+    assert finding.value < 0
+    assert re.search(r"SQNR of -\d+\.\d dB, the median of W4A4 layers is 2\d\.\d dB.*'bits': 8}\]", finding.message)
+
+
+@pytest.mark.parametrize(
+    ("config", "advice"),
+    [({"weight_bits": 4}, "'weight_bits': 8"), ({"bits": 8}, "keep it in float: rules=.*'skip': True")],
+)
+def test_advice_fits_the_bits(config, advice):
+    model = quantized_timm(**config)
+    fill(model.layer2[0].conv1.w_quant.scale, 40.0)
+    findings = {found.problem: found.message for found in health(model, images(8, 64, seed=4)).findings}
+    assert re.search(advice, findings["low-output-sqnr"])
+    assert ("activation_init" in findings["low-output-sqnr"]) == ("bits" in config)
+
+
+def test_a_model_before_calibration_is_looked_at_too():
+    model = hf_daq.apply_daq(small_net(), bits=3)
+    assert problems(model) == [(name, "not-calibrated") for name in quantized_layers(model)]
+    assert all("forward" not in vars(layer) for layer in quantized_layers(model).values())
+
+
+def test_layers_behind_a_broken_one_are_looked_at_with_its_float_output():
+    model = network()
+    fill(model.conv.a_quant.upper, math.nan)
+    wide_inputs(model)
+    assert problems(model) == [("conv", "non-finite-bounds"), (HIDDEN, "dead-input-codes")]
+
+
+def test_a_layer_that_is_not_reached_is_found():
+    model = network()
+    model.forward = lambda x: model.head.bias + model.features(x).mean()
+    assert problems(model) == [(HIDDEN, "not-reached")]
+    (finding,) = health(model, images()).findings
+    assert "modules_to_not_convert=['hidden']" in finding.message
+
+
+def test_faults_of_packed_models_are_found():
+    model = hf_daq.pack(network())
+    assert problems(model) == []
+    packed = copy.deepcopy(model)
+    wide_inputs(packed)
+    assert problems(packed) == [(HIDDEN, "dead-input-codes")]
+    packed = copy.deepcopy(model)
+    packed.hidden.weight_scale.fill_(math.nan)
+    assert (HIDDEN, "non-finite-bounds") in problems(packed)
+    packed = copy.deepcopy(model)
+    packed.hidden.weight_codes.zero_()
+    assert problems(packed) == [(HIDDEN, "dead-weight-codes")]
+    packed = copy.deepcopy(model)
+    weight = torch.randn(48, 16)
+    packed.hidden.quantized_weight = lambda dtype: weight
+    assert problems(packed) == [(HIDDEN, "unquantized-weights")]
+
+
+def test_few_values_say_nothing_about_codes():
+    model = network(bits=8)  # hidden has three weights for each code
+    wide_weights(model)
+    assert (HIDDEN, "dead-weight-codes") not in problems(model)
+
+
+def test_inputs_of_zeros_are_not_taken_for_a_layer_in_float():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2))
+    hf_daq.apply_daq(model, weight_bits=4)
+    fill(model[0].weight, 0)
+    fill(model[0].bias, 0)
+    assert problems(model, torch.randn(4, 8)) == []
+
+
+def test_the_model_is_left_as_it_was():
+    model = network()
+    crossed_bounds(model)
+    model.train()
+    own = model.hidden.forward = model.hidden.forward
+    state = copy.deepcopy(model.state_dict())
+    assert not health(model, images()).ok
+    assert all(module.training for module in model.modules())
+    assert vars(model.hidden)["forward"] is own
+    assert all("forward" not in vars(layer) for layer in quantized_layers(model).values() if layer is not model.hidden)
+    assert all(not module._forward_hooks for module in model.modules())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_json_and_text():
+    model = network()
+    layer_not_quantized(model)
+    narrow_inputs(model)
+    found = health(model, images())
+    plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert plain["ok"] is False
+    assert plain["layers"] == 6 - 2
+    assert {"layer": HIDDEN, "problem": "unquantized-outputs", "value": "inf"}.items() <= plain["findings"][0].items()
+    text = str(found)
+    assert max(map(len, text.splitlines())) <= 160
+    assert "2 findings in 4 quantized layers" in text
+    well = health(network(), images())
+    assert str(well) == "no findings in 4 quantized layers"
+    assert well.to_dict() == {"ok": True, "findings": [], "layers": 4}
+
+
+def test_names_are_no_markup_and_nothing_is_cut():
+    name = "[bold]a[/bold]\x1b[31m" + "." + "long" * 40
+    text = str(Health([Finding(name, "dead-weight-codes", 2.0, f"[red]of {name!r}[/red] " + "many words " * 60)], 3))
+    assert "[bold]a[/bold]?[31m." in text
+    assert "[red]of" in text
+    assert "\x1b" not in text
+    assert text.count("long") + text.count("lon\n") >= 40
+    assert text.split().count("many") == 60
+    assert "…" not in text
+    assert "1 finding in 3 quantized layers" in text
+
+
+def test_models_and_batches_it_cannot_look_at_are_refused():
+    with pytest.raises(ModelError, match="health needs a quantized or packed model, and no layer of this SmallNet is"):
+        health(small_net(), images())
+    with pytest.raises(ModelError, match="batch is a NoneType; pass a tensor"):
+        health(network(), None)
