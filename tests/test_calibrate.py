@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from models import images, small_net, small_timm
+from torch import nn
 
 import hf_daq
 from hf_daq import DaqConfig
