@@ -40,7 +40,7 @@ def write_card(directory: Path, repo_id: str | None = None, overwrite: bool = Fa
     """Write the card of the checkpoint in a folder, and say whether that was done: one that a person edited is kept, with a
     warning, unless `overwrite`."""
     path = directory / CARD_NAME
-    before = path.read_text(encoding="utf-8") if path.exists() else None
+    before = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else None
     if before is not None and is_edited(before) and not overwrite:
         logger.warning(
             "%s was edited, so it is kept as it is; `hf-daq card %s --overwrite` writes it anew", path, directory
@@ -72,7 +72,7 @@ def is_edited(text: str) -> bool:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(_MARK.sub("", text).strip().encode()).hexdigest()[:16]
+    return hashlib.sha256(_MARK.sub("", text).strip().encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def render(inspection: Inspection, repo_id: str | None = None, license: str | None = None) -> str:

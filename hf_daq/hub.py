@@ -29,7 +29,7 @@ def download(repo_id: str, **options: Any) -> Path:
     """
     from huggingface_hub import hf_hub_download, snapshot_download
 
-    with _explained(repo_id):
+    with explained(repo_id):
         directory = Path(hf_hub_download(repo_id, CONFIG_NAME, **options)).parent
         described_config(read_description(directory), f"{CONFIG_NAME} of {repo_id}")
         patterns = ["model*.safetensors*", "*.json"]
@@ -48,7 +48,7 @@ def remote_headers(
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
-    with _explained(repo_id):
+    with explained(repo_id):
         folder = Path(hf_hub_download(repo_id, CONFIG_NAME, **options)).parent
         described_config(read_description(folder), f"{CONFIG_NAME} of {repo_id}")
         try:
@@ -71,12 +71,12 @@ def remote_card(repo_id: str, revision: str | None = None, token: str | bool | N
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
-    with _explained(repo_id):
+    with explained(repo_id):
         try:
             path = hf_hub_download(repo_id, CARD_NAME, revision=revision, token=token)
         except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
             return None
-    return Path(path).read_text(encoding="utf-8")
+    return Path(path).read_text(encoding="utf-8", errors="surrogateescape")
 
 
 def licence_of(repo_id: str, token: str | bool | None = None) -> str | None:
@@ -99,7 +99,7 @@ def create_repository(
     from huggingface_hub import HfApi
 
     api = HfApi(token=token, library_name="hf_daq", library_version=__version__)
-    with _explained(repo_id):
+    with explained(repo_id):
         full_name = str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(full_name, branch=revision, exist_ok=True)
@@ -136,8 +136,8 @@ def upload(
     ]
     operations: list[Any] = [CommitOperationAdd(path.name, str(path)) for path in files]
     if card is not None:
-        operations.append(CommitOperationAdd(CARD_NAME, card.encode()))
-    with _explained(repo_id):
+        operations.append(CommitOperationAdd(CARD_NAME, card.encode(errors="surrogateescape")))
+    with explained(repo_id):
         names = {path.name for path in files}
         there = api.list_repo_files(repo_id, revision=revision)
         old = [name for name in there if Path(name).match("*.safetensors*") and "/" not in name and name not in names]
@@ -157,7 +157,7 @@ def _is_shared(path: Path) -> bool:
 
 
 @contextmanager
-def _explained(repo_id: str) -> Iterator[None]:
+def explained(repo_id: str) -> Iterator[None]:
     """Errors of the Hub's client as a `HubError` that says what to do."""
     from huggingface_hub import errors
 

@@ -8,6 +8,7 @@ weight_bits=3))` quantizes a float one.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -193,12 +194,7 @@ def save(
 
 def open_checkpoint(directory: Path, description: Mapping[str, Any], **kwargs: Any) -> nn.Module:
     """`from_pretrained` of the class of transformers that config.json names; no other code is run."""
-    names = description.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-        raise CheckpointError(f"architectures={names!r} of {directory} names no model of transformers")
-    loader: Any = found
+    loader = model_class(description, directory)
     try:
         with fileformat.building(_room(directory)):
             model: nn.Module = loader.from_pretrained(directory, use_safetensors=True, **kwargs)
@@ -207,6 +203,36 @@ def open_checkpoint(directory: Path, description: Mapping[str, Any], **kwargs: A
     except Exception as error:
         raise CheckpointError(f"transformers cannot open {directory}: {error}") from error
     return model
+
+
+def model_class(description: Mapping[str, Any], source: Any) -> Any:
+    """The class of transformers that a config.json names.
+
+    Raises:
+        CheckpointError: none, or code of a repository is asked for.
+    """
+    names = description.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise CheckpointError(
+            f"architectures={names!r} of {source} names no model of transformers ({transformers.__version__}); code of a "
+            "repository is not run"
+        )
+    if kernel := _kernel(description):
+        raise CheckpointError(f"config.json of {source} asks for {kernel!r}, and code of a repository is not run")
+    return found
+
+
+def _kernel(values: Any) -> str | None:
+    """An implementation that a config names and that is not of transformers but of a repository."""
+    entries = values.items() if isinstance(values, Mapping) else ()
+    for key, value in entries:
+        if str(key).endswith("_implementation") and re.search(r"[/:@]", repr(value)):
+            return repr(value)
+        if found := _kernel(value):
+            return found
+    return None
 
 
 def _room(directory: Path) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from . import hub
 from .config import DaqConfig
+from .console import printable
 from .errors import CheckpointError
 from .facts import CardFacts
 from .header import (
@@ -86,7 +87,7 @@ class Inspection:
         from rich.console import Console
 
         text = StringIO()
-        Console(file=text, width=200, no_color=True).print(self)
+        Console(file=text, width=1000, no_color=True).print(self)
         return text.getvalue().rstrip()
 
     def __rich__(self) -> Any:
@@ -106,16 +107,26 @@ class Inspection:
             sizes = [sum(layer.parameters for layer in layers)]
             megabytes = [sum(layer.float_bytes for layer in layers), sum(layer.bytes for layer in layers)]
             cells = [str(layers[0].weight_bits), activation, str(len(layers)), f"{sizes[0]:,}"]
-            table.add_row(Text(group), *cells, *(f"{value / 1e6:.3f}" for value in megabytes))
+            table.add_row(Text(printable(group)), *cells, *(f"{value / 1e6:.3f}" for value in megabytes))
         for group, tensors in grouped(self.matrices, lambda tensor: (tensor.dtype,)).items():
             count = sum(math.prod(tensor.shape) for tensor in tensors)
             size = f"{sum(tensor.bytes for tensor in tensors) / 1e6:.3f}"
-            table.add_row(Text(group), tensors[0].dtype.lower(), "float", str(len(tensors)), f"{count:,}", size, size)
-        lines: list[Any] = [Text(title, style="bold"), table, Text(self._sizes())]
+            table.add_row(
+                Text(printable(group)),
+                Text(printable(tensors[0].dtype.lower())),
+                "float",
+                str(len(tensors)),
+                f"{count:,}",
+                size,
+                size,
+            )
+        lines: list[Any] = [Text(printable(title), style="bold"), table, Text(self._sizes())]
         for result in self.facts.results:
             before = "" if result.float_value is None else f" (float {result.float_value:g})"
             where = " ".join(filter(None, (result.dataset, result.split)))
-            lines.append(Text(f"{result.metric} {result.value:g}{before}" + (f" on {where}" if where else "")))
+            lines.append(
+                Text(printable(f"{result.metric} {result.value:g}{before}" + (f" on {where}" if where else "")))
+            )
         return Group(*lines)
 
     def _sizes(self) -> str:

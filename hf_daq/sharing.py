@@ -34,7 +34,7 @@ def push_folder(
     inspection = inspect(folder)
     repo_id = hub.create_repository(repo_id, private, None if create_pr else revision, token)
     path = folder / hub.CARD_NAME
-    own = path.read_text(encoding="utf-8") if path.exists() else None
+    own = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else None
     there = hub.remote_card(repo_id, revision, token)
     card: str | None
     if own is not None and is_edited(own):

@@ -6,9 +6,9 @@ from pathlib import Path
 import hf_daq
 
 FLOORS = [
-    {"errors", "version", "compiling", "bitpack"},
-    {"config", "facts"},
-    {"functional", "header"},
+    {"errors", "version", "compiling", "bitpack", "console"},
+    {"config", "facts", "options"},
+    {"functional", "header", "planning"},
     {"quantizers", "hub"},
     {"layers", "initial", "inspection"},
     {"special", "order", "packed", "card"},
@@ -18,7 +18,8 @@ FLOORS = [
     {"fileformat", "report"},
     {"hub_timm", "hub_transformers", "checkup"},
     {"apply", "calibration", "packing", "registration"},
-    {"checkpoint", "export_compressed", "onnx_export"},
+    {"checkpoint", "export_compressed", "onnx_export", "skeleton", "opening"},
+    {"cli"},
     {"__init__"},
 ]
 FOLDER = Path(hf_daq.__file__).parent

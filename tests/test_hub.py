@@ -267,6 +267,17 @@ def test_no_code_of_a_repository_is_fetched(hub):
     assert not {"modeling.py", "pytorch_model.bin"} & {path.rsplit("/", 1)[-1] for _, path in hub.requests}
 
 
+@pytest.mark.parametrize(
+    "change", [{"attn_implementation": "somebody/kernel"}, {"text_config": {"_attn_implementation": "a/b:c"}}]
+)
+def test_a_config_cannot_ask_for_code_of_a_repository(hub, change):
+    model, _ = trained("bert")
+    hf_daq.push_to_hub(model, REPO)
+    hub.put(REPO, {"config.json": json.dumps(json.loads(hub.files(REPO)["config.json"]) | change).encode()})
+    with pytest.raises(CheckpointError, match="code of a repository is not run"):
+        hf_daq.from_pretrained(REPO)
+
+
 @pytest.mark.parametrize("name", ["test_resnet", "bert"])
 def test_a_file_that_does_not_match_its_metadata(hub, tmp_path, name):
     model, _ = trained(name)
