@@ -195,6 +195,8 @@ def save(
 def open_checkpoint(directory: Path, description: Mapping[str, Any], **kwargs: Any) -> nn.Module:
     """`from_pretrained` of the class of transformers that config.json names; no other code is run."""
     loader = model_class(description, directory)
+    if kernel := _kernel(description):
+        raise CheckpointError(f"config.json of {directory} asks for {kernel!r}, and code of a repository is not run")
     try:
         with fileformat.building(_room(directory)):
             model: nn.Module = loader.from_pretrained(directory, use_safetensors=True, **kwargs)
@@ -209,7 +211,7 @@ def model_class(description: Mapping[str, Any], source: Any) -> Any:
     """The class of transformers that a config.json names.
 
     Raises:
-        CheckpointError: none, or code of a repository is asked for.
+        CheckpointError: none.
     """
     names = description.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
@@ -219,8 +221,6 @@ def model_class(description: Mapping[str, Any], source: Any) -> Any:
             f"architectures={names!r} of {source} names no model of transformers ({transformers.__version__}); code of a "
             "repository is not run"
         )
-    if kernel := _kernel(description):
-        raise CheckpointError(f"config.json of {source} asks for {kernel!r}, and code of a repository is not run")
     return found
 
 
