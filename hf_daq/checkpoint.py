@@ -73,6 +73,8 @@ def save_pretrained(
     directory = Path(save_directory)
     if getattr(model, "daq_config", None) is None or not daq_layers(model):
         raise ModelError("save_pretrained needs the model that apply_daq returned, not a float or wrapped one")
+    if "push_to_hub" in kwargs:
+        raise ModelError('write hf_daq.push_to_hub(model, "user/name") to upload a model')
     if packed and state_dict is not None:
         raise ModelError("a packed file is written from the model itself: save the state dict, open it, then pack")
     saved = packed_copy(model) if packed and not packed_layers(model) else model

@@ -31,11 +31,17 @@ from .version import __version__
 PROBE_NAME = "probe.safetensors"
 
 
-def metadata(model: Any, facts: CardFacts | None = None) -> dict[str, str]:
-    """What the header of a weights file says of the quantization, and what its card says beside it."""
+def metadata(model: Any, facts: CardFacts | None = None, names: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What the header of a weights file says of the quantization, and what its card says beside it.
+
+    Args:
+        names: layer -> its name in the file, where that is another.
+    """
     content: dict[str, Any] = {"hf_daq_version": __version__, "quantization_config": model.daq_config.to_dict()}
     if model.daq_config.packed:
         content["shapes"] = {name: list(layer.shape) for name, layer in packed_layers(model).items()}
+    if names:
+        content["names"] = dict(names)
     if facts is not None and facts.to_dict():
         content["card"] = facts.to_dict()
     return {METADATA_KEY: json.dumps(content, sort_keys=True)}

@@ -1,8 +1,8 @@
 """What a checkpoint says of itself: config.json, and the header of its weights file, read without a tensor and without torch.
 
 The header's metadata has one key, "hf_daq", with a JSON string `{"hf_daq_version": ..., "quantization_config": ...}`; in
-a packed file also `"shapes": {layer: shape of its weight}`, so that codes can be read without the model; and `"card"`,
-the facts of the model card, where there are some.
+a packed file also `"shapes": {layer: shape of its weight}`, so that codes can be read without the model; `"names": {layer:
+its name in the file}` where transformers renames tensors as it saves; and `"card"`, the facts of the model card.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, 
 @dataclass(frozen=True)
 class Header:
     """What a weights file says of itself: quantization config, library version, name -> (dtype, shape), the shapes of packed
-    weights, and the facts of its card."""
+    weights, the facts of its card, and names of layers in the file where these are others."""
 
     config: DaqConfig
     version: str
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     shapes: dict[str, list[int]]
     facts: CardFacts = field(default_factory=CardFacts)
+    names: dict[str, str] = field(default_factory=dict)
 
 
 def read_description(directory: Path) -> dict[str, Any]:
@@ -103,6 +104,7 @@ def parse_header(path: Any, metadata: Mapping[str, str], tensors: dict[str, tupl
         config = DaqConfig.from_dict(content["quantization_config"])
         version, shapes = str(content["hf_daq_version"]), content.get("shapes", {})
         facts = CardFacts.from_dict(content.get("card", {}))
+        names = {str(name): str(other) for name, other in content.get("names", {}).items()}
     except ConfigError as error:
         raise CheckpointError(f"{path}: quantization config: {error}") from None
     except CheckpointError as error:
@@ -111,7 +113,7 @@ def parse_header(path: Any, metadata: Mapping[str, str], tensors: dict[str, tupl
         raise CheckpointError(f"{path}: damaged {METADATA_KEY!r} metadata: {error!r}") from None
     if config.layers is None:
         raise CheckpointError(f"{path}: the quantization config has no resolved layers")
-    return Header(config, version, tensors, shapes, facts)
+    return Header(config, version, tensors, shapes, facts, names)
 
 
 def read_agreeing_header(path: Path, config: DaqConfig) -> Header:
@@ -128,7 +130,7 @@ def joined(headers: list[Header]) -> Header:
     if any(header.config != first.config for header in headers):
         raise CheckpointError("the weights files of this checkpoint disagree about the quantization config")
     tensors = {name: entry for header in headers for name, entry in header.tensors.items()}
-    return Header(first.config, first.version, tensors, first.shapes, first.facts)
+    return Header(first.config, first.version, tensors, first.shapes, first.facts, first.names)
 
 
 def weights_files(directory: Path) -> list[Path]:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from .errors import ModelError
 from .layers import evaluating
+from .measuring import examples_in, run
 from .packed import PackedLayer
 from .quantizers import wide
 
 REACH = 3  # spans beyond either bound that bins cover; what lies farther is in the outermost ones
 BIN_WIDTH = {1: 1 / 41, 2: 1 / 15, 3: 1 / 7, 4: 1 / 5, 5: 1 / 3, 6: 1, 7: 3, 8: 5}  # in codes, by bits
-_ROUNDING = 1e-4  # codes by which a value may be off a bound
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,7 @@ def of_weight(name: str, layer: Any) -> Histogram:
         codes = _code_counts(layer.codes(), bits)
         return Histogram(name, bits, None, codes, None, -1.0, 2 / largest, levels, "weight / scale")
     quantizer, weight = layer.w_quant, wide(layer.float_weight())
-    rows = quantizer.rows(weight)
-    offset, unit = quantizer.statistics(rows)
-    start, end = (offset + unit * bound.view_as(offset) for bound in (quantizer.lower, quantizer.upper))
-    v = quantizer.unrows((rows - start) / (end - start) * largest, weight.shape)
+    (start, end), v = quantizer.bounds(weight), quantizer.positions(weight)
     scale = quantizer.scale.abs() if layer.a_quant is None else quantizer.scale.abs() / layer.a_quant.span
     origin, step, axis = -1.0, 2 / largest, f"weight, {quantizer.granularity} bounds at ±1"
     if quantizer.granularity == "tensor":
@@ -85,7 +82,17 @@ def of_weight(name: str, layer: Any) -> Histogram:
         slope, shift = (np.median((value / half).cpu().numpy()) for value in (scale, middle))
         levels = levels * slope - shift
     codes = _code_counts(quantizer.codes(weight), bits)
-    return Histogram(name, bits, _counts(v, bits), codes, _outside(v, bits) / v.numel(), origin, step, levels, axis)
+    return Histogram(
+        name,
+        bits,
+        _counts(v, bits),
+        codes,
+        int(quantizer.outside(v).count_nonzero()) / v.numel(),
+        origin,
+        step,
+        levels,
+        axis,
+    )
 
 
 def of_inputs(model: nn.Module, batch: Any, layers: Mapping[str, Any]) -> list[Histogram]:
@@ -97,19 +104,12 @@ def of_inputs(model: nn.Module, batch: Any, layers: Mapping[str, Any]) -> list[H
     Raises:
         ModelError: another kind of batch, or one that does not reach a layer.
     """
-    if not isinstance(batch, Tensor | Mapping | tuple):
-        raise ModelError(
-            f"batch is a {type(batch).__name__}; pass a tensor, a mapping of tensors as tokenizers give it, or a tuple of "
-            "positional arguments"
-        )
+    examples_in(batch)
     observers = {name: _Inputs(layer.a_quant) for name, layer in layers.items()}
     hooks = [layers[name].register_forward_pre_hook(observer.add) for name, observer in observers.items()]
     try:
         with evaluating(model), torch.no_grad():
-            if isinstance(batch, Mapping):
-                model(**batch)
-            else:
-                model(*(batch if isinstance(batch, tuple) else (batch,)))
+            run(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -131,10 +131,10 @@ class _Inputs:
 
     def add(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].detach()
-        v = wide(x) / self.step + self.zero_point
+        v = self.quantizer.positions(x)
         self.bins += _counts(v, self.bits)
         self.codes += _code_counts(self.quantizer.codes(x), self.bits)
-        self.clipped += _outside(v, self.bits)
+        self.clipped += int(self.quantizer.outside(v).count_nonzero())
 
     def histogram(self, name: str) -> Histogram:
         origin = -self.zero_point * self.step
@@ -152,7 +152,3 @@ def _counts(v: Tensor, bits: int) -> np.ndarray:
 def _code_counts(codes: Tensor, bits: int) -> np.ndarray:
     counts: np.ndarray = torch.bincount(codes.flatten().int(), minlength=2**bits).cpu().numpy()
     return counts
-
-
-def _outside(v: Tensor, bits: int) -> int:
-    return int(((v < -_ROUNDING) | (v > 2**bits - 1 + _ROUNDING)).sum())

@@ -19,6 +19,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
@@ -111,7 +112,16 @@ class DaqHfQuantizer(HfQuantizer):
             state_dict = state_dict | {one: state_dict[other] for one, other in tied if other in state_dict}
         if state_dict != {}:  # which ranks have that do not write
             fileformat.check_values(model.state_dict() if state_dict is None else state_dict, model)
-        return state_dict, fileformat.metadata(model, self.__dict__.pop("facts", None))
+        return state_dict, fileformat.metadata(model, self.__dict__.pop("facts", None), _names_in_file(model))
+
+
+def _names_in_file(model: Any) -> dict[str, str]:
+    """Layer -> its name in the file, where transformers gives tensors other names as it saves them."""
+    names = list(daq_layers(model))
+    key = "weight_codes" if model.daq_config.packed else "w_quant.scale"
+    numbered = {f"{name}.{key}": torch.tensor([number]) for number, name in enumerate(names)}
+    renamed = {names[int(number)]: name for name, number in revert_weight_conversion(model, numbered).items()}
+    return {name: other.removesuffix(f".{key}") for name, other in renamed.items() if other != f"{name}.{key}"}
 
 
 def _write(model: Any, directory: Any, state_dict: Any, facts: CardFacts | None, *args: Any, **kwargs: Any) -> Any:

@@ -195,8 +195,8 @@ def describe(source: str, description: Mapping[str, Any], headers: list[Header])
         raise CheckpointError(f"{source}: its weights and {CONFIG_NAME} disagree about the quantization config")
     library = "timm" if is_of_timm(description) else "transformers" if is_of_transformers(description) else "torch"
     layers = tuple(_layer(name, bits, header, description) for name, bits in (config.layers or {}).items())
-    own = {f"{layer.name}.{key}" for layer in layers for key in ("weight_codes", "weight_scale")}
-    own |= {f"{layer.name}.weight" for layer in layers}
+    keys = ("weight", "weight_codes", "weight_scale")
+    own = {f"{header.names.get(layer.name, layer.name)}.{key}" for layer in layers for key in keys}
     quantizer = re.compile(r".*\.[wa]_quant\.\w+")
     kept = tuple(
         KeptTensor(name, dtype, shape, _size(dtype, shape))
@@ -227,7 +227,8 @@ def describe(source: str, description: Mapping[str, Any], headers: list[Header])
 def _layer(name: str, bits: Mapping[str, int | None], header: Header, description: Mapping[str, Any]) -> InspectedLayer:
     weight_bits, activation_bits = bits["weight_bits"], bits["activation_bits"]
     assert weight_bits is not None
-    dtype, shape = header.tensors.get(f"{name}.weight", ("F32", None))
+    stored = header.names.get(name, name)
+    dtype, shape = header.tensors.get(f"{stored}.weight", ("F32", None))
     if shape is None:  # packed
         shape = _checked_shape(name, header)
         dtype = {"float16": "F16", "bfloat16": "BF16"}.get(str(description.get("dtype")), "F32")
@@ -237,7 +238,7 @@ def _layer(name: str, bits: Mapping[str, int | None], header: Header, descriptio
         "weight_scale",
         *(f"w_quant.{key}" for key in ("lower", "upper", "scale", "shift")),
     )
-    parts = [header.tensors.get(f"{name}.{key}") for key in keys]
+    parts = [header.tensors.get(f"{stored}.{key}") for key in keys]
     size = sum(_size(*part) for part in parts if part is not None)
     count = math.prod(shape)
     return InspectedLayer(name, shape, weight_bits, activation_bits, count, size, count * BYTES[dtype])

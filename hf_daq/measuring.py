@@ -17,11 +17,10 @@ from .integers import replaced_forwards
 from .layers import QuantizedLayer, evaluating
 from .order import ORDER
 from .packed import PackedLayer, daq_layers
-from .quantizers import Quantizer, WeightQuantizer, is_shard, wide
+from .quantizers import Quantizer, is_shard, wide
 from .special import weight_modules
 
 _SAMPLES = 2**16
-_ON_A_BOUND = 1e-6  # of the distance of the bounds
 
 
 @torch.no_grad()
@@ -44,7 +43,7 @@ def measure(model: nn.Module, batch: Any = None) -> tuple[list[Measurement], dic
                 stack.callback(hook.remove)
             for name, module in kept_modules(model).items():
                 stack.callback(module.register_forward_hook(_counting(name, macs), prepend=True).remove)
-            _call(model, batch)
+            run(model, batch)
             for found in measured:
                 found.macs = round(found.macs / examples)
             macs = {name: round(count / examples) for name, count in macs.items()}
@@ -102,7 +101,10 @@ class Measurement:
         quantized = layer.quantized_weight(self.dtype) if self.packed else layer.quantized_weight()
         self.weight_levels = _distinct(self._rows_of_scales(quantized))
         if not self.packed:
-            self.weight_lower, self.weight_upper, self.weights_clipped = _weight_bounds(layer.w_quant, weight)
+            lower, upper = layer.w_quant.bounds(weight)
+            self.weight_lower, self.weight_upper = float(lower.min()), float(upper.max())
+            clipped = layer.w_quant.outside(layer.w_quant.positions(weight)).count_nonzero()
+            self.weights_clipped = int(clipped) / weight.numel()
             quantized = wide(quantized) if self.a_quant is None else wide(quantized) / self.a_quant.span
             self.weight_sqnr = decibels(_squares(weight), _squares(weight - quantized))
 
@@ -141,8 +143,7 @@ class Measurement:
     def _look_at_inputs(self, a_quant: Any, x: Tensor) -> None:
         levels = 2**a_quant.bits - 1
         self.input_counts += torch.bincount(a_quant.codes(x).flatten(), minlength=levels + 1)
-        lowest = -a_quant.zero_point * (a_quant.span / levels)
-        self.clipped_inputs += int(_outside(x, lowest, lowest + a_quant.span).sum())
+        self.clipped_inputs += int(a_quant.outside(a_quant.positions(x)).count_nonzero())
         self.negative_inputs += int((x < 0).sum())
         self.input_levels = max(self.input_levels, _distinct(a_quant(_sample(x.reshape(1, -1)))))
 
@@ -214,7 +215,8 @@ def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
-def _call(model: nn.Module, batch: Any) -> None:
+def run(model: nn.Module, batch: Any) -> None:
+    """A forward of a tensor, a mapping or a tuple."""
     if isinstance(batch, Mapping):
         model(**batch)
     else:
@@ -259,23 +261,6 @@ def _counting(name: str, macs: dict[str, int]) -> Callable[..., None]:
 def largest_weight(module: nn.Module) -> Tensor:
     weight = getattr(module, "weight", None)
     return weight if isinstance(weight, Tensor) else max(module.parameters(recurse=False), key=Tensor.numel)
-
-
-def _weight_bounds(quantizer: WeightQuantizer, weight: Tensor) -> tuple[float, float, float]:
-    """The lowest and the highest bound in units of the weight, and the share of weights outside of theirs."""
-    rows = quantizer.rows(weight)
-    offset, unit = quantizer.statistics(rows)
-    start = offset + unit * quantizer.lower.view_as(offset)
-    end = offset + unit * quantizer.upper.view_as(offset)
-    outside, valid = _outside(rows, start, end), quantizer.valid(rows.device)
-    outside = outside if valid is None else outside & (valid > 0)
-    return float(start.min()), float(end.max()), int(outside.sum()) / weight.numel()
-
-
-def _outside(values: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-    """Values on a bound are inside, however it is rounded: calibration often puts it on the largest weight."""
-    margin = _ON_A_BOUND * (upper - lower)
-    return (values < lower - margin) | (values > upper + margin)
 
 
 def count_bad(values: Tensor) -> int:

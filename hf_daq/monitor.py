@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from .errors import CalibrationError, ConfigError, ModelError
 from .layers import QuantizedLayer, quantized_layers
 from .packed import packed_layers
-from .quantizers import ActivationQuantizer, WeightQuantizer, is_shard, wide
+from .quantizers import is_shard
 
 _OF_WEIGHTS = ("flip_rate", "oscillating", "weights_clipped")
 
@@ -155,7 +155,8 @@ class _Window:
     def look(self, quantizer: Any, args: tuple[Tensor, ...]) -> None:
         """The hook. It gets the replica of the quantizer where there are some."""
         if not torch.compiler.is_compiling() and quantizer.training and args[0].numel():
-            self.clipped.append((_inputs_clipped(quantizer, args[0]), args[0].numel()))
+            clipped = quantizer.outside(quantizer.positions(args[0])).count_nonzero()
+            self.clipped.append((clipped, args[0].numel()))
 
     def close(self) -> None:
         if self.hook is not None:
@@ -168,7 +169,7 @@ class _Window:
         weights = [
             self.flips / window,
             self.oscillated.count_nonzero() / self.codes.numel(),
-            _weights_clipped(w_quant, self.layer.float_weight()),
+            w_quant.outside(w_quant.positions(self.layer.float_weight())).count_nonzero() / self.codes.numel(),
             w_quant.lower.min(),
             w_quant.upper.max(),
             w_quant.scale.abs().mean(),
@@ -187,24 +188,6 @@ class _Window:
             "input_lower": None if a_quant is None else a_quant.lower.item(),
             "input_upper": None if a_quant is None else a_quant.upper.item(),
         }
-
-
-def _weights_clipped(quantizer: WeightQuantizer, weight: Tensor) -> Tensor:
-    """Share of a weight outside the bounds, a scalar."""
-    rows = quantizer.rows(weight)
-    offset, unit = quantizer.statistics(rows)
-    lower, upper = (offset + unit * bound.view_as(unit) for bound in (quantizer.lower, quantizer.upper))
-    outside = (rows < lower) | (rows > upper)
-    return quantizer.unrows(outside, weight.shape).count_nonzero() / weight.numel()
-
-
-def _inputs_clipped(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
-    """How many inputs are outside the bounds as they are used: moved so that the real zero is a code."""
-    levels = 2**quantizer.bits - 1
-    step = quantizer.span / levels
-    lower = -(-wide(quantizer.lower) / step).round().clamp(0, levels) * step
-    outside: Tensor = (x < lower) | (x > lower + quantizer.span)
-    return outside.count_nonzero()
 
 
 def _mean(layers: Mapping[str, Mapping[str, float | None]], key: str, counts: Mapping[str, int]) -> float:

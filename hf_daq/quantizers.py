@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .functional import quantize_activation, quantize_weight
 
 _SMALLEST_SCALE = 1e-8
+_ON_A_BOUND = 1e-4  # codes: calibration often puts a bound on the largest value, and rounding moves it a little
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -89,6 +90,11 @@ class Quantizer(nn.Module):
             "temperature": self.temperature,
             "dtype": self.result_dtype(x),
         }
+
+    def outside(self, positions: Tensor) -> Tensor:
+        """Which values are clipped, from their `positions`; not those on a bound."""
+        outside: Tensor = (positions < -_ON_A_BOUND) | (positions > 2**self.bits - 1 + _ON_A_BOUND)
+        return outside
 
     def extra_repr(self) -> str:
         state = "" if self.calibrated else ", not calibrated"
@@ -185,6 +191,19 @@ class WeightQuantizer(Quantizer):
         unit = _norm(rows, dims) / count**0.5
         return offset, unit.clamp_min(_SMALLEST_SCALE)
 
+    @torch.no_grad()
+    def bounds(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Lower and upper bounds in units of the weight, broadcastable to `rows(weight)`."""
+        offset, unit = self.statistics(self.rows(weight))
+        return offset + unit * self.lower.view_as(offset), offset + unit * self.upper.view_as(offset)
+
+    @torch.no_grad()
+    def positions(self, weight: Tensor) -> Tensor:
+        """Where weights lie between the codes, before rounding: the bounds are at 0 and `2**bits - 1`."""
+        start, end = self.bounds(weight)
+        rows = wide(self.rows(weight))
+        return self.unrows((rows - start) / (end - start) * (2**self.bits - 1), weight.shape)
+
     def forward(self, weight: Tensor) -> Tensor:
         return self._quantized(weight, self.scale, self._options(weight))
 
@@ -250,6 +269,13 @@ class ActivationQuantizer(Quantizer):
         values = quantize_activation(wide(x), self.lower, self.upper, **options)
         codes: Tensor = (values * (2**self.bits - 1) + self.zero_point).round_().to(torch.uint8)
         return codes
+
+    @torch.no_grad()
+    def positions(self, x: Tensor) -> Tensor:
+        """Where inputs lie between the codes, before rounding: the bounds, moved so that zero is a code, are at 0 and
+        `2**bits - 1`."""
+        positions: Tensor = wide(x) / (self.span / (2**self.bits - 1)) + self.zero_point
+        return positions
 
     def forward(self, x: Tensor) -> Tensor:
         return quantize_activation(x, self.lower, self.upper, **self._options(x))

@@ -6,6 +6,7 @@ import re
 
 import huggingface_hub
 import pytest
+import tiny
 import torch
 from models import images, small_net, small_timm
 from safetensors.torch import load_file
@@ -14,6 +15,7 @@ from test_transformers import tiny_bert, tokens
 import hf_daq
 from hf_daq.card import is_edited, render, write_card
 from hf_daq.errors import CheckpointError
+from hf_daq.layers import quantized_layers
 
 FACTS = hf_daq.CardFacts(
     base_model="timm/test_resnet.r160_in1k",
@@ -277,6 +279,18 @@ def test_inspection_of_a_module_of_neither_library(tmp_path):
     found = hf_daq.inspect(tmp_path)
     assert (found.library, found.architecture) == ("torch", "SmallNet")
     assert "model=model" in render(found)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_layers_that_transformers_renames_in_the_file(tmp_path, packed):
+    model = tiny.ARCHITECTURES["vit"].build()
+    hf_daq.apply_daq(model, weight_bits=3)
+    hf_daq.save_pretrained(model, tmp_path, packed=packed)
+    found = hf_daq.inspect(tmp_path)
+    shapes = {name: tuple(layer.weight.shape) for name, layer in quantized_layers(model).items()}
+    assert {layer.name: layer.shape for layer in found.layers} == shapes
+    assert f"{found.layers[0].name}.weight" not in load_file(tmp_path / "model.safetensors")
+    assert not [tensor for tensor in found.kept if ".layer" in tensor.name and len(tensor.shape) > 1]
 
 
 def test_names_with_markup_are_printed_as_they_are(tmp_path):

@@ -18,7 +18,7 @@ from test_transformers import tiny_bert, tokens
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import hf_daq
-from hf_daq.errors import CheckpointError, HubError
+from hf_daq.errors import CheckpointError, HubError, ModelError
 from hf_daq.header import read_header
 from hf_daq.layers import quantized_layers
 from hf_daq.packed import packed_layers
@@ -154,6 +154,11 @@ def test_the_methods_of_transformers_push_the_same(hub, tmp_path):
     assert "hf_daq" in model.model_tags
     hf_daq.remove_daq(model)
     assert "push_to_hub" not in vars(model)
+
+
+def test_save_pretrained_does_not_push(small, tmp_path):
+    with pytest.raises(ModelError, match="write hf_daq.push_to_hub"):
+        hf_daq.save_pretrained(small[0], tmp_path, push_to_hub=True)
 
 
 def test_offline_the_cache_is_enough(hub, small, monkeypatch):
