@@ -166,7 +166,11 @@ def _loading(inspection: Inspection, repo_id: str | None) -> list[str]:
         cls = inspection.architecture
         lines = f'import hf_daq\nfrom transformers import {cls}\n\nmodel = {cls}.from_pretrained("{where}")'
         without = "transformers prints `Unknown quantization type` and "
-        without += "takes random weights" if inspection.packed else "loads the float weights, which are not quantized"
+        without += (
+            "takes random weights for the quantized layers"
+            if inspection.packed
+            else "loads the float weights, which are not quantized"
+        )
     else:
         lines = f'import hf_daq\n\nmodel = hf_daq.from_pretrained("{where}", model=model)  # the float model'
         without = "there is nothing that reads the file"
