@@ -35,6 +35,7 @@ from .patch import patch, start_weights, unpatch
 from .sharing import push_folder
 from .special import is_transformers_model
 
+_TAGS = ["hf_daq", "quantization"]
 _HUB_OPTIONS = (
     "private",
     "token",
@@ -180,13 +181,14 @@ def attach(model: Any) -> None:
         part.config._is_quantized = True
     model.save_pretrained = MethodType(_save_pretrained, model)
     model.push_to_hub = MethodType(_push_to_hub, model)
-    model.add_model_tags(["hf_daq", "quantization"])
+    model.add_model_tags(_TAGS)
 
 
 def detach(model: Any) -> None:
     """Inverse of `attach`."""
-    for name in ("hf_quantizer", "quantization_method", "save_pretrained", "push_to_hub", "model_tags"):
+    for name in ("hf_quantizer", "quantization_method", "save_pretrained", "push_to_hub"):
         model.__dict__.pop(name, None)
+    model.model_tags = [tag for tag in model.model_tags or () if tag not in _TAGS] or None
     model.is_quantized = False
     for part in _transformers_parts(model):
         for name in ("quantization_config", "_is_quantized"):

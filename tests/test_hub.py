@@ -152,7 +152,9 @@ def test_the_methods_of_transformers_push_the_same(hub, tmp_path):
     assert huggingface_hub.HfApi().model_info("user/one").private
     assert "| seed | 3 |" in hub.files("user/one")["README.md"].decode()
     assert "hf_daq" in model.model_tags
+    model.add_model_tags("mine")
     hf_daq.remove_daq(model)
+    assert model.model_tags == ["mine"]
     assert "push_to_hub" not in vars(model)
 
 
