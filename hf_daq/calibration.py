@@ -85,15 +85,15 @@ def calibrate(model: nn.Module, *, check: bool = True) -> Iterator[nn.Module]:
                     hook.remove()
             _reduce(observers)
             values = {name: _initial_values(name, layer, observers[name], config) for name, layer in layers.items()}
+            probe = tuple(map(_copied, batches[-1])) if check and batches else None  # a forward may change a cache
             _match_outputs(model, layers, values, batches)
         for name, layer in layers.items():
             _write(layer, values[name])
-    if check and batches and (processes() == 1 or dist.get_rank() == 0):
-        _log_findings(model, batches[-1])
+    if probe is not None and (processes() == 1 or dist.get_rank() == 0):
+        _log_findings(model, *probe)
 
 
-def _log_findings(model: nn.Module, batch: _Call) -> None:
-    args, kwargs = batch
+def _log_findings(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     names = inspect.signature(model.forward).parameters
     for finding in health(model, dict(zip(names, args, strict=False)) | kwargs if kwargs else args).findings:
         logger.warning("after calibration, layer %r: %s", finding.layer, finding.message)

@@ -431,7 +431,11 @@ def test_debug_shows_the_traceback(tmp_path):
 def test_interrupt(tmp_path):
     os.mkfifo(tmp_path / "config.json")  # nobody writes to it
     process = subprocess.Popen(
-        [*COMMAND, "inspect", tmp_path], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*COMMAND, "inspect", tmp_path],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     writer = os.open(tmp_path / "config.json", os.O_WRONLY)  # returns once the command reads
     time.sleep(0.1)
