@@ -39,8 +39,8 @@ def download(repo_id: str, **options: Any) -> Path:
 def remote_headers(
     repo_id: str, **options: Any
 ) -> tuple[Path, dict[str, tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...]]]]]]:
-    """The folder with config.json of a repository, and file -> (metadata, tensors) of its weights files. Offline the files
-    come from the cache, else only their headers are asked for.
+    """The folder with config.json of a repository, and file -> (metadata, tensors) of its weights files, of which only the
+    headers are asked for.
 
     Args:
         **options: revision, token of huggingface_hub.
@@ -59,6 +59,12 @@ def remote_headers(
         name: (file.metadata or {}, {key: (info.dtype, tuple(info.shape)) for key, info in file.tensors.items()})
         for name, file in found.files_metadata.items()
     }
+
+
+def is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def is_repository(name: object) -> bool:

@@ -162,29 +162,28 @@ def _pattern(name: str) -> str:
 def inspect(path_or_repo: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Inspection:
     """What is in a checkpoint: a folder, a weights file, or a repository of the Hub.
 
-    Of a repository only config.json and the headers are asked for.
+    Of a repository only config.json and the headers are asked for; offline it must be in the cache.
 
     Raises:
         CheckpointError: not a checkpoint of hf_daq, or damaged. HubError: a repository that is not there or not reached.
     """
-    path = Path(path_or_repo)
+    path, source = Path(path_or_repo), str(path_or_repo)
     if path.is_file():
-        return describe(str(path_or_repo), read_description(path.parent), [read_header(path)])
-    if path.is_dir():
-        description = read_description(path)
-        described_config(description, path / CONFIG_NAME)
-        files = weights_files(path)
-        if not files:
-            raise CheckpointError(f"{path} has no {WEIGHTS_NAME}")
-        return describe(str(path_or_repo), description, [read_header(file) for file in files])
-    if not hub.is_repository(path_or_repo):
-        raise CheckpointError(
-            f"{str(path_or_repo)!r} is neither a folder, a file, nor a repository such as 'user/name'"
-        )
-    folder, headers = hub.remote_headers(str(path_or_repo), revision=revision, token=token)
-    name = f"{path_or_repo}"
-    parsed = [parse_header(f"{file} of {name}", *content) for file, content in headers.items()]
-    return describe(name, read_description(folder), parsed)
+        return describe(source, read_description(path.parent), [read_header(path)])
+    if not path.is_dir():
+        if not hub.is_repository(source):
+            raise CheckpointError(f"{source!r} is neither a folder, a file, nor a repository such as 'user/name'")
+        if not hub.is_offline():
+            folder, headers = hub.remote_headers(source, revision=revision, token=token)
+            parsed = [parse_header(f"{file} of {source}", *content) for file, content in headers.items()]
+            return describe(source, read_description(folder), parsed)
+        path = hub.download(source, revision=revision, token=token)
+    description = read_description(path)
+    described_config(description, path / CONFIG_NAME)
+    files = weights_files(path)
+    if not files:
+        raise CheckpointError(f"{path} has no {WEIGHTS_NAME}")
+    return describe(source, description, [read_header(file) for file in files])
 
 
 def describe(source: str, description: Mapping[str, Any], headers: list[Header]) -> Inspection:

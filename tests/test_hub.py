@@ -166,11 +166,14 @@ def test_save_pretrained_does_not_push(small, tmp_path):
 def test_offline_the_cache_is_enough(hub, small, monkeypatch):
     model, batch = small
     hf_daq.push_to_hub(model, REPO)
+    before = hf_daq.inspect(REPO)
     hf_daq.from_pretrained(REPO)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert torch.equal(run(hf_daq.from_pretrained(REPO), batch), run(model, batch))
-    with pytest.raises(HubError, match="not in the cache, and the Hub was not reached"):
-        hf_daq.from_pretrained("user/another")
+    assert hf_daq.inspect(REPO).layers == before.layers
+    for function in (hf_daq.from_pretrained, hf_daq.inspect):
+        with pytest.raises(HubError, match="not in the cache, and the Hub was not reached"):
+            function("user/another")
 
 
 def test_local_files_only_and_cache_dir(hub, small, tmp_path):
