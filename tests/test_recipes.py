@@ -18,6 +18,8 @@ import transformers
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+import hf_daq
+
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 import common  # noqa: E402
@@ -151,11 +153,24 @@ def test_resnet18_config_runs(imagefolder, tmp_path):
     assert results["quantized"] >= 0
 
 
+def assert_card(output, metric, results, split, dataset):
+    """The card of output/quantized has what was measured, and nothing of this machine."""
+    facts = hf_daq.inspect(output / "quantized").facts
+    assert facts.results == (hf_daq.Result(metric, results["quantized"], results["float"], dataset, split),)
+    assert facts.command.startswith("python recipes/")
+    assert facts.seed == 0
+    assert facts.recipe["daq"]
+    text = (output / "quantized" / "README.md").read_text()
+    assert f"| {results['float']:g} | {results['quantized']:g} |" in text
+    assert str(output) not in text
+
+
 def test_digits_results_and_folders(tmp_path):
     results = run("--output_dir", tmp_path, "--float_epochs", 4, "--epochs", 1, "--daq.bits", 4)
     assert results["float"] > 80
     assert results["calibrated"] > 60
     assert results["quantized"] > 80
+    assert_card(tmp_path, "accuracy", results, "test", "digits")
 
     report = json.loads((tmp_path / "results.json").read_text())
     assert report["results"] == results
@@ -495,6 +510,7 @@ def test_sst2_configs_run(name, reviews, text_float, tmp_path):
     assert model.config.id2label == {0: "0", 1: "1"}
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "quantized")
     assert tokenizer("the film")["input_ids"][0] == 2
+    assert_card(tmp_path, "accuracy", results, "validation", reviews.name)
 
 
 @pytest.fixture(scope="module")
@@ -610,6 +626,7 @@ def test_tinyshakespeare_configs_run(name, play, language_float, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
     weight = int(name.removesuffix(".yaml").split("_w")[1])
     assert {tuple(layer.values()) for layer in model.daq_config.layers.values()} == {(weight, None)}
+    assert_card(tmp_path, "loss", results, "last 10% of train", play.name)
 
 
 def test_the_default_run_is_the_python_docs_config():
@@ -695,6 +712,7 @@ def test_an_image_run_ends_with_its_exports(parquet, float_folder, tmp_path, cap
     )
     packed = timm.create_model(f"local-dir:{tmp_path / 'packed'}", pretrained=True)
     assert packed.daq_config.packed
+    assert hf_daq.inspect(tmp_path / "packed").facts == hf_daq.inspect(tmp_path / "quantized").facts
     assert (tmp_path / "packed" / "probe.safetensors").exists()
     assert (tmp_path / "model.onnx").stat().st_size > 200_000
     printed = capsys.readouterr().out
