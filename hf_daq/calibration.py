@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import math
 import warnings
@@ -21,6 +20,7 @@ from .config import DaqConfig
 from .errors import CalibrationError, ModelError
 from .initial import activation_bounds, start_from_weight
 from .layers import LAYER_TYPES, QuantizedLayer, evaluating, quantized_layers
+from .measuring import Call
 from .order import ORDER, processes, refuse_wrapped
 from .quantizers import ActivationQuantizer, WeightQuantizer, is_shard
 
@@ -28,8 +28,6 @@ logger = logging.getLogger("hf_daq")
 _BINS = 8192
 _SAMPLES = 2**20
 _SMALLEST_EXPONENT = -126
-
-_Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @contextmanager
@@ -69,10 +67,10 @@ def calibrate(model: nn.Module, *, check: bool = True) -> Iterator[nn.Module]:
     if any(is_shard(layer.weight) for layer in layers.values()):
         raise ModelError(f"calibrate cannot see through a sharded model; the order is: {ORDER}")
     observers = {name: _Observer(layer.weight.device) for name, layer in layers.items()}
-    batches: list[_Call] = []
+    batches: list[Call] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        batches.append((_copied(args), _copied(kwargs)))
+        batches.append(Call(_copied(args), _copied(kwargs)))
 
     with evaluating(model):
         with torch.no_grad(), _float_layers(layers.values()):
@@ -85,18 +83,13 @@ def calibrate(model: nn.Module, *, check: bool = True) -> Iterator[nn.Module]:
                     hook.remove()
             _reduce(observers)
             values = {name: _initial_values(name, layer, observers[name], config) for name, layer in layers.items()}
-            probe = tuple(map(_copied, batches[-1])) if check and batches else None  # a forward may change a cache
+            probe = Call(*map(_copied, batches[-1])) if check and batches else None  # a forward may change a cache
             _match_outputs(model, layers, values, batches)
         for name, layer in layers.items():
             _write(layer, values[name])
     if probe is not None and (processes() == 1 or dist.get_rank() == 0):
-        _log_findings(model, *probe)
-
-
-def _log_findings(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    names = inspect.signature(model.forward).parameters
-    for finding in health(model, dict(zip(names, args, strict=False)) | kwargs if kwargs else args).findings:
-        logger.warning("after calibration, layer %r: %s", finding.layer, finding.message)
+        for finding in health(model, probe).findings:
+            logger.warning("after calibration, layer %r: %s", finding.layer, finding.message)
 
 
 class _Observer:
@@ -198,7 +191,7 @@ def _initial_values(name: str, layer: QuantizedLayer, observer: _Observer, confi
 
 
 def _match_outputs(
-    model: nn.Module, layers: dict[str, QuantizedLayer], values: dict[str, _Values], batches: list[_Call]
+    model: nn.Module, layers: dict[str, QuantizedLayer], values: dict[str, _Values], batches: list[Call]
 ) -> None:
     """Run the batches again to match each quantized layer to its float form on the same inputs: the mean absolute
     output by the scale, and then the mean of every output channel by the shift."""

@@ -240,7 +240,7 @@ def _layer(name: str, bits: Mapping[str, int | None], header: Header, descriptio
     parts = [header.tensors.get(f"{stored}.{key}") for key in keys]
     size = sum(_size(*part) for part in parts if part is not None)
     count = math.prod(shape)
-    return InspectedLayer(name, shape, weight_bits, activation_bits, count, size, count * BYTES[dtype])
+    return InspectedLayer(name, shape, weight_bits, activation_bits, count, size, _size(dtype, shape))
 
 
 def _checked_shape(name: str, header: Header) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,13 @@ from .quantizers import Quantizer, is_shard, wide
 from .special import weight_modules
 
 _SAMPLES = 2**16
+
+
+class Call(NamedTuple):
+    """A batch of a forward that was recorded."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 @torch.no_grad()
@@ -216,8 +223,10 @@ def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
 
 
 def run(model: nn.Module, batch: Any) -> None:
-    """A forward of a tensor, a mapping or a tuple."""
-    if isinstance(batch, Mapping):
+    """A forward of a tensor, a mapping, a tuple or a call."""
+    if isinstance(batch, Call):
+        model(*batch.args, **batch.kwargs)
+    elif isinstance(batch, Mapping):
         model(**batch)
     else:
         model(*(batch if isinstance(batch, tuple) else (batch,)))
@@ -230,6 +239,8 @@ def examples_in(batch: Any) -> int:
             f"batch is a {type(batch).__name__}; pass a tensor, a mapping of tensors as tokenizers give it, or a tuple of "
             "positional arguments"
         )
+    if isinstance(batch, Call):
+        batch = (*batch.args, *batch.kwargs.values())
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else (batch,)
     return next((len(value) for value in values if isinstance(value, Tensor) and value.ndim > 0), 1)
 

@@ -219,10 +219,10 @@ def test_timm_models_of_every_kind_train_a_step_after_calibration():
         assert torch.equal(twin.eval()(images(2, size)), twin(images(2, size)))
 
 
-@pytest.mark.parametrize("call", [lambda m, x: m(x), lambda m, x: m(x=x)])
+@pytest.mark.parametrize("call", [lambda m, x: m(x), lambda m, x: m(x=x), lambda m, x: m(x, flag=1)])
 def test_calibration_ends_with_a_health_check_on_its_last_batch(caplog, call):
     model = hf_daq.apply_daq(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), bits=4, first_last_bits=4)
-    model.forward = lambda x: model[1](model[0](x))  # so that the input has a name
+    model.forward = lambda x, **others: model[1](model[0](x))
     for check, expected in ((False, 0), (True, 1)):
         caplog.clear()
         with hf_daq.calibrate(model, check=check):
