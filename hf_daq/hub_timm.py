@@ -88,7 +88,10 @@ def build(
     """
     config = DaqConfig.from_dict(quantization_config)
     if not isinstance(base, str) or base == ARCHITECTURE or not is_model(base):
-        raise CheckpointError(f"base={base!r} is not an architecture of this timm ({timm.__version__})")
+        raise CheckpointError(
+            f"base={base!r} is not an architecture of this timm ({timm.__version__}); if it is your own, import the module "
+            "that registers it first"
+        )
     base_args = base_args or {}
     if not isinstance(base_args, dict) or _REFUSED_ARGS & base_args.keys() or _is_huge(base_args):
         raise CheckpointError(f"base_args={base_args!r} are not arguments of a model")

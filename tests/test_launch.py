@@ -103,6 +103,7 @@ def test_sharded_processes_train_what_one_does(tmp_path):
     assert_equal(weights(tmp_path / "killed"), weights(tmp_path / "sharded"))
 
 
+@pytest.mark.slow
 def test_a_sharded_language_model(tmp_path):
     args = ["--max_steps", 4, "--checkpoint_every", 2, "--batch_size", 8, "--sample_tokens", 5]
     finish(SHARDED, "language_modeling", *args, "--output_dir", tmp_path / "sharded")

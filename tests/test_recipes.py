@@ -755,6 +755,7 @@ def test_sizes_and_parity_of_three_kinds_of_networks(
     assert capsys.readouterr().out.count(str(text_float)) == 1
 
 
+@pytest.mark.slow
 def test_speed_is_measured_in_both_runtimes():
     rows = deploy.main(["--speed", "test_resnet", "--threads", "1"])["speed"]
     assert [(row["runtime"], row["batch"]) for row in rows] == [
