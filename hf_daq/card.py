@@ -36,18 +36,15 @@ _TASKS = {
 _LIBRARIES = ("torch", "timm", "transformers", "safetensors")
 
 
-def write_card(directory: Path, repo_id: str | None = None, overwrite: bool = False) -> bool:
-    """Write the card of the checkpoint in a folder, and say whether that was done: one that a person edited is kept, with a
-    warning, unless `overwrite`."""
+def write_card(directory: Path, repo_id: str | None = None, overwrite: bool = False) -> None:
+    """Write the card of the checkpoint in a folder. One that a person edited is kept, with a warning, unless `overwrite`."""
     path = directory / CARD_NAME
-    before = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else None
-    if before is not None and is_edited(before) and not overwrite:
+    if not overwrite and has_edited_card(directory):
         logger.warning(
             "%s was edited, so it is kept as it is; `hf-daq card %s --overwrite` writes it anew", path, directory
         )
-        return False
+        return
     path.write_text(render(inspect(directory), repo_id), encoding="utf-8")
-    return True
 
 
 def update_card(directory: str | Path, facts: CardFacts, overwrite: bool = False) -> None:
@@ -63,6 +60,18 @@ def update_card(directory: str | Path, facts: CardFacts, overwrite: bool = False
     for path in weights_files(directory):
         write_facts(path, facts if facts.versions else dataclasses.replace(facts, versions=before.versions))
     write_card(directory, overwrite=overwrite)
+
+
+def has_edited_card(directory: Path) -> bool:
+    """Whether a folder has a card that a person edited, or wrote."""
+    card = read_card(directory)
+    return card is not None and is_edited(card)
+
+
+def read_card(directory: Path) -> str | None:
+    """README.md of a folder, None without one."""
+    path = directory / CARD_NAME
+    return path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else None
 
 
 def is_edited(text: str) -> bool:
@@ -254,8 +263,13 @@ def _versions(inspection: Inspection) -> dict[str, str]:
     return {"hf_daq": inspection.version}
 
 
-def running_versions() -> dict[str, str]:
-    """Python and the libraries that a model is saved with."""
+def with_versions(facts: CardFacts | None) -> CardFacts:
+    """The facts, with the versions of Python and the libraries that run now where they name none."""
+    facts = facts or CardFacts()
+    return facts if facts.versions else dataclasses.replace(facts, versions=_running_versions())
+
+
+def _running_versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "hf_daq": __version__}
     for name in _LIBRARIES:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import fileformat, hub, hub_timm
-from .card import running_versions, write_card
+from .card import with_versions, write_card
 from .config import DaqConfig
 from .errors import CheckpointError, ConfigError, DaqError, ModelError
 from .facts import CardFacts
@@ -157,9 +156,7 @@ def _write(
         description = hub_timm.describe(model, config)
     else:
         description = {"architecture": type(model).__name__, "quantization_config": config.to_dict()}
-    facts = card or CardFacts()
-    facts = facts if facts.versions else dataclasses.replace(facts, versions=running_versions())
-    fileformat.write(directory, tensors, model, description, facts)
+    fileformat.write(directory, tensors, model, description, with_versions(card))
 
 
 def from_pretrained(

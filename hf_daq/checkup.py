@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from .console import plain
 from .measuring import Measurement, check_quantized, count_bad, examples_in, measure
-from .report import as_json, as_text, name_cell
+from .report import as_text, name_cell
 
 # Chosen so that trained networks pass: those looked at used at least 30 % of their codes at 8 bits and 75 % at up to 4,
 # clipped at most 82 % of their inputs (signed ones at 1 bit, else 56 %), and of their layers with an output SQNR below 2 dB
@@ -62,7 +63,7 @@ class Health:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; "inf", "-inf" and "nan" are strings."""
-        return {"ok": self.ok, **as_json(dataclasses.asdict(self))}
+        return {"ok": self.ok, **plain(dataclasses.asdict(self))}
 
     def __rich__(self) -> Table | Text:
         if self.ok:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from .console import printable, show, show_json, show_warnings, working
 from .errors import CheckpointError, ExportError, ModelError
-from .options import Commands, Debug, Folder, Granularity, Inputs, Json, Revision, Runtime, Target, Version
+from .options import Commands, Debug, Folder, Granularity, Inputs, Json, OutFolder, Revision, Runtime, Target, Version
 from .planning import config_of, every_layer, plan_table, totals_of
 
 EXAMPLES = """Examples:
@@ -158,18 +158,18 @@ def card_command(
     \b
     hf-daq card out --repo-id user/name
     """
-    from .card import is_edited, render
+    from .card import has_edited_card, render, write_card
     from .hub import CARD_NAME
     from .inspection import inspect
 
-    text = render(inspect(folder), repo_id)
     if print_it:
+        text = render(inspect(folder), repo_id)
         show_json({"card": text}) if as_json else typer.echo(printable(text), nl=False)
         return
     path = folder / CARD_NAME
-    if path.exists() and not overwrite and is_edited(path.read_text(encoding="utf-8", errors="replace")):
+    if not overwrite and has_edited_card(folder):
         raise CheckpointError(f"{path} was edited, so it is kept as it is; --overwrite writes it anew")
-    path.write_text(text, encoding="utf-8")
+    write_card(folder, repo_id, overwrite)
     show_json({"path": path}) if as_json else show(Text(f"wrote {path}"))
 
 
@@ -219,7 +219,7 @@ def push_command(
 @app.command("pack")
 def pack_command(
     folder: Folder,
-    out: Annotated[Path, typer.Argument(file_okay=False, help="The folder to write.")],
+    out: OutFolder,
     probe: Inputs = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -239,7 +239,7 @@ def pack_command(
 @app.command("unpack")
 def unpack_command(
     folder: Folder,
-    out: Annotated[Path, typer.Argument(file_okay=False, help="The folder to write.")],
+    out: OutFolder,
     probe: Inputs = None,
     as_json: Json = False,
     debug: Debug = False,

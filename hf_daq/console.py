@@ -108,17 +108,17 @@ def _width(part: Any, columns: int) -> int:
 
 def show_json(values: Any) -> None:
     """Print one JSON object to stdout."""
-    print(json.dumps(_plain(values), indent=2, allow_nan=False))
+    print(json.dumps(plain(values), indent=2, allow_nan=False))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Plain JSON types; "inf", "-inf" and "nan" are texts, since JSON has no such numbers."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Path) or (isinstance(value, float) and not math.isfinite(value)):
         return str(value)
     return value

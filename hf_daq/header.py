@@ -119,9 +119,14 @@ def parse_header(path: Any, metadata: Mapping[str, str], tensors: dict[str, tupl
 def read_agreeing_header(path: Path, config: DaqConfig) -> Header:
     """`read_header`, refused if its quantization config is not the one of config.json."""
     header = read_header(path)
+    check_agreement(header, config, path)
+    return header
+
+
+def check_agreement(header: Header, config: DaqConfig, path: Any) -> None:
+    """Refuse a weights file whose quantization config is not the one of config.json."""
     if header.config != config:
         raise CheckpointError(f"{path} and {CONFIG_NAME} disagree about the quantization config")
-    return header
 
 
 def joined(headers: list[Header]) -> Header:

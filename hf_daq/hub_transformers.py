@@ -24,11 +24,11 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from . import fileformat
-from .card import running_versions, write_card
+from .card import with_versions, write_card
 from .config import QUANT_METHOD, DaqConfig
 from .errors import CheckpointError, DaqError, ModelError
 from .facts import CardFacts
-from .header import METADATA_KEY, parse_header, weights_files
+from .header import METADATA_KEY, check_agreement, parse_header, weights_files
 from .layers import quantized_layers
 from .packed import PackedLayer, daq_layers
 from .patch import patch, start_weights, unpatch
@@ -160,11 +160,11 @@ _save_pretrained.__name__, _push_to_hub.__name__ = "save_pretrained", "push_to_h
 
 def _with_origin(model: Any, facts: CardFacts | None) -> CardFacts:
     """The facts with what transformers knows of where the model comes from."""
-    facts = facts or CardFacts()
+    facts = with_versions(facts)
     origin = model.config.name_or_path if getattr(model.config, "_commit_hash", None) else None  # of the Hub
     if facts.base_model is None and origin and not model.hf_quantizer.pre_quantized:
-        facts = dataclasses.replace(facts, base_model=origin)
-    return facts if facts.versions else dataclasses.replace(facts, versions=running_versions())
+        return dataclasses.replace(facts, base_model=origin)
+    return facts
 
 
 def attach(model: Any) -> None:
@@ -263,8 +263,8 @@ def _check_headers(files: Any, config: DaqConfig) -> None:
             continue
         with safe_open(file, framework="pt") as opened:
             found = opened.metadata() or {}
-        if METADATA_KEY in found and parse_header(file, found, {}).config != config:
-            raise CheckpointError(f"{file} and config.json disagree about the quantization config")
+        if METADATA_KEY in found:
+            check_agreement(parse_header(file, found, {}), config, file)
 
 
 def _transformers_parts(model: nn.Module) -> list[Any]:

@@ -21,6 +21,7 @@ from .header import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     Header,
+    check_agreement,
     described_config,
     is_of_timm,
     is_of_transformers,
@@ -190,8 +191,7 @@ def describe(source: str, description: Mapping[str, Any], headers: list[Header])
     """The inspection of a checkpoint from its config.json and the headers of its weights files."""
     header = joined(headers)
     config = described_config(description, source)
-    if config != header.config:
-        raise CheckpointError(f"{source}: its weights and {CONFIG_NAME} disagree about the quantization config")
+    check_agreement(header, config, f"the weights of {source}")
     library = "timm" if is_of_timm(description) else "transformers" if is_of_transformers(description) else "torch"
     layers = tuple(_layer(name, bits, header, description) for name, bits in (config.layers or {}).items())
     keys = ("weight", "weight_codes", "weight_scale")

@@ -65,6 +65,7 @@ Version = Annotated[
     bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
 ]
 Folder = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A folder of save_pretrained.")]
+OutFolder = Annotated[Path, typer.Argument(file_okay=False, help="The folder to write.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")]
 Inputs = Annotated[
     Path | None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
+from .console import plain
 from .errors import CalibrationError, ModelError
 from .layers import LAYER_TYPES
 from .measuring import Measurement, check_quantized, kept_modules, largest_weight, measure, usable
@@ -95,8 +95,8 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; "inf", "-inf" and "nan" are strings."""
-        plain: dict[str, Any] = as_json(dataclasses.asdict(self))
-        return plain
+        values: dict[str, Any] = plain(dataclasses.asdict(self))
+        return values
 
     def to_dataframe(self) -> Any:
         """A pandas DataFrame with a row for each quantized layer.
@@ -320,12 +320,3 @@ def as_text(renderable: RenderableType, width: int = 0) -> str:
     with console.capture() as capture:
         console.print(renderable)
     return "\n".join(line.rstrip() for line in capture.get().splitlines()).strip("\n")
-
-
-def as_json(value: Any) -> Any:
-    """Plain JSON types. Numbers that are not finite become the texts "inf", "-inf" and "nan", since JSON has none."""
-    if isinstance(value, dict):
-        return {key: as_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from . import hub
-from .card import is_edited, logger, render
+from .card import is_edited, logger, read_card, render
 from .inspection import inspect
 
 
@@ -33,8 +33,7 @@ def push_folder(
     """
     inspection = inspect(folder)
     repo_id = hub.create_repository(repo_id, private, None if create_pr else revision, token)
-    path = folder / hub.CARD_NAME
-    own = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else None
+    own = read_card(folder)
     there = hub.remote_card(repo_id, revision, token)
     card: str | None
     if own is not None and is_edited(own):

@@ -16,8 +16,10 @@ def write(
     recipe: str,
     argv: list[str],
     cfg: Any,
-    result: hf_daq.Result,
+    metric: str,
+    results: dict[str, Any],
     versions: dict[str, str],
+    split: str | None = None,
     base_model: str | None = None,
     license: str | None = None,
 ) -> None:
@@ -25,7 +27,8 @@ def write(
 
     Args:
         recipe, argv: file of the recipe, and its arguments.
-        result: what was measured.
+        metric, results: what was measured: "quantized" and, if it was, "float".
+        split: of the data, cfg.eval_split by default.
         base_model, license: of the Hub, where the network started from there.
     """
     settings = {key: named(value) for key, value in dataclasses.asdict(cfg).items() if key not in _OF_THIS_MACHINE}
@@ -35,7 +38,7 @@ def write(
         license=license,
         datasets=(dataset,),
         calibration=f"{cfg.calibration_batches} batches of the {cfg.train_split} split",
-        results=(dataclasses.replace(result, dataset=dataset),),
+        results=(hf_daq.Result(metric, results["quantized"], results.get("float"), dataset, split or cfg.eval_split),),
         command=command(recipe, argv),
         recipe=settings,
         seed=cfg.seed,

@@ -430,9 +430,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if run.is_main:
         versions = write_results(run, torch, timm, accelerate, datasets, hf_daq)
         if cfg.epochs:
-            result = hf_daq.Result("accuracy", results["quantized"], results.get("float"), split=cfg.eval_split)
-            start = origin(cfg)
-            cards.write(run.output / "quantized", __file__, arguments, cfg, result, versions, *start)
+            base, license = origin(cfg)
+            folder = run.output / "quantized"
+            cards.write(
+                folder, __file__, arguments, cfg, run.metric, results, versions, base_model=base, license=license
+            )
         print(", ".join(f"{key} {value:.2f}" for key, value in results.items()))
         if exports and cfg.epochs:
             batches = itertools.islice(loaders[1], max(1, 256 // cfg.batch_size))

@@ -373,9 +373,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         versions = write_results(run, torch, transformers, accelerate, datasets, tokenizers, hf_daq)
         if cfg.epochs:
             split = cfg.eval_split or f"last {cfg.eval_fraction:.0%} of {cfg.train_split}"
-            result = hf_daq.Result("loss", results["quantized"], results.get("float"), split=split)
             base = cards.hub_id(None if cfg.checkpoint else cfg.model)
-            cards.write(run.output / "quantized", __file__, arguments, cfg, result, versions, base)
+            folder = run.output / "quantized"
+            cards.write(folder, __file__, arguments, cfg, run.metric, results, versions, split, base)
         print(", ".join(f"{key} {value:.3f}" for key, value in results.items() if isinstance(value, float)))
         if exports and cfg.epochs:
             exporting.export(exports, run.output, {"input_ids": next(iter(loaders[1]))[:, :-1]})

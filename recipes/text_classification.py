@@ -348,10 +348,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     if PartialState().is_main_process:
         if cfg.epochs:
-            result = hf_daq.Result("accuracy", results["quantized"], results.get("float"), split=cfg.eval_split)
             base = cards.hub_id(None if cfg.checkpoint else cfg.model)
             folder = Path(cfg.output_dir, "quantized")
-            cards.write(folder, __file__, command_line, cfg, result, report["versions"], base)
+            cards.write(folder, __file__, command_line, cfg, "accuracy", results, report["versions"], base_model=base)
         print(", ".join(f"{key} {value:.2f}" for key, value in results.items()))
         if exports and cfg.epochs:
             batch = DataCollatorWithPadding(tokenizer)([evaluation[row] for row in range(min(256, len(evaluation)))])
