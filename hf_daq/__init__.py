@@ -13,28 +13,28 @@ hf_daq.export_onnx(model, "model.onnx", images)
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import registration as registration
+from .integrations import registration as registration
 from .version import __version__
 
 if TYPE_CHECKING:
     from .apply import apply_daq, remove_daq
     from .calibration import calibrate
-    from .card import update_card
     from .checkpoint import from_pretrained, push_to_hub, save_pretrained
-    from .checkup import health
     from .config import DaqConfig
     from .errors import DaqError
-    from .export_compressed import export_compressed_tensors
-    from .facts import CardFacts, Result
-    from .inspection import inspect
-    from .integers import integer_arithmetic
-    from .matching import plan
-    from .monitor import Monitor
-    from .monitor_callback import MonitorCallback
-    from .onnx_export import export_onnx
+    from .export.compressed_tensors import export_compressed_tensors
+    from .export.onnx import export_onnx
+    from .files.card import update_card
+    from .files.facts import CardFacts, Result
+    from .files.inspect import inspect
+    from .integrations.trainer import MonitorCallback
+    from .model.param_groups import param_groups, trainer_optimizer
+    from .model.plan import plan
+    from .nn.integers import integer_arithmetic
     from .packing import pack, unpack
-    from .report import summary
-    from .training import param_groups, trainer_optimizer
+    from .report.health import health
+    from .report.monitor import Monitor
+    from .report.summary import summary
 
 __all__ = [
     "CardFacts",
@@ -65,30 +65,30 @@ __all__ = [
 ]
 
 _FILES = {
-    "CardFacts": "facts",
+    "CardFacts": "files.facts",
     "DaqConfig": "config",
     "DaqError": "errors",
-    "Monitor": "monitor",
-    "MonitorCallback": "monitor_callback",
-    "Result": "facts",
+    "Monitor": "report.monitor",
+    "MonitorCallback": "integrations.trainer",
+    "Result": "files.facts",
     "apply_daq": "apply",
     "calibrate": "calibration",
-    "export_compressed_tensors": "export_compressed",
-    "export_onnx": "onnx_export",
+    "export_compressed_tensors": "export.compressed_tensors",
+    "export_onnx": "export.onnx",
     "from_pretrained": "checkpoint",
-    "health": "checkup",
-    "inspect": "inspection",
-    "integer_arithmetic": "integers",
+    "health": "report.health",
+    "inspect": "files.inspect",
+    "integer_arithmetic": "nn.integers",
     "pack": "packing",
-    "param_groups": "training",
-    "plan": "matching",
+    "param_groups": "model.param_groups",
+    "plan": "model.plan",
     "push_to_hub": "checkpoint",
     "remove_daq": "apply",
     "save_pretrained": "checkpoint",
-    "summary": "report",
-    "trainer_optimizer": "training",
+    "summary": "report.summary",
+    "trainer_optimizer": "model.param_groups",
     "unpack": "packing",
-    "update_card": "card",
+    "update_card": "files.card",
 }
 
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from .config import DaqConfig
 from .errors import ModelError
-from .matching import config_from
-from .patch import patch, start_weights, unpatch
-from .special import is_transformers_model
+from .model.patch import patch, start_weights, unpatch
+from .model.plan import config_from
+from .model.roles import is_transformers_model
 
 
 def apply_daq(model: nn.Module, config: DaqConfig | None = None, **kwargs: Any) -> nn.Module:
@@ -36,7 +36,7 @@ def apply_daq(model: nn.Module, config: DaqConfig | None = None, **kwargs: Any) 
     patch(model, config)
     start_weights(model)
     if is_transformers_model(model):
-        from . import hub_transformers
+        from .integrations import transformers as hub_transformers
 
         hub_transformers.attach(model)
     return model
@@ -59,7 +59,7 @@ def remove_daq(model: nn.Module, weights: Literal["float", "quantized"] = "float
         raise ModelError(f"weights={weights!r} must be 'float' or 'quantized'")
     unpatch(model, quantized=weights == "quantized")
     if is_transformers_model(model):
-        from . import hub_transformers
+        from .integrations import transformers as hub_transformers
 
         hub_transformers.detach(model)
     return model

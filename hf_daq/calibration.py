@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .checkup import health
 from .config import DaqConfig
 from .errors import CalibrationError, ModelError
-from .initial import activation_bounds, start_from_weight
-from .layers import LAYER_TYPES, QuantizedLayer, evaluating, quantized_layers
-from .measuring import Call
-from .order import ORDER, processes, refuse_wrapped
-from .quantizers import ActivationQuantizer, WeightQuantizer, is_shard
+from .model.guards import ORDER, processes, refuse_wrapped
+from .nn.init import activation_bounds, start_from_weight
+from .nn.layers import LAYER_TYPES, QuantizedLayer, evaluating, quantized_layers
+from .nn.quantizers import ActivationQuantizer, WeightQuantizer, is_shard
+from .report.health import health
+from .report.measure import Call
 
 logger = logging.getLogger("hf_daq")
 _BINS = 8192

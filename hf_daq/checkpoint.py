@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from . import fileformat, hub, hub_timm
-from .card import with_versions, write_card
 from .config import DaqConfig
 from .errors import CheckpointError, ConfigError, DaqError, ModelError
-from .facts import CardFacts
-from .fileformat import PROBE_NAME, temporary_folder
-from .header import (
+from .files import hub
+from .files import weights_file as fileformat
+from .files.card import with_versions, write_card
+from .files.facts import CardFacts
+from .files.header import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     described_config,
@@ -30,12 +30,14 @@ from .header import (
     read_description,
     read_header,
 )
-from .layers import evaluating
-from .packed import daq_layers, packed_layers
+from .files.push import push_folder
+from .files.weights_file import PROBE_NAME, temporary_folder
+from .integrations import timm as hub_timm
+from .model.patch import patch
+from .model.roles import is_transformers_model
+from .nn.layers import evaluating
+from .nn.packed import daq_layers, packed_layers
 from .packing import packed_copy
-from .patch import patch
-from .sharing import push_folder
-from .special import is_transformers_model
 
 
 def save_pretrained(
@@ -143,7 +145,7 @@ def _write(
     kwargs: dict[str, Any],
 ) -> None:
     if is_transformers_model(model):
-        from . import hub_transformers
+        from .integrations import transformers as hub_transformers
 
         hub_transformers.save(model, directory, state_dict, card, **kwargs)
         return
@@ -200,7 +202,7 @@ def from_pretrained(
         directory = hub.download(str(path_or_repo), **options)
     description = read_description(directory)
     if model is None and is_of_transformers(description):
-        from . import hub_transformers
+        from .integrations import transformers as hub_transformers
 
         return hub_transformers.open_checkpoint(directory, description, **kwargs)
     config = described_config(description, directory / CONFIG_NAME)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from .packed import shared_copy
-from .patch import pack_layers, unpack_layers
-from .special import is_transformers_model
+from .model.patch import pack_layers, unpack_layers
+from .model.roles import is_transformers_model
+from .nn.packed import shared_copy
 
 
 def pack(model: nn.Module) -> nn.Module:
@@ -44,6 +44,6 @@ def packed_copy(model: nn.Module) -> nn.Module:
 
 def _tell_transformers(model: nn.Module) -> None:
     if is_transformers_model(model):
-        from . import hub_transformers
+        from .integrations import transformers as hub_transformers
 
         hub_transformers.attach(model)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from .config import check_bits, did_you_mean
 from .errors import CalibrationError, ConfigError, ModelError
-from .functional import quantize_activation
-from .histograms import BIN_WIDTH, Histogram, bin_edges, of_inputs, of_weight
-from .packed import daq_layers
+from .nn.functional import quantize_activation
+from .nn.packed import daq_layers
+from .report.histograms import BIN_WIDTH, Histogram, bin_edges, of_inputs, of_weight
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

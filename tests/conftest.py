@@ -12,7 +12,7 @@ import pytest
 @pytest.fixture
 def kernels(monkeypatch):
     """`kernels(True)`: compiled kernels for tensors of any size. `kernels(False)`: none."""
-    from hf_daq import functional
+    from hf_daq.nn import functional
 
     def choose(compiled):
         monkeypatch.setattr(functional, "_FEW", 0)

@@ -33,9 +33,9 @@ from models import images, small_net, small_timm
 from test_transformers import tiny_bert, tokens
 
 import hf_daq
-from hf_daq.card import render
 from hf_daq.errors import DaqError
-from hf_daq.inspection import inspect
+from hf_daq.files.card import render
+from hf_daq.files.inspect import inspect
 
 SECONDS = 20
 MEMORY = 2**30

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import hf_daq
 from hf_daq import DaqConfig, DaqError
-from hf_daq.layers import quantized_layers
+from hf_daq.nn.layers import quantized_layers
 
 CONFIG = DaqConfig(weight_bits=3, activation_bits=4)
 STEPS = 3

@@ -22,9 +22,9 @@ from scanning import Result
 from torch import Tensor, nn
 
 import hf_daq
-from hf_daq.layers import QuantizedLayer, StandardizedConv, quantized_layers
-from hf_daq.packed import packed_layers
-from hf_daq.special import outer_layers
+from hf_daq.model.roles import outer_layers
+from hf_daq.nn.layers import QuantizedLayer, StandardizedConv, quantized_layers
+from hf_daq.nn.packed import packed_layers
 
 # Architecture: input size, and arguments that make it smaller.
 ARCHITECTURES: dict[str, tuple[int, dict[str, Any]]] = {

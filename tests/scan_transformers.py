@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 import hf_daq
 from hf_daq import DaqConfig
-from hf_daq.layers import LAYER_TYPES, quantized_layers
-from hf_daq.packed import packed_layers
+from hf_daq.nn.layers import LAYER_TYPES, quantized_layers
+from hf_daq.nn.packed import packed_layers
 
 CONFIG = DaqConfig(weight_bits=3, activation_bits=8)
 WEIGHTS_ONLY = DaqConfig(weight_bits=3)

@@ -10,7 +10,7 @@ from torch import nn
 import hf_daq
 from hf_daq import DaqConfig
 from hf_daq.errors import CalibrationError, ConfigError, ModelError
-from hf_daq.layers import DaqConv2d, DaqLinear, quantized_layers
+from hf_daq.nn.layers import DaqConv2d, DaqLinear, quantized_layers
 
 
 def calibrated(model, *args, **kwargs):

@@ -15,7 +15,7 @@ import hf_daq
 from hf_daq import DaqConfig
 from hf_daq.calibration import _Observer
 from hf_daq.errors import CalibrationError, ModelError
-from hf_daq.layers import quantized_layers
+from hf_daq.nn.layers import quantized_layers
 
 
 def quantizer_values(model):

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from test_transformers import tiny_bert, tokens
 
 import hf_daq
-from hf_daq.card import is_edited, render, write_card
 from hf_daq.errors import CheckpointError
-from hf_daq.layers import quantized_layers
+from hf_daq.files.card import is_edited, render, write_card
+from hf_daq.nn.layers import quantized_layers
 
 FACTS = hf_daq.CardFacts(
     base_model="timm/test_resnet.r160_in1k",

@@ -14,9 +14,10 @@ from models import images, small_net, small_timm
 from safetensors.torch import load_file, save_file
 
 import hf_daq
-from hf_daq import DaqConfig, fileformat
+from hf_daq import DaqConfig
 from hf_daq.errors import CalibrationError, CheckpointError, DaqError, ModelError
-from hf_daq.header import read_header
+from hf_daq.files import weights_file as fileformat
+from hf_daq.files.header import read_header
 
 SIZE = 64
 

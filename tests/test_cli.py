@@ -23,8 +23,8 @@ from transformers import BertForSequenceClassification
 from typer.testing import CliRunner
 
 import hf_daq
-from hf_daq import skeleton
-from hf_daq.cli import app
+from hf_daq.cli.main import app
+from hf_daq.integrations import build as skeleton
 
 COMMAND = [sys.executable, "-m", "hf_daq.cli"]
 FACTS = hf_daq.CardFacts(base_model="timm/test_resnet", license="mit", recipe={"loss": float("nan")})
@@ -291,7 +291,7 @@ def timm_layers():
 
 def test_inspect_and_help_load_no_heavy_library(folders):
     code = (
-        "import sys\nfrom hf_daq.cli import app\ntry:\n    app(sys.argv[1:])\nexcept SystemExit as end:\n    assert not end.code\n"
+        "import sys\nfrom hf_daq.cli.main import app\ntry:\n    app(sys.argv[1:])\nexcept SystemExit as end:\n    assert not end.code\n"
         "heavy = {'torch', 'timm', 'transformers', 'huggingface_hub', 'yaml'} & sys.modules.keys()\n"
         "assert not heavy, heavy"
     )

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 import hf_daq
-from hf_daq.header import read_header
-from hf_daq.layers import quantized_layers
+from hf_daq.files.header import read_header
+from hf_daq.nn.layers import quantized_layers
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import hf_daq
-from hf_daq import DaqConfig, export_compressed
+from hf_daq import DaqConfig
 from hf_daq.errors import CalibrationError, ExportError
-from hf_daq.export_compressed import export_compressed_tensors
-from hf_daq.integers import integers
-from hf_daq.packed import daq_layers
+from hf_daq.export import compressed_tensors as export_compressed
+from hf_daq.export.compressed_tensors import export_compressed_tensors
+from hf_daq.nn.integers import integers
+from hf_daq.nn.packed import daq_layers
 
 pytest.importorskip("compressed_tensors")
 

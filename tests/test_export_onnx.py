@@ -12,7 +12,7 @@ from torch import nn
 
 import hf_daq
 from hf_daq.errors import CalibrationError, ExportError
-from hf_daq.onnx_export import Report, export_onnx
+from hf_daq.export.onnx import Report, export_onnx
 from hf_daq.packing import pack
 
 onnx = pytest.importorskip("onnx")
@@ -227,7 +227,7 @@ def test_the_model_is_left_as_it_was(tmp_path, monkeypatch):
 
 
 def test_verification_catches_a_wrong_graph(tmp_path, monkeypatch):
-    from hf_daq import onnx_passes
+    from hf_daq.export import onnx_passes
 
     model = quantized(small_net(), images(64))
 

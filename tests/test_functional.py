@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_daq import functional
-from hf_daq.functional import quantize_activation, quantize_weight, round_half_down_
+from hf_daq.nn import functional
+from hf_daq.nn.functional import quantize_activation, quantize_weight, round_half_down_
 
 SETTINGS = [(2.0, 1.0), (2.0, 2.0), (1.0, 0.5), (4.0, 5.0), (0.3, 1.3)]
 

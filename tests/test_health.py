@@ -13,9 +13,9 @@ from test_transformers import tiny_bert, tokens
 from torch import nn
 
 import hf_daq
-from hf_daq.checkup import Finding, Health, health
 from hf_daq.errors import ModelError
-from hf_daq.layers import quantized_layers
+from hf_daq.nn.layers import quantized_layers
+from hf_daq.report.health import Finding, Health, health
 
 HIDDEN = "hidden"
 

@@ -19,9 +19,9 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 
 import hf_daq
 from hf_daq.errors import CheckpointError, HubError, ModelError
-from hf_daq.header import read_header
-from hf_daq.layers import quantized_layers
-from hf_daq.packed import packed_layers
+from hf_daq.files.header import read_header
+from hf_daq.nn.layers import quantized_layers
+from hf_daq.nn.packed import packed_layers
 
 REPO = "user/model"
 
@@ -332,7 +332,7 @@ def test_a_generated_card_follows_the_model(hub, small):
 
 
 def test_training_leftovers_stay_here(hub, small, tmp_path):
-    from hf_daq.sharing import push_folder
+    from hf_daq.files.push import push_folder
 
     hf_daq.save_pretrained(small[0], tmp_path)
     for name in ("optimizer.pt", "training_args.bin", "trainer_state.json", ".secret"):

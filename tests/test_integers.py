@@ -8,8 +8,8 @@ from test_transformers import tiny_bert, tokens
 
 import hf_daq
 from hf_daq.errors import CalibrationError, ModelError
-from hf_daq.integers import integer_arithmetic, integers
-from hf_daq.packed import daq_layers
+from hf_daq.nn.integers import integer_arithmetic, integers
+from hf_daq.nn.packed import daq_layers
 
 SETTINGS = [
     ("test_resnet", {"bits": 1}),

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import hf_daq
-from hf_daq.layers import QuantizedLayer, quantized_layers
-from hf_daq.quantizers import WeightQuantizer
+from hf_daq.nn.layers import QuantizedLayer, quantized_layers
+from hf_daq.nn.quantizers import WeightQuantizer
 
 X = torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(0))
 

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hf_daq
 from hf_daq.errors import CalibrationError, ConfigError, ModelError
-from hf_daq.layers import quantized_layers
+from hf_daq.nn.layers import quantized_layers
 
 KEYS = {
     *("flip_rate", "oscillating", "weights_clipped", "inputs_clipped", "weight_lower", "weight_upper", "weight_scale"),

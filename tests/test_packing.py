@@ -19,9 +19,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 import hf_daq
 from hf_daq import DaqConfig
-from hf_daq.bitpack import pack_bits, packed_size, unpack_bits
 from hf_daq.errors import CalibrationError, CheckpointError, ModelError
-from hf_daq.packed import PackedLayer, packed_layers
+from hf_daq.nn.bitpack import pack_bits, packed_size, unpack_bits
+from hf_daq.nn.packed import PackedLayer, packed_layers
 
 SETTINGS = [
     ("test_resnet", {"bits": 1}),

@@ -19,7 +19,7 @@ from test_transformers import tiny_bert, tokens
 import hf_daq
 from hf_daq import plots
 from hf_daq.errors import CalibrationError, ConfigError, ModelError
-from hf_daq.layers import quantized_layers
+from hf_daq.nn.layers import quantized_layers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import plots as recipe

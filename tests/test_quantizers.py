@@ -4,7 +4,7 @@ import oracle
 import pytest
 import torch
 
-from hf_daq.quantizers import ActivationQuantizer, WeightQuantizer
+from hf_daq.nn.quantizers import ActivationQuantizer, WeightQuantizer
 
 
 def weight_quantizer(bits, normalization="standardize", per_channel=False, rounding="daq", bound=2.5):

@@ -16,9 +16,9 @@ from test_transformers import logits, tiny_bert, tokens
 from typer.testing import CliRunner
 
 import hf_daq
-from hf_daq.cli import app
-from hf_daq.layers import quantized_layers
-from hf_daq.packed import packed_layers
+from hf_daq.cli.main import app
+from hf_daq.nn.layers import quantized_layers
+from hf_daq.nn.packed import packed_layers
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)

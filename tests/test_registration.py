@@ -9,7 +9,7 @@ KNOWN = """
 from transformers import AutoModel
 from transformers.quantizers import auto
 assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["daq"] is hf_daq.DaqConfig
-assert auto.AUTO_QUANTIZER_MAPPING["daq"].__module__ == "hf_daq.hub_transformers"
+assert auto.AUTO_QUANTIZER_MAPPING["daq"].__module__ == "hf_daq.integrations.transformers"
 import timm
 assert timm.models.is_model("hf_daq")
 assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("hf_daq")]
@@ -21,7 +21,7 @@ SCRIPTS = {
     "a name of hf_daq first": "import sys, hf_daq\nhf_daq.from_pretrained" + KNOWN,
     "transformers first": "import sys\nfrom transformers.quantizers import auto\nimport hf_daq" + KNOWN,
     "a model of transformers first": "import sys\nfrom transformers import BertModel\nimport hf_daq" + KNOWN,
-    "hub_transformers first": "import sys, hf_daq.hub_transformers" + KNOWN,
+    "hub_transformers first": "import sys, hf_daq.integrations.transformers" + KNOWN,
 }
 
 

@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_daq
 from hf_daq.errors import CalibrationError, ModelError
-from hf_daq.layers import quantized_layers
-from hf_daq.report import LayerSummary, summary
+from hf_daq.nn.layers import quantized_layers
+from hf_daq.report.summary import LayerSummary, summary
 
 
 def calibrated(model, x=None, **config):

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import hf_daq
-from hf_daq.layers import LAYER_TYPES, quantized_layers
+from hf_daq.nn.layers import LAYER_TYPES, quantized_layers
 
 FAMILIES = [
     "test_resnet",

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 import hf_daq
 from hf_daq.errors import CalibrationError, ConfigError
-from hf_daq.layers import quantized_layers
+from hf_daq.nn.layers import quantized_layers
 
 
 class Sentences(Dataset):

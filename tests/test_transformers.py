@@ -29,7 +29,7 @@ from transformers import (
 import hf_daq
 from hf_daq import DaqConfig
 from hf_daq.errors import CalibrationError, CheckpointError, ConfigError, ModelError
-from hf_daq.layers import quantized_layers
+from hf_daq.nn.layers import quantized_layers
 
 CONFIG = DaqConfig(weight_bits=3, activation_bits=8)
 
@@ -93,7 +93,7 @@ def saved(tmp_path):
 
 
 def test_registering_twice_is_harmless(float_dir):
-    importlib.reload(hf_daq.hub_transformers)
+    importlib.reload(hf_daq.integrations.transformers)
     model = AutoModelForSequenceClassification.from_pretrained(float_dir, quantization_config=CONFIG)
     assert quantized_layers(model)
 

@@ -1,0 +1,5 @@
+"""`python -m hf_daq.cli`."""
+
+from .main import main
+
+main()

@@ -1,0 +1,388 @@
+"""The command `hf-daq`. Torch and the model libraries are loaded by the commands that need them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import CheckpointError, ExportError, ModelError
+from .console import printable, show, show_json, show_warnings, working
+from .options import Commands, Debug, Folder, Granularity, Inputs, Json, OutFolder, Revision, Runtime, Target, Version
+from .planning import config_of, every_layer, plan_table, totals_of
+
+EXAMPLES = """Examples:
+
+\b
+  hf-daq plan resnet18 --bits 3            what apply_daq would do, nothing is downloaded
+  hf-daq plan ./bert --weight-bits 2 --activation-bits 8
+  hf-daq inspect user/name                 what is in a checkpoint, from its header alone
+  hf-daq pack trained packed               codes of a few bits for inference
+  hf-daq export trained model.onnx --to onnx --inputs images.safetensors
+  hf-daq push packed user/name --private   to the Hub, with a model card
+
+Exit codes: 0 done, 1 an error, 2 wrong usage, 130 interrupted."""
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Distance-aware Quantization (DAQ) of timm and transformers models.",
+    epilog=EXAMPLES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+
+
+@app.callback()
+def _options(version: Version = False, debug: Debug = False) -> None:
+    show_warnings()
+
+
+# ------------------------------------------------------------------------------------------------------- plan
+
+
+@app.command("plan")
+def plan_command(
+    model: Annotated[str, typer.Argument(help="A timm model, a folder of a float model, or its repository.")],
+    bits: Annotated[int | None, typer.Option(min=1, max=8, help="Of weights and layer inputs.")] = None,
+    weight_bits: Annotated[int | None, typer.Option(min=1, max=8, help="Of weights.")] = None,
+    activation_bits: Annotated[int | None, typer.Option(min=1, max=8, help="Of inputs; default: float.")] = None,
+    first_last_bits: Annotated[
+        int | None, typer.Option(min=1, max=8, help="Of the first layer and the classifier; default: float.")
+    ] = None,
+    granularity: Annotated[Granularity | None, typer.Option(help="Weights that share a scale.")] = None,
+    group_size: Annotated[int | None, typer.Option(min=2, help="Columns that share a scale.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="A YAML or JSON file with arguments of DaqConfig, at the top or under `daq`; options are stronger.",
+        ),
+    ] = None,
+    revision: Revision = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what apply_daq would do to a float model, layer by layer.
+
+    The model is built without weights: of a repository only config.json is downloaded, and none of its code is run.
+
+    \b
+    hf-daq plan resnet18 --bits 3
+    hf-daq plan Qwen/Qwen3-0.6B --weight-bits 3 --group-size 64
+    """
+    given = {
+        "bits": bits,
+        "weight_bits": weight_bits,
+        "activation_bits": activation_bits,
+        "first_last_bits": first_last_bits,
+        "weight_granularity": granularity and granularity.value,
+        "group_size": group_size,
+    }
+    given = {key: value for key, value in given.items() if value is not None}
+    if bits is not None and (weight_bits is not None or activation_bits is not None):
+        raise typer.BadParameter("--bits sets both --weight-bits and --activation-bits; give it alone")
+    if not config and bits is None and weight_bits is None:
+        raise typer.BadParameter(
+            "how many bits? Give --bits 3, or --weight-bits 2 --activation-bits 4, or --config FILE"
+        )
+    chosen = config_of(config, given)
+    with working(f"building {model} without weights"):
+        from ..integrations.build import skeleton
+        from ..model.plan import plan
+
+        built: Any = skeleton(model, revision)
+        found = plan(built, chosen)
+    if as_json:
+        totals = totals_of(built, found)
+        show_json({"model": model, "config": chosen.to_dict(), "layers": found.layers, "totals": totals})
+    else:
+        show(plan_table(model, built, found))
+
+
+# ------------------------------------------------------------------------------------------------------- inspect
+
+
+@app.command("inspect")
+def inspect_command(
+    checkpoint: Annotated[str, typer.Argument(help="A folder, a weights file, or a repository of the Hub.")],
+    revision: Revision = None,
+    layers: Annotated[bool, typer.Option("--layers", help="List every layer instead of groups.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what is in a checkpoint, from its header alone.
+
+    Nothing is built and no tensor is read: of a repository only config.json and the headers are asked for.
+
+    \b
+    hf-daq inspect out
+    hf-daq inspect user/name --layers
+    """
+    from ..files.inspect import inspect
+
+    with working(f"reading {checkpoint}"):
+        found = inspect(checkpoint, revision=revision)
+    if as_json:
+        show_json(found.to_dict())
+        return
+    shown: Any = found.__rich__()
+    if layers:
+        each = every_layer(found)
+        shown = Group(*(each if isinstance(part, Table) else part for part in shown.renderables))
+    show(shown)
+
+
+# ------------------------------------------------------------------------------------------------------- card and push
+
+
+@app.command("card")
+def card_command(
+    folder: Folder,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Also a card that was edited.")] = False,
+    print_it: Annotated[bool, typer.Option("--print", help="Print the card, write nothing.")] = False,
+    repo_id: Annotated[str | None, typer.Option(help="Where it will be, user/name; the card loads from there.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the model card README.md of a checkpoint.
+
+    \b
+    hf-daq card out --repo-id user/name
+    """
+    from ..files.card import has_edited_card, render, write_card
+    from ..files.hub import CARD_NAME
+    from ..files.inspect import inspect
+
+    if print_it:
+        text = render(inspect(folder), repo_id)
+        show_json({"card": text}) if as_json else typer.echo(printable(text), nl=False)
+        return
+    path = folder / CARD_NAME
+    if not overwrite and has_edited_card(folder):
+        raise CheckpointError(f"{path} was edited, so it is kept as it is; --overwrite writes it anew")
+    write_card(folder, repo_id, overwrite)
+    show_json({"path": path}) if as_json else show(Text(f"wrote {path}"))
+
+
+@app.command("push")
+def push_command(
+    folder: Folder,
+    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="The repository; made if it is not there.")],
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Of a new repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help="The branch; made if it is not there.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the commit as a pull request.")] = False,
+    token: Annotated[str | None, typer.Option(help="Default: HF_TOKEN, or that of `hf auth login`.")] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    overwrite_card: Annotated[
+        bool, typer.Option("--overwrite-card", help="Also the repository's card that was edited.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Upload a checkpoint with its model card to the Hub.
+
+    One commit: an interrupted upload changes nothing in the repository. Prints the address of the commit.
+
+    \b
+    hf-daq push out user/name --private
+    """
+    from ..files.push import push_folder
+
+    commit = push_folder(
+        folder,
+        repo_id,
+        private=private,
+        token=token,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=message,
+        overwrite_card=overwrite_card,
+    )
+    if as_json:
+        show_json({"commit_url": commit.commit_url, "oid": commit.oid, "pull_request": commit.pr_url})
+    else:
+        show(Text(commit.pr_url or commit.commit_url))
+
+
+# ------------------------------------------------------------------------------------------------------- pack and export
+
+
+@app.command("pack")
+def pack_command(
+    folder: Folder,
+    out: OutFolder,
+    probe: Inputs = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a checkpoint with codes of a few bits a weight.
+
+    It is for inference, and as complete as the folder: tokenizers and other small files are copied.
+
+    With --probe, or if the folder has a probe, the outputs for it are compared: they stay the same, bit for bit.
+
+    \b
+    hf-daq pack trained packed --probe images.safetensors
+    """
+    _convert(folder, out, True, probe, as_json)
+
+
+@app.command("unpack")
+def unpack_command(
+    folder: Folder,
+    out: OutFolder,
+    probe: Inputs = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a packed checkpoint with float weights again.
+
+    It can be trained on; the weights are the values they were rounded to.
+
+    \b
+    hf-daq unpack packed trainable
+    """
+    _convert(folder, out, False, probe, as_json)
+
+
+def _convert(folder: Path, out: Path, packed: bool, probe: Path | None, as_json: bool) -> None:
+    from ..files.inspect import inspect
+
+    _refuse_same(folder, out)
+    before = inspect(folder)
+    kind = "packed" if before.packed else "trainable"
+    if before.packed == packed:
+        raise CheckpointError(f"{folder} is {kind} already")
+    with working(f"reading {folder}, writing {out}"):
+        import hf_daq
+
+        from .inputs import copy_companions, read_inputs
+
+        model = hf_daq.from_pretrained(folder)
+        inputs, source = read_inputs(model, folder, probe)
+        if not packed:
+            hf_daq.unpack(model)
+        hf_daq.save_pretrained(model, out, packed=packed, probe=inputs, card=before.facts)
+        copied = copy_companions(folder, out)
+    after = inspect(out)
+    sizes = {"bytes_before": before.tensor_bytes, "bytes": after.tensor_bytes}
+    if as_json:
+        show_json({"path": out, "packed": packed, **sizes, "compared_on": source, "copied": copied})
+        return
+    compared = (
+        "not compared; --probe FILE does" if source is None else f"outputs for {source} are the same, bit for bit"
+    )
+    lines = [f"{out}: {after.tensor_bytes / 1e6:.2f} MB, of {before.tensor_bytes / 1e6:.2f} MB; {compared}"]
+    lines += [f"copied: {', '.join(copied)}"] if copied else []
+    show(Text("\n".join(lines)))
+
+
+def _refuse_same(folder: Path, out: Path) -> None:
+    if folder.resolve() == out.resolve():
+        raise typer.BadParameter(f"{out} is the folder that is read; name another one")
+
+
+@app.command("export")
+def export_command(
+    folder: Folder,
+    out: Annotated[Path, typer.Argument(help="The file to write for onnx, the folder for compressed-tensors.")],
+    to: Annotated[Target, typer.Option(help="The format.")],
+    runtime: Annotated[Runtime | None, typer.Option(help="Of an ONNX file; default: onnxruntime.")] = None,
+    inputs: Inputs = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write an ONNX file or a compressed-tensors folder.
+
+    What was written is compared with the model on real inputs.
+
+    Needs `pip install "hf-daq[export]"`.
+
+    \b
+    hf-daq export trained model.onnx --to onnx --runtime openvino --inputs images.safetensors
+    hf-daq export trained folder --to compressed-tensors --inputs batch.safetensors
+    """
+    _refuse_same(folder, out)
+    if runtime and to is Target.compressed_tensors:
+        raise typer.BadParameter("--runtime is for --to onnx")
+    if to is Target.onnx and out.is_dir():
+        out = out / "model.onnx"
+    if not out.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {out.parent}")
+    report: Any
+    with working(f"exporting {folder} to {out}"):
+        import hf_daq
+
+        from .inputs import copy_companions, read_inputs
+
+        model = hf_daq.from_pretrained(folder)
+        batch, _ = read_inputs(model, folder, inputs)
+        if batch is None:
+            raise ExportError(
+                f"real inputs are needed to compare the export with the model, and {folder} has no probe.safetensors; pass "
+                '--inputs FILE.safetensors with two rows or more: one tensor "x" for images, or what the model takes, e.g. '
+                '"input_ids" and "attention_mask"; safetensors.torch.save_file({"x": images}, "inputs.safetensors") writes one'
+            )
+        if to is Target.onnx:
+            report = hf_daq.export_onnx(model, out, batch, runtime=runtime.value if runtime else "onnxruntime")
+        else:
+            report = hf_daq.export_compressed_tensors(model, out, batch)
+            copy_companions(folder, out)
+    show_json(report) if as_json else show(Text(str(report)))
+
+
+@app.command("summary")
+def summary_command(
+    folder: Folder,
+    inputs: Inputs = None,
+    health: Annotated[
+        bool, typer.Option("--health", help="Look for broken layers; exit code 1 if there are some.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what quantization does to each layer.
+
+    Bits, bounds, clipping, codes in use, noise, bytes, multiply-accumulates. Without inputs some figures are left out.
+
+    \b
+    hf-daq summary out --inputs images.safetensors --health
+    """
+    with working(f"measuring {folder}"):
+        import hf_daq
+
+        from .inputs import read_inputs
+
+        model = hf_daq.from_pretrained(folder)
+        batch, _ = read_inputs(model, folder, inputs)
+        if health and batch is None:
+            raise ModelError(
+                f"--health needs real inputs, and {folder} has no probe.safetensors; pass --inputs FILE.safetensors"
+            )
+        figures = hf_daq.summary(model, batch)
+        found = hf_daq.health(model, batch) if health else None
+    if as_json:
+        show_json(figures.to_dict() | ({} if found is None else {"health": found.to_dict()}))
+    else:
+        show(figures)
+        if found is not None:
+            show(found)
+    if found is not None and not found.ok:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """The entry point."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks
+    app(prog_name="hf-daq")

@@ -1,0 +1,354 @@
+"""`export_compressed_tensors`: a transformers model in the format `compressed-tensors`, which transformers opens without
+this library and whose layouts vLLM knows.
+
+A weight of b bits is an odd integer between -(2**b - 1) and 2**b - 1, times a step. The format has signed integers, so it
+takes one bit more: 1 to 7 bits a weight are stored in 2 to 8, exactly. 8 bits a weight are stored in 8, with a zero point
+of -1/2, as the halves of the odd integers lie between two integers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CalibrationError, ExportError
+from ..files.weights_file import temporary_folder, weights_size
+from ..model.roles import is_transformers_model
+from ..nn.integers import Integers, integers
+from ..nn.packed import PackedLayer, daq_layers, shared_copy
+from ..nn.quantizers import is_shard
+
+WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+PACKED, WHOLE = "pack-quantized", "int-quantized"
+_TOLERANCE = {torch.float32: 1e-2, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+# An input that lies between two codes, up to rounding errors, gets either. In a deep model that moves the inputs of the
+# layers behind it, so that the outputs differ as they do when the model itself gets an input that is changed by 1e-7.
+_TOLERANCE_OF_OUTPUTS = 0.5
+
+
+@dataclass(frozen=True)
+class Container:
+    """How the layers of one group are stored.
+
+    layout: "pack-quantized" (`width` bits a weight, dense, in int32) or "int-quantized" (an int8 a weight).
+    group_size: input columns that share a scale; None for one scale an output channel.
+    input_bits: of the layer's input; None where it is not quantized.
+    """
+
+    bits: int
+    width: int
+    layout: str
+    group_size: int | None
+    input_bits: int | None
+
+    def __str__(self) -> str:
+        scales = "a channel" if self.group_size is None else f"{self.group_size} columns"
+        zero = ", zero point -1/2" if self.bits == 8 else ""
+        inputs = "inputs in full precision" if self.input_bits is None else f"inputs of {self.input_bits} bits"
+        return f"{self.bits}-bit weights as int{self.width}, {self.layout}{zero}, a scale for {scales}; {inputs}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `export_compressed_tensors` wrote. `print(report)` shows it.
+
+    size: bytes of the files of weights.
+    containers: how many layers are stored how.
+    layer_error: the largest of all layers for the same input: root mean square of the difference between the outputs of
+        the exported layer and of the model's, divided by that of the outputs.
+    relative_error: the same of the outputs of the whole model.
+    agreement: share of the outputs whose largest entry is the same.
+
+    The last three are None where nothing was compared.
+    """
+
+    directory: Path
+    size: int
+    containers: dict[Container, int]
+    layer_error: float | None = None
+    relative_error: float | None = None
+    agreement: float | None = None
+
+    def __str__(self) -> str:
+        lines = [f"{self.directory}: {self.size / 2**20:.2f} MiB"]
+        lines += [f"  {count} layers: {container}" for container, count in self.containers.items()]
+        if self.layer_error is None:
+            return "\n".join([*lines, "  not compared with the model; pass inputs to compare"])
+        compared = f"of a layer {self.layer_error:.2g}, of the outputs {self.relative_error:.2g}"
+        return "\n".join([*lines, f"  relative error {compared}; same top-1 {self.agreement:.2%}"])
+
+
+def export_compressed_tensors(
+    model: nn.Module,
+    directory: str | Path,
+    inputs: Mapping[str, Tensor] | Tensor | None = None,
+    *,
+    verify: bool = True,
+    widths: Sequence[int] = WIDTHS,
+) -> Report:
+    """Write a folder that `AutoModel....from_pretrained` of transformers opens without hf_daq.
+
+    Linear layers only. Their weights become `weight_packed` (int32) and `weight_shape`, or `weight` (int8), with
+    `weight_scale` of shape (out, 1) or (out, groups) in the dtype of the model; static inputs get `input_scale` and
+    `input_zero_point` (int8), shape (1,). Layers in full precision stay as they are.
+
+    vLLM has kernels for weights alone (pack-quantized, weights below 8 bits) and for inputs of 8 bits (int-quantized,
+    weights below 8 bits without groups). It makes one layer of query, key and value, and of gate and up: such layers
+    must have the same number of bits there, and inputs of 8 bits the same bounds. The rest is for transformers.
+
+    Args:
+        model: a quantized model of transformers, calibrated or trained, or a packed one. It is left as it was.
+        directory: created if needed. Its other files, such as a tokenizer, stay.
+        inputs: a batch to compare the folder with the model on: what `model(**inputs)` takes, or token ids.
+        verify: before anything appears in `directory`, open what was written and, with `inputs`, compare layers and
+            outputs.
+        widths: bits a weight may be stored in, where its input is not quantized to 8 bits. `(4, 8)` leaves only
+            those that every version of vLLM reads.
+
+    Raises:
+        ExportError: not a quantized transformers model, a layer that is not linear, no width for a weight, a folder that
+            transformers does not open (T5 looks for float weights while it opens), or a layer whose output differs by
+            more than a relative error of 0.01 (float16: 0.03, bfloat16: 0.1). The outputs of the model may differ as
+            much, and by 0.5 if inputs are quantized.
+        CalibrationError: not calibrated. Nothing is then written.
+    """
+    _library("quantization")
+    _check(model)
+    stored: Any = shared_copy(model)
+    containers = _compress(stored, widths)
+    with temporary_folder(Path(directory)) as temporary:
+        stored.save_pretrained(temporary)
+        del stored
+        opened = _open(model, temporary) if verify else None
+        compared = () if opened is None or inputs is None else _compare(model, opened, inputs)
+        size = weights_size(temporary)
+    kinds = list(containers.values())
+    return Report(Path(directory), size, {kind: kinds.count(kind) for kind in kinds}, *compared)
+
+
+def _library(name: str) -> Any:
+    """A module of compressed-tensors."""
+    try:
+        return importlib.import_module(f"compressed_tensors.{name}")
+    except ImportError as error:
+        raise ExportError(f"this export needs another library: pip install -U compressed-tensors ({error})") from None
+
+
+def _check(model: nn.Module) -> None:
+    """Refuse what cannot be exported."""
+    if not is_transformers_model(model):
+        raise ExportError(
+            f"{type(model).__name__} is no model of transformers, and no other library opens compressed-tensors; "
+            "write hf_daq.save_pretrained(model, directory)"
+        )
+    layers = daq_layers(model)
+    if not layers:
+        raise ExportError("there is no quantized layer; export the model that apply_daq or from_pretrained returned")
+    for name, layer in layers.items():
+        if not isinstance(layer, nn.Linear):
+            quantized: Any = getattr(layer, "quantized_class", layer)
+            kind = quantized.float_class.__name__
+            raise ExportError(
+                f"layer {name!r} is a {kind}, and compressed-tensors holds linear layers only; leave such layers in full "
+                f"precision, DaqConfig(..., modules_to_not_convert=[{name!r}, ...]), or write "
+                "hf_daq.save_pretrained(model, directory)"
+            )
+        if any(is_shard(parameter) for parameter in layer.parameters()):
+            raise ExportError("the model is sharded; gather and save it, open it again, then export it")
+        if any(not quantizer.calibrated for quantizer in layer.quantizers.values()):
+            raise CalibrationError(f"layer {name!r} is not calibrated; run hf_daq.calibrate(model) before the export")
+
+
+# ------------------------------------------------------------------------------------------------------ numbers
+
+
+def _container(name: str, found: Integers, widths: Sequence[int]) -> Container:
+    bits, columns = found.weight_bits, found.weight.shape[1]
+    # The format has no shorter last group: groups of a common divisor repeat the scales.
+    group_size = None if found.group_size is None else math.gcd(found.group_size, columns)
+    if bits == 8 or (found.input_bits == 8 and group_size is None):  # vLLM computes with static inputs in int8 only
+        return Container(bits, 8, WHOLE, group_size, found.input_bits)
+    fitting = [width for width in widths if bits < width <= 8]
+    if not fitting:
+        raise ExportError(
+            f"layer {name!r} has weights of {bits} bits, which need {bits + 1} or more here; widths={tuple(widths)} "
+            f"has none from {bits + 1} to 8"
+        )
+    return Container(bits, min(fitting), PACKED, group_size, found.input_bits)
+
+
+def _tensors(found: Integers, container: Container, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a layer by their names in the format, without the bias."""
+    weight, scale = found.weight, found.weight_scale.expand(len(found.weight), -1)
+    if container.group_size is not None and found.group_size is not None:
+        repeats = found.group_size // container.group_size
+        scale = scale.repeat_interleave(repeats, dim=1)[:, : weight.shape[1] // container.group_size]
+    tensors = {}
+    if container.bits == 8:
+        weight, scale = (weight - 1) // 2, scale * 2
+        tensors["weight_zero_point"] = torch.full_like(scale, -0.5, dtype=torch.float32)
+    if container.layout == PACKED:
+        pack_to_int32 = _library("compressors.pack_quantized").pack_to_int32
+        tensors["weight_packed"] = pack_to_int32(weight.to(torch.int8), container.width)
+        tensors["weight_shape"] = torch.tensor(weight.shape)
+    else:
+        tensors["weight"] = weight.to(torch.int8)
+    tensors["weight_scale"] = scale.to(dtype).contiguous()
+    if container.input_bits is not None:
+        zero = found.zero_point - 2 ** (container.input_bits - 1)
+        tensors["input_scale"] = found.input_scale.to(dtype)
+        tensors["input_zero_point"] = torch.tensor([zero], dtype=torch.int8)
+    return tensors
+
+
+# ------------------------------------------------------------------------------------------------ the other model
+
+
+@torch.no_grad()
+def _compress(model: Any, widths: Sequence[int]) -> dict[str, Container]:
+    """Turn a copy into what is saved: its quantized layers hold only the tensors of the format."""
+    from ..integrations import transformers as hub_transformers
+
+    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    containers = {}
+    for name, layer in daq_layers(model).items():
+        found = integers(layer)
+        containers[name] = _container(name, found, widths)
+        dtype = layer.dtype if isinstance(layer, PackedLayer) else layer.weight.dtype
+        stored = nn.Module()
+        for key, value in _tensors(found, containers[name], dtype).items():
+            stored.register_buffer(key, value)
+        if found.bias is not None:
+            stored.register_buffer("bias", found.bias)
+        model.set_submodule(name, stored)
+    hub_transformers.detach(model)
+    linear = {name: containers.get(name) for name in names}
+    model.config.quantization_config = _quantization_config(linear, model.base_model_prefix)
+    return containers
+
+
+def _quantization_config(linear: Mapping[str, Container | None], base: str) -> dict[str, Any]:
+    """The entry of config.json for these linear layers; None stands for full precision."""
+    targets: dict[Container | None, list[str]] = {}
+    for name, container in linear.items():
+        pattern = _pattern(name, base, linear)
+        if pattern not in targets.setdefault(container, []):
+            targets[container].append(pattern)
+    ignore = targets.pop(None, [])
+    layouts = {container.layout for container in targets if container is not None}
+    config = _library("quantization").QuantizationConfig(
+        config_groups={
+            f"group_{index}": _scheme(container, patterns)
+            for index, (container, patterns) in enumerate(targets.items())
+            if container is not None
+        },
+        format=layouts.pop() if len(layouts) == 1 else "mixed-precision",
+        quantization_status="compressed",
+        ignore=ignore,
+    )
+    return {"version": _library("version").__version__, **config.model_dump(mode="json")}
+
+
+def _scheme(container: Container, targets: list[str]) -> Any:
+    library = _library("quantization")
+    grouped = container.group_size is not None
+    weights: dict[str, Any] = {"strategy": "group" if grouped else "channel", "group_size": container.group_size}
+    if container.bits == 8:
+        weights |= {"symmetric": False, "zp_dtype": torch.float32}
+    inputs = None
+    if container.input_bits is not None:
+        inputs = library.QuantizationArgs(num_bits=container.input_bits, symmetric=False, strategy="tensor")
+    return library.QuantizationScheme(
+        targets=targets,
+        weights=library.QuantizationArgs(num_bits=container.width, **weights),
+        input_activations=inputs,
+        format=container.layout,
+    )
+
+
+def _pattern(name: str, base: str, linear: Mapping[str, Container | None]) -> str:
+    """What names a layer in this model, in its base model and in one with another head; all layers of a stack at once if
+    they are stored alike."""
+    stack = re.sub(r"(?<=\\\.)\d+(?=\\\.|$)", r"\\d+", re.escape(name))
+    alike = all(linear[other] == linear[name] for other in linear if re.fullmatch(stack, other))
+    pattern = stack if alike else re.escape(name)
+    prefix = re.escape(f"{base}.")
+    return f"re:({prefix})?{pattern.removeprefix(prefix)}$" if base else f"re:{pattern}$"
+
+
+# ---------------------------------------------------------------------------------------------------- the folder
+
+
+def _open(model: Any, folder: Path) -> Any:
+    """What transformers makes of the folder, with nothing missing."""
+    try:
+        opened, found = type(model).from_pretrained(folder, output_loading_info=True)
+    except Exception as error:
+        raise ExportError(
+            f"transformers does not open {type(model).__name__} from compressed-tensors: {type(error).__name__}: {error}; "
+            "write hf_daq.save_pretrained(model, directory)"
+        ) from error
+    if found["missing_keys"]:
+        raise ExportError(f"transformers does not find {sorted(found['missing_keys'])[0]!r} in the exported folder")
+    return opened.to(model.device).eval()
+
+
+@torch.no_grad()
+def _compare(model: Any, opened: Any, inputs: Mapping[str, Tensor] | Tensor) -> tuple[float, float, float]:
+    """Layer error, relative error and agreement of an opened folder; refuses one that does not hold the model."""
+    reference: Any = shared_copy(model).eval()
+    batch = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    batch = {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    errors: dict[str, float] = {}
+    for name, layer in daq_layers(reference).items():
+        opened.get_submodule(name).register_forward_hook(_layer_check(name, layer, errors))
+    got = _outputs(opened, batch)
+    if not errors:
+        raise ExportError("the inputs reach no quantized layer; pass what model(**inputs) takes for all of its parts")
+    worst = max(errors, key=lambda name: errors[name])
+    tolerance = _TOLERANCE.get(model.dtype, 1e-2)
+    _refuse(f"layer {worst!r}", errors[worst], tolerance, model.dtype)
+    expected = _outputs(reference, batch)
+    error = _relative_error(got, expected)
+    quantized_inputs = any(layer.a_quant is not None for layer in daq_layers(model).values())
+    _refuse("the outputs", error, _TOLERANCE_OF_OUTPUTS if quantized_inputs else tolerance, model.dtype)
+    same = torch.cat([(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in zip(got, expected, strict=True)])
+    return errors[worst], error, same.float().mean().item()
+
+
+def _layer_check(name: str, layer: nn.Module, errors: dict[str, float]) -> Any:
+    """A hook that notes the largest error of a layer's outputs."""
+
+    def check(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        errors[name] = max(_relative_error([output], [layer(*args)]), errors.get(name, 0.0))
+
+    return check
+
+
+def _relative_error(got: list[Tensor], expected: list[Tensor]) -> float:
+    difference = torch.cat([(a.float() - b.float()).flatten() for a, b in zip(got, expected, strict=True)])
+    size = torch.cat([value.float().flatten() for value in expected]).norm().clamp_min(1e-12)
+    return float(difference.norm() / size)
+
+
+def _refuse(what: str, error: float, tolerance: float, dtype: torch.dtype) -> None:
+    if not error <= tolerance:
+        raise ExportError(
+            f"the exported folder does not give what the model gives: {what} with a relative error of {error:.2g}, where "
+            f"{tolerance:g} are allowed for {dtype}; export model.float(), or compare on more inputs"
+        )
+
+
+def _outputs(model: Any, batch: dict[str, Any]) -> list[Tensor]:
+    """The logits, or what a model without a head gives first."""
+    output = model(**batch, return_dict=True)
+    logits = [value for key, value in output.items() if "logits" in key and isinstance(value, Tensor)]
+    return logits or [output[0]]

@@ -1,0 +1,281 @@
+"""ONNX files of quantized models, in integers that ONNX Runtime and OpenVINO compute with."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import CalibrationError, ExportError
+from ..files.header import replace_file
+from ..nn.layers import QuantizedLayer, evaluating
+from ..nn.packed import daq_layers
+from .onnx_emission import emitting
+from .onnx_runs import Inputs, OnnxRuntime
+from .onnx_verify import Report, judge, verify_file
+
+RUNTIMES = ("onnxruntime", "openvino")
+_LARGEST_FILE = 2**31 - 2**20
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
+    *,
+    weights: str = "int8",
+    runtime: str = "onnxruntime",
+    int8_outputs: bool = False,
+    opset: int = 21,
+    verify: bool = True,
+    runtimes: Sequence[str] | None = None,
+    min_agreement: float = 0.995,
+    max_error: float = 0.1,
+) -> Report:
+    """Write a calibrated, trained or packed model as an ONNX file, and compare the file with the model.
+
+    Layers are written as QuantizeLinear and DequantizeLinear around convolutions and matrix products, with unsigned codes
+    of 8 bits for inputs and signed integers for weights; runtimes turn these into integer kernels, whose sums are exact.
+    Weights of 1 to 7 bits are held as they are. Of 8 bits, odd integers up to 255 do not fit int8: held are `q - 128`,
+    and the missing half step is the sum of the inputs under the kernel times a constant for each channel, which takes
+    some time. Sums of codes below 8 bits do not saturate the 16-bit accumulators of processors without VNNI. Layers
+    without a quantized input, and groups of columns, have integers in the file and compute in float.
+
+    Needs `pip install onnx onnxscript`, and onnxruntime for `verify` and `int8_outputs`.
+
+    Args:
+        model: in float32. It is traced in evaluation and left as it was.
+        path: of the file; replaced once everything has passed.
+        inputs: real data, float32 images or integer tokens: a tensor, a tuple or a mapping, each tensor with the same
+            number of rows, 2 at least. Two rows are traced; the number of rows stays free in the file, and the length
+            of token sequences too where the model allows. All are used to verify and for the ranges of `int8_outputs`;
+            a few hundred are enough.
+        weights: "int8", or "int4": weights of up to 3 bits take half a byte in the file and run like int8.
+        runtime: the one the file is for. "onnxruntime": convolutions without groups are written as products of gathered
+            codes with a matrix, because ONNX Runtime has no fast integer convolution with a float output; the height and
+            width of images are fixed. OpenVINO opens such a file, but is slower with it and not always right.
+            "openvino": convolutions stay what they are; exact in both, fast in OpenVINO.
+        int8_outputs: convolutions stay what they are; outputs of convolutions that no quantizer follows are rounded to 8
+            bits, 8-bit weights of convolutions to 255 values, and biases to int32. Not exact: expect some percent of
+            other top-1 predictions. For ONNX Runtime and networks with depthwise convolutions, which it computes
+            slowly otherwise.
+        opset: 21 or higher.
+        verify: run all inputs through the runtimes and compare.
+        runtimes: those to compare with, of "onnxruntime" and "openvino"; None for those that compute the file rightly, if
+            they are installed: ONNX Runtime alone if convolutions are written for it.
+        min_agreement: smallest share of equal top-1. One different prediction is always allowed: among fewer than 200 a
+            single one would decide.
+        max_error: largest RMS of the difference of outputs, over the RMS of the outputs. A file that misses one of the two
+            passes all the same if it is as close to the model as the reference, `integer_arithmetic`, is on these
+            inputs: a network may be that sensitive to inputs between two codes.
+
+    Returns:
+        A `Report`; print it.
+
+    Raises:
+        ExportError: a package is missing, the model cannot be exported, or verification fails; there is no new file at
+            `path`. CalibrationError: a layer is not calibrated.
+    """
+    path, batch, layers = Path(path), Inputs(inputs), daq_layers(model)
+    for_one = runtime == "onnxruntime" and not int8_outputs
+    chosen = _chosen_runtimes(runtimes, for_one and _has_convolutions(layers)) if verify else ()
+    _require("onnx", "onnxscript", *(["onnxruntime"] if int8_outputs else []), *chosen)
+    _check(model, layers, weights, runtime, opset)
+    batch.to(next(model.parameters()).device)
+    with _inference(model):
+        proto = _exported(model, layers, batch, opset, int8_outputs and weights == "int8")
+        _rewrite(proto, batch, weights, int8_outputs, runtime)
+        _check_size(proto.ByteSize())
+        report = Report(path, proto.ByteSize(), weights, int8_outputs)
+        if verify:
+            verify_file(report, model, layers, proto, batch, chosen)
+            judge(report, model, batch, min_agreement, max_error)
+    contents = proto.SerializeToString()
+    replace_file(path, lambda temporary: temporary.write_bytes(contents))
+    return report
+
+
+def _has_convolutions(layers: Mapping[str, Any]) -> bool:
+    return any(isinstance(layer, nn.Conv2d) and layer.a_quant is not None for layer in layers.values())
+
+
+def _chosen_runtimes(runtimes: Sequence[str] | None, for_one: bool) -> Sequence[str]:
+    if runtimes is None and for_one:
+        return ["onnxruntime"]
+    if runtimes is None:
+        return [name for name in RUNTIMES if name == "onnxruntime" or importlib.util.find_spec(name)]
+    for name in runtimes:
+        if name not in RUNTIMES:
+            raise ExportError(f"runtimes: {name!r} is not one of {', '.join(RUNTIMES)}")
+    return runtimes
+
+
+def _require(*packages: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(f"export_onnx needs packages that are not installed: pip install {' '.join(missing)}")
+
+
+def _check(model: nn.Module, layers: Mapping[str, Any], weights: str, runtime: str, opset: int) -> None:
+    if not layers:
+        raise ExportError("export_onnx needs a quantized model: apply_daq and calibrate come first")
+    if weights not in ("int8", "int4"):
+        raise ExportError(f'weights={weights!r}: write "int8" or "int4"')
+    if runtime not in RUNTIMES:
+        raise ExportError(f"runtime={runtime!r}: write one of {', '.join(RUNTIMES)}")
+    if opset < 21:
+        raise ExportError(f"opset={opset}: write 21 or higher")
+    for name, layer in layers.items():
+        if isinstance(layer, QuantizedLayer) and not layer.calibrated:
+            raise CalibrationError(f"layer {name!r} is not calibrated; run hf_daq.calibrate(model) before exporting")
+    other = {value.dtype for value in model.parameters() if value.is_floating_point()} - {torch.float32}
+    if other:
+        raise ExportError(f"the model has parameters in {', '.join(map(str, other))}; export model.float()")
+
+
+def _check_size(size: int) -> None:
+    if size > _LARGEST_FILE:
+        raise ExportError(f"the file would have {size / 2**30:.1f} GiB; one ONNX file holds 2 GiB at most")
+
+
+@contextmanager
+def _inference(model: Any) -> Iterator[None]:
+    """Inside, the model computes as in evaluation, without gradients and without a cache of keys and values."""
+    config: Any = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    try:
+        if use_cache:
+            config.use_cache = False
+        with evaluating(model), torch.no_grad():
+            yield
+    finally:
+        if use_cache:
+            config.use_cache = use_cache
+
+
+def _exported(model: nn.Module, layers: Mapping[str, Any], batch: Inputs, opset: int, multiply: bool) -> Any:
+    """The model traced, with its layers in integers."""
+    args, kwargs = batch.arguments(batch.part(slice(2)))
+    names = _output_names(model(*args, **kwargs))
+    with emitting(layers, multiply), _quiet():
+        for sequence in (True, False) if batch.tokens else (False,):
+            with suppress(torch.onnx.OnnxExporterError) if sequence else _export_errors():
+                program = torch.onnx.export(
+                    model,
+                    args,
+                    kwargs=kwargs,
+                    dynamic_shapes=batch.shapes(sequence),
+                    output_names=names,
+                    opset_version=opset,
+                    dynamo=True,
+                    verbose=False,
+                )
+                break
+    assert program is not None
+    found: Any = program.model.graph.initializers.values()
+    _check_size(sum(value.const_value.nbytes for value in found))
+    return program.model_proto
+
+
+def _output_names(outputs: Any) -> list[str] | None:
+    if isinstance(outputs, Tensor):
+        return ["output"]
+    if isinstance(outputs, Mapping) and all(isinstance(value, Tensor) for value in outputs.values()):
+        return list(outputs)
+    return None
+
+
+@contextmanager
+def _export_errors() -> Iterator[None]:
+    try:
+        yield
+    except torch.onnx.OnnxExporterError as error:
+        cause = str(error.__cause__ or error).strip().splitlines()
+        raise ExportError(f"torch.onnx cannot export this model: {cause[0] if cause else error!r}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "torch.fx")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _rewrite(proto: Any, batch: Inputs, weights: str, int8_outputs: bool, runtime: str) -> None:
+    """What makes the traced graph exact and fast."""
+    import onnx
+
+    from . import onnx_passes as passes
+    from .onnx_graph import Graph
+    from .onnx_products import convolutions_as_products
+
+    graph = Graph(proto)
+    passes.name_values(graph)
+    passes.fold_pads(graph)
+    passes.fold_batch_norm(graph)
+    passes.drop_activations(graph)
+    if int8_outputs:
+        passes.round_offsets(graph)
+        passes.quantize_outputs(graph, _output_ranges(graph, batch))
+        passes.drop_activations(graph)
+        passes.integer_bias(graph)
+    else:
+        if runtime == "onnxruntime":
+            convolutions_as_products(graph)
+        passes.add_offsets(graph)
+        passes.separate_bias(graph)
+    if weights == "int4":
+        passes.store_int4(graph)
+    passes.share_constants(graph)
+    onnx.checker.check_model(proto)
+
+
+def _output_ranges(graph: Any, batch: Inputs) -> dict[str, tuple[float, float]]:
+    """For the float outputs of convolutions the range whose 8 bits have the smallest squared error."""
+    from onnx import TensorProto
+
+    from .onnx_graph import with_outputs
+    from .onnx_passes import float_outputs
+
+    names = list(float_outputs(graph))
+    if not names:
+        return {}
+    session = OnnxRuntime(with_outputs(graph.model, names, TensorProto.FLOAT), names)
+    samples: dict[str, list[Any]] = defaultdict(list)
+    bounds: dict[str, tuple[float, float]] = dict.fromkeys(names, (0.0, 0.0))
+    generator = np.random.default_rng(0)
+    for tensors in batch.batches():
+        for name, values in zip(names, session(tensors), strict=True):
+            low, high = bounds[name]
+            bounds[name] = min(low, float(values.min())), max(high, float(values.max()))
+            flat = values.reshape(-1)
+            samples[name].append(flat[generator.integers(0, len(flat), 2048)])
+    return {name: _best_range(np.concatenate(samples[name]), *bounds[name]) for name in names}
+
+
+def _best_range(values: Any, low: float, high: float) -> tuple[float, float]:
+    def error(part: float) -> float:
+        step = max((high - low) * part / 255, 1e-12)
+        zero = np.rint(-low * part / step)
+        codes = np.clip(np.rint(values / step) + zero, 0, 255)
+        return float(np.square((codes - zero) * step - values).mean())
+
+    part = min(np.linspace(1, 0.5, 26), key=error)
+    return low * part, high * part

@@ -1,0 +1,125 @@
+"""What quantized layers emit while a model is traced for ONNX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.integers import Integers, integers, replaced_forwards
+
+_LARGEST_SUM = 2**15 - 1
+_INT8 = 127
+
+
+def emitting(layers: Mapping[str, Any], multiply: bool) -> AbstractContextManager[None]:
+    """Inside, quantized layers emit ONNX operators."""
+    return replaced_forwards({layer: Emission(layer, name, multiply) for name, layer in layers.items()})
+
+
+class Emission:
+    """The forward of a layer while it is traced."""
+
+    def __init__(self, layer: Any, name: str, multiply: bool) -> None:
+        self.layer, self.name, found = layer, name, integers(layer)
+        self.compute = getattr(layer, "quantized_class", type(layer)).compute
+        self.input_bits, self.bias = found.input_bits, found.bias
+        device = found.weight.device
+        self.input_scale = found.input_scale[0].clone()
+        self.zero_point = torch.tensor(found.zero_point, dtype=torch.uint8, device=device)
+        self.bounds = [
+            torch.tensor(code, dtype=torch.uint8, device=device) for code in (0, 2 ** (self.input_bits or 8) - 1)
+        ]
+        self.linear = not isinstance(layer, nn.Conv2d)
+        self.offset = found.weight_bits == 8
+        multiple = _multiple(found) if multiply else 1
+        factor = 2 if self.offset else 1 / multiple
+        self.scale = found.weight_scale * factor
+        codes = (found.weight - 1).div(2, rounding_mode="floor") if self.offset else found.weight * multiple
+        self.codes, self.group_size = codes.to(torch.int8), found.group_size
+        self.scale = self.scale.expand(len(self.codes), -1).contiguous()
+        self.in_integers = self.group_size is None and self.input_bits is not None
+        if self.linear and self.in_integers:
+            self.codes, self.scale = self.codes.t().contiguous(), self.scale.t().contiguous()
+        self.ones = torch.ones(len(self.codes), 1, dtype=torch.int8, device=device)
+        self.one = torch.ones((), device=device)
+        self._prepare_rows()
+
+    def _prepare_rows(self) -> None:
+        """The weight for layers that compute in float: a row of integers for each scale, and what to cut off. Runtimes
+        round the inputs of layers whose weight has blocks of its own (`block_size`) to 8 bits."""
+        self.shape = self.codes.shape
+        if self.in_integers:
+            return
+        flat = self.codes.flatten(1)
+        self.columns, size = flat.shape[1], self.group_size or flat.shape[1]
+        flat = torch.nn.functional.pad(flat, (0, -self.columns % size))
+        self.rows = flat.reshape(-1, size).contiguous()
+        self.scale = self.scale.reshape(-1)
+        self.half = (self.scale / 2).unsqueeze(1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = self._quantized(x)
+        if self.in_integers and self.linear:
+            return self._product(x)
+        if self.in_integers:
+            weight = self._dequantized("weight", self.codes, self.scale[:, 0], axis=0)
+        else:
+            weight = self._float_weight()
+        output: Tensor = self.compute(self.layer, x, weight, self.bias)
+        return output
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        if self.input_bits is None:
+            return x
+        constants, emit = (self.input_scale, self.zero_point), torch.onnx.ops.symbolic
+        role = {"hf_daq": f"{self.name}.input_codes"}
+        name = role if self.input_bits == 8 else {}
+        x = emit("QuantizeLinear", (x, *constants), dtype=torch.uint8, shape=x.shape, metadata_props=name)
+        if self.input_bits < 8:
+            x = emit("Clip", (x, *self.bounds), dtype=torch.uint8, shape=x.shape, metadata_props=role)
+        name = {"hf_daq": f"{self.name}.input"}
+        return emit("DequantizeLinear", (x, *constants), dtype=torch.float32, shape=x.shape, metadata_props=name)
+
+    def _dequantized(self, role: str, codes: Tensor, scale: Tensor, axis: int = 0) -> Tensor:
+        notes = {"hf_daq": f"{self.name}.{role}"}
+        if self.offset and role == "weight":
+            notes["hf_daq_offset"] = "1"
+        return torch.onnx.ops.symbolic(
+            "DequantizeLinear",
+            (codes, scale, torch.zeros_like(scale, dtype=torch.int8)),
+            {"axis": axis} if scale.ndim else {},
+            dtype=torch.float32,
+            shape=codes.shape,
+            metadata_props=notes,
+        )
+
+    def _product(self, x: Tensor) -> Tensor:
+        output = torch.matmul(x, self._dequantized("weight", self.codes, self.scale[0], axis=1))
+        if self.bias is not None:
+            output = output + self.bias
+        if self.offset:
+            sums = torch.matmul(x, self._dequantized("ones", self.ones, self.one))
+            output = output + sums * (self.scale[0] / 2)
+        return output
+
+    def _float_weight(self) -> Tensor:
+        weight = self._dequantized("weight_rows", self.rows, self.scale, axis=0)
+        if self.offset:
+            weight = weight + self.half
+        if weight.shape != self.shape:
+            weight = weight.reshape(len(self.codes), -1)[:, : self.columns].reshape(self.shape)
+        return weight
+
+
+def _multiple(found: Integers) -> int:
+    """A factor for the integers of a weight, where outputs have 8 bits. Runtimes round the bias of a convolution to
+    multiples of the product of both scales, which is coarse at 1 or 2 bits; and processors without VNNI add pairs of
+    products in 16 bits."""
+    if found.input_bits is None or found.group_size is not None:
+        return 1
+    largest = 2**found.weight_bits - 1
+    return max(1, min(_INT8, _LARGEST_SUM // (2 * (int(2**found.input_bits) - 1))) // int(largest))

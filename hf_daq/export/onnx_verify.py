@@ -1,0 +1,173 @@
+"""How close an ONNX file is to its model, and whether that is close enough."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ..errors import ExportError
+from ..nn.integers import integer_arithmetic
+from .onnx_runs import Inputs, OnnxRuntime, OpenVino, outputs_of
+
+_REFERENCE = "integers, PyTorch"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A runtime against PyTorch, over all rows of the inputs.
+
+    top1: share of equal argmax over the last dimension of the first output. flips: how many are not equal.
+    error: RMS of the difference of the outputs over the RMS of PyTorch's. largest: the largest absolute difference.
+    """
+
+    top1: float
+    flips: int
+    predictions: int
+    error: float
+    largest: float
+
+
+@dataclass
+class Report:
+    """What was written, and how it compares with the model in PyTorch.
+
+    bytes: size of the file. rows: rows of the inputs compared. runtimes: by name; empty without verification.
+    layers: layer -> share of the codes of its input that differ in ONNX Runtime, in the order of computation.
+    int8_outputs: whether outputs of convolutions were rounded to 8 bits.
+    """
+
+    path: Path
+    bytes: int
+    weights: str
+    int8_outputs: bool
+    rows: int = 0
+    runtimes: dict[str, Agreement] = field(default_factory=dict)
+    layers: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        title = f"{self.path}: {self.bytes / 2**20:.2f} MiB, {self.weights} weights"
+        lines = [title + (", outputs of convolutions in 8 bits" if self.int8_outputs else "")]
+        if self.runtimes:
+            lines.append(
+                f"{'against PyTorch':<20}{'equal top-1':>12}{'RMS error':>12}{'largest':>12}   {self.rows} rows"
+            )
+        for name, found in self.runtimes.items():
+            lines.append(f"{name:<20}{found.top1:>12.2%}{found.error:>12.2e}{found.largest:>12.2e}")
+        if self.layers:
+            width = max(map(len, [*self.layers, "layer"])) + 2
+            lines.append(f"{'layer':<{width}}different input codes")
+            lines += [f"{name:<{width}}{share:>21.4%}" for name, share in self.layers.items()]
+        return "\n".join(lines)
+
+
+@dataclass
+class _Comparison:
+    """Sums over batches behind an `Agreement`."""
+
+    flips: int = 0
+    predictions: int = 0
+    squares: float = 0.0
+    total: float = 0.0
+    largest: float = 0.0
+
+    def add(self, expected: list[Any], found: list[Any]) -> None:
+        different = expected[0].argmax(-1) != found[0].argmax(-1)
+        self.flips += int(different.sum())
+        self.predictions += different.size
+        for reference, values in zip(expected, found, strict=True):
+            difference = values.astype(np.float64) - reference
+            self.squares += float(np.square(difference).sum())
+            self.total += float(np.square(reference, dtype=np.float64).sum())
+            self.largest = max(self.largest, float(np.nan_to_num(np.abs(difference), nan=np.inf).max()))
+
+    def result(self) -> Agreement:
+        error = (self.squares / max(self.total, 1e-30)) ** 0.5
+        return Agreement(1 - self.flips / self.predictions, self.flips, self.predictions, error, self.largest)
+
+
+def verify_file(
+    report: Report, model: nn.Module, layers: Mapping[str, Any], proto: Any, batch: Inputs, names: Sequence[str]
+) -> None:
+    """Fill in what the report says of runtimes and layers."""
+    from onnx import TensorProto
+
+    from .onnx_graph import input_codes, with_outputs
+
+    builders = {"onnxruntime": OnnxRuntime, "openvino": OpenVino}
+    runtimes = {name: builders[name](proto) for name in names}
+    comparisons = {name: _Comparison() for name in names}
+    values = input_codes(proto) if "onnxruntime" in names else []
+    layered = OnnxRuntime(with_outputs(proto, values, TensorProto.UINT8), values) if values else None
+    different: dict[str, list[float]] = defaultdict(list)
+    with _recorded_codes(layers) as recorded:
+        for tensors in batch.batches():
+            recorded.clear()
+            expected = [value.cpu().numpy() for value in outputs_of(model, batch, tensors)]
+            for name, runtime in runtimes.items():
+                comparisons[name].add(expected, runtime(tensors))
+            if layered is not None:
+                for value, codes in zip(values, layered(tensors), strict=True):
+                    different[value].append(float((codes != recorded[value]).mean()) * len(tensors[0]))
+    report.rows = batch.rows
+    report.runtimes = {name: comparison.result() for name, comparison in comparisons.items()}
+    report.layers = {name.replace(".input_codes", ""): sum(part) / batch.rows for name, part in different.items()}
+
+
+@contextmanager
+def _recorded_codes(layers: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Inside, forwards leave the codes of the inputs of layers in a dictionary, by the names of their values."""
+    recorded: dict[str, Any] = {}
+
+    def record(layer: Any, args: Any, kwargs: Any, role: str) -> None:
+        number = sum(name == role or name.startswith(f"{role}.") for name in recorded)
+        codes = layer.a_quant.codes(args[0] if args else next(iter(kwargs.values())))
+        recorded[f"{role}.{number}" if number else role] = codes.cpu().numpy()
+
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs, role=f"{name}.input_codes": record(module, args, kwargs, role),
+            with_kwargs=True,
+        )
+        for name, layer in layers.items()
+        if layer.a_quant is not None
+    ]
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def judge(report: Report, model: nn.Module, batch: Inputs, min_agreement: float, max_error: float) -> None:
+    """Refuse a file that is not as close as asked, nor as close as the reference."""
+    for name, found in list(report.runtimes.items()):
+        allowed = max(1, int((1 - min_agreement) * found.predictions))
+        if found.flips <= allowed and found.error <= max_error:
+            continue
+        if _REFERENCE not in report.runtimes:  # takes a while, and serves both runtimes
+            report.runtimes[_REFERENCE] = _reference(model, batch)
+        reference = report.runtimes[_REFERENCE]
+        if found.flips <= max(allowed, 2 * reference.flips) and found.error <= max(max_error, 2 * reference.error):
+            continue
+        advice = "int8_outputs=False is exact" if report.int8_outputs else "other limits are yours to set"
+        raise ExportError(
+            f"{name}: {found.top1:.2%} of its top-1 are PyTorch's, with an RMS error of {found.error:.2e}; "
+            f"min_agreement={min_agreement:g}, max_error={max_error:g}; {advice}. Nothing was written.\n{report}"
+        )
+
+
+def _reference(model: nn.Module, batch: Inputs) -> Agreement:
+    """The model in integers, in PyTorch, against itself."""
+    comparison = _Comparison()
+    for tensors in batch.batches():
+        expected = [value.cpu().numpy() for value in outputs_of(model, batch, tensors)]
+        with integer_arithmetic(model):
+            comparison.add(expected, [value.cpu().numpy() for value in outputs_of(model, batch, tensors)])
+    return comparison.result()

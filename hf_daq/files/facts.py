@@ -1,0 +1,108 @@
+"""What a model card says that no tensor tells: `CardFacts`. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import CheckpointError
+
+_LONGEST = 2**16  # characters of text in a file from a stranger
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measured number.
+
+    Args:
+        metric: as the Hub names it, e.g. "accuracy", "perplexity".
+        value: of the quantized model, in percent where the metric is a share.
+        float_value: of the float model, measured in the same way.
+        dataset: a Hub id, or a few words.
+        split: e.g. "test".
+    """
+
+    metric: str
+    value: float
+    float_value: float | None = None
+    dataset: str | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What whoever trained a model knows of it, for its card. It is kept in the header of the weights file, so that a file
+    that is packed or pushed later has the same card. What is left out the card does not mention.
+
+    Args:
+        base_model: Hub id of the float model.
+        license: of the weights, as the Hub names it, e.g. "apache-2.0".
+        datasets: training data, Hub ids or a few words each.
+        calibration: what the inputs of `calibrate` were, in a few words.
+        results: measured numbers.
+        command: the line that gives the results again.
+        recipe: the settings of the run.
+        seed: of the run.
+        versions: library -> version, of the run.
+    """
+
+    base_model: str | None = None
+    license: str | None = None
+    datasets: tuple[str, ...] = ()
+    calibration: str | None = None
+    results: tuple[Result, ...] = ()
+    command: str | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, without what is not known."""
+        values = dataclasses.asdict(self)
+        values["datasets"] = list(values["datasets"])
+        values["results"] = [{k: v for k, v in result.items() if v is not None} for result in values["results"]]
+        return {key: value for key, value in values.items() if value not in (None, [], {})}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> CardFacts:
+        """Inverse of `to_dict`, for values that a stranger may have written.
+
+        Raises:
+            CheckpointError: an unknown key, or a value of another type.
+        """
+        if not isinstance(values, Mapping) or len(repr(values)) > _LONGEST:
+            raise CheckpointError("the facts of the model card are not a small mapping")
+        return cls(**{str(key): _checked(str(key), value) for key, value in values.items()})
+
+
+def _checked(key: str, value: Any) -> Any:
+    texts = ("base_model", "license", "calibration", "command")
+    if key in texts and isinstance(value, str):
+        return value
+    if key == "datasets" and isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return tuple(value)
+    if key == "seed" and isinstance(value, int):
+        return value
+    if key == "recipe" and isinstance(value, Mapping):
+        return dict(value)
+    if key == "versions" and isinstance(value, Mapping) and all(isinstance(text, str) for text in value.values()):
+        return dict(value)
+    if key == "results" and isinstance(value, list):
+        return tuple(_result(entry) for entry in value)
+    raise CheckpointError(f"the facts of the model card have an unknown or a wrong entry: {key!r}")
+
+
+def _result(entry: Any) -> Result:
+    kinds: dict[str, Any] = {"metric": str, "value": float, "float_value": float, "dataset": str, "split": str}
+    if not isinstance(entry, Mapping) or not {"metric", "value"} <= entry.keys() <= kinds.keys():
+        raise CheckpointError(f"a result of the model card has wrong keys: {str(entry)[:200]}")
+    for key, value in entry.items():
+        fits = isinstance(value, str)
+        if kinds[key] is float:
+            fits = isinstance(value, int | float) and math.isfinite(value)
+        if not fits:
+            raise CheckpointError(f"a result of the model card has a wrong {key}: {str(value)[:200]}")
+    return Result(**entry)

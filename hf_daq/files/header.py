@@ -1,0 +1,179 @@
+"""What a checkpoint says of itself: config.json, and the header of its weights file, read without a tensor and without torch.
+
+The header's metadata has one key, "hf_daq", with a JSON string `{"hf_daq_version": ..., "quantization_config": ...}`; in
+a packed file also `"shapes": {layer: shape of its weight}`, so that codes can be read without the model; `"names": {layer:
+its name in the file}` where transformers renames tensors as it saves; and `"card"`, the facts of the model card.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ..config import QUANT_METHOD, DaqConfig
+from ..errors import CheckpointError, ConfigError
+from .facts import CardFacts
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+METADATA_KEY = "hf_daq"
+ARCHITECTURE = "hf_daq"  # of timm's factory
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a weights file says of itself: quantization config, library version, name -> (dtype, shape), the shapes of packed
+    weights, the facts of its card, and names of layers in the file where these are others."""
+
+    config: DaqConfig
+    version: str
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    shapes: dict[str, list[int]]
+    facts: CardFacts = field(default_factory=CardFacts)
+    names: dict[str, str] = field(default_factory=dict)
+
+
+def read_description(directory: Path) -> dict[str, Any]:
+    """The content of config.json."""
+    path = directory / CONFIG_NAME
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{directory} has no {CONFIG_NAME}; is it a folder written by hf_daq.save_pretrained?"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(description, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return description
+
+
+def is_of_transformers(description: Mapping[str, Any]) -> bool:
+    """True for a config.json of a DAQ model that transformers saved."""
+    config = description.get("quantization_config")
+    return isinstance(config, dict) and config.get("quant_method") == QUANT_METHOD and "model_type" in description
+
+
+def is_of_timm(description: Mapping[str, Any]) -> bool:
+    """True for a config.json of a DAQ model of timm."""
+    return description.get("architecture") == ARCHITECTURE and isinstance(description.get("model_args"), dict)
+
+
+def described_config(description: Mapping[str, Any], path: Any) -> DaqConfig:
+    """The quantization config of a config.json."""
+    values = (description["model_args"] if is_of_timm(description) else description).get("quantization_config")
+    if not isinstance(values, dict) or values.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(f"{path} has no DAQ quantization config: it is not a checkpoint of hf_daq")
+    try:
+        return DaqConfig.from_dict(values)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: quantization config: {error}") from None
+
+
+def read_header(path: Path) -> Header:
+    """Names, dtypes, shapes and the quantization config of a weights file, without reading a tensor."""
+    try:
+        with safe_open(path, framework="np") as file:
+            found = file.metadata() or {}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
+    return parse_header(path, found, tensors)
+
+
+def parse_header(path: Any, metadata: Mapping[str, str], tensors: dict[str, tuple[str, tuple[int, ...]]]) -> Header:
+    """The header of the file at `path` from its metadata and what it says of its tensors."""
+    if METADATA_KEY not in metadata:
+        raise CheckpointError(f"{path} has no {METADATA_KEY!r} metadata: it was not written by hf_daq.save_pretrained")
+    try:
+        content = json.loads(metadata[METADATA_KEY])
+        config = DaqConfig.from_dict(content["quantization_config"])
+        version, shapes = str(content["hf_daq_version"]), content.get("shapes", {})
+        facts = CardFacts.from_dict(content.get("card", {}))
+        names = {str(name): str(other) for name, other in content.get("names", {}).items()}
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: quantization config: {error}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged {METADATA_KEY!r} metadata: {error!r}") from None
+    if config.layers is None:
+        raise CheckpointError(f"{path}: the quantization config has no resolved layers")
+    return Header(config, version, tensors, shapes, facts, names)
+
+
+def read_agreeing_header(path: Path, config: DaqConfig) -> Header:
+    """`read_header`, refused if its quantization config is not the one of config.json."""
+    header = read_header(path)
+    check_agreement(header, config, path)
+    return header
+
+
+def check_agreement(header: Header, config: DaqConfig, path: Any) -> None:
+    """Refuse a weights file whose quantization config is not the one of config.json."""
+    if header.config != config:
+        raise CheckpointError(f"{path} and {CONFIG_NAME} disagree about the quantization config")
+
+
+def joined(headers: list[Header]) -> Header:
+    """One header for all shards of a checkpoint."""
+    first = headers[0]
+    if any(header.config != first.config for header in headers):
+        raise CheckpointError("the weights files of this checkpoint disagree about the quantization config")
+    tensors = {name: entry for header in headers for name, entry in header.tensors.items()}
+    return Header(first.config, first.version, tensors, first.shapes, first.facts, first.names)
+
+
+def weights_files(directory: Path) -> list[Path]:
+    """The weights file of a folder, or its shards."""
+    return sorted(directory.glob("model*.safetensors"))
+
+
+def write_facts(path: Path, facts: CardFacts) -> None:
+    """Put the facts of the card into the header of a weights file, in place of those it has; tensors stay as they are."""
+    read_header(path)
+    with open(path, "rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+        content = json.loads(header["__metadata__"][METADATA_KEY]) | {"card": facts.to_dict()}
+        header["__metadata__"][METADATA_KEY] = json.dumps(content, sort_keys=True)
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # tensors are aligned
+
+        def write(target: Path) -> None:
+            with open(target, "wb") as copy:
+                copy.write(struct.pack("<Q", len(text)) + text)
+                shutil.copyfileobj(file, copy, 2**20)
+
+        replace_file(path, write)
+
+
+def replace_file(target: Path, write_to: Callable[[Path], Any]) -> None:
+    """Let `write_to` write a temporary file beside `target`, then rename it to `target`."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    os.close(descriptor)
+    try:
+        write_to(Path(temporary))
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,263 @@
+"""What is in a checkpoint, from config.json and the header of its weights file alone: no tensor is read, nothing is built,
+torch is not loaded."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from ..cli.console import printable
+from ..config import DaqConfig
+from ..errors import CheckpointError
+from . import hub
+from .facts import CardFacts
+from .header import (
+    BYTES,
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Header,
+    check_agreement,
+    described_config,
+    is_of_timm,
+    is_of_transformers,
+    joined,
+    parse_header,
+    read_description,
+    read_header,
+    weights_files,
+)
+
+
+@dataclass(frozen=True)
+class InspectedLayer:
+    """A quantized layer of a file. bytes: of its weight in this file, codes and scales; float_bytes: of the float weight."""
+
+    name: str
+    shape: tuple[int, ...]
+    weight_bits: int
+    activation_bits: int | None
+    parameters: int
+    bytes: int
+    float_bytes: int
+
+
+@dataclass(frozen=True)
+class KeptTensor:
+    """A tensor that is not of a quantized weight: in full precision."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint says of itself.
+
+    library: "timm", "transformers", or "torch" for a model of neither. packed_bytes: the size of all tensors with packed
+    weights, float_bytes: in float, tensor_bytes: in this file.
+    """
+
+    source: str
+    library: str
+    architecture: str
+    packed: bool
+    config: DaqConfig
+    version: str
+    layers: tuple[InspectedLayer, ...]
+    kept: tuple[KeptTensor, ...]
+    tensor_bytes: int
+    packed_bytes: int
+    float_bytes: int
+    facts: CardFacts
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        values = asdict(self) | {"config": self.config.to_dict(), "facts": self.facts.to_dict()}
+        for key in ("layers", "kept"):
+            values[key] = [entry | {"shape": list(entry["shape"])} for entry in values[key]]
+        return values
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        text = StringIO()
+        Console(file=text, width=1000, no_color=True).print(self)
+        return text.getvalue().rstrip()
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        kind = "packed" if self.packed else "trainable"
+        title = f"{self.source}: {self.architecture} of {self.library}, {kind}, hf_daq {self.version}"
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for name in ("layers", "W", "A"):
+            table.add_column(name)
+        for name in ("number", "weights", "float MB", "in this file MB"):
+            table.add_column(name, justify="right")
+        for group, layers in grouped(self.layers, lambda layer: (layer.weight_bits, layer.activation_bits)).items():
+            activation = "float" if layers[0].activation_bits is None else str(layers[0].activation_bits)
+            sizes = [sum(layer.parameters for layer in layers)]
+            megabytes = [sum(layer.float_bytes for layer in layers), sum(layer.bytes for layer in layers)]
+            cells = [str(layers[0].weight_bits), activation, str(len(layers)), f"{sizes[0]:,}"]
+            table.add_row(Text(printable(group)), *cells, *(f"{value / 1e6:.3f}" for value in megabytes))
+        for group, tensors in grouped(self.matrices, lambda tensor: (tensor.dtype,)).items():
+            count = sum(math.prod(tensor.shape) for tensor in tensors)
+            size = f"{sum(tensor.bytes for tensor in tensors) / 1e6:.3f}"
+            table.add_row(
+                Text(printable(group)),
+                Text(printable(tensors[0].dtype.lower())),
+                "float",
+                str(len(tensors)),
+                f"{count:,}",
+                size,
+                size,
+            )
+        lines: list[Any] = [Text(printable(title), style="bold"), table, Text(self._sizes())]
+        for result in self.facts.results:
+            before = "" if result.float_value is None else f" (float {result.float_value:g})"
+            where = " ".join(filter(None, (result.dataset, result.split)))
+            lines.append(
+                Text(printable(f"{result.metric} {result.value:g}{before}" + (f" on {where}" if where else "")))
+            )
+        return Group(*lines)
+
+    def _sizes(self) -> str:
+        count = len(self.layers)
+        sizes = f"{self.float_bytes / 1e6:.2f} MB in float, {self.tensor_bytes / 1e6:.2f} MB in this file"
+        packed = "" if self.packed else f", {self.packed_bytes / 1e6:.2f} MB packed"
+        return f"{count} layer{'s' * (count != 1)} quantized; {sizes}{packed}"
+
+    @property
+    def matrices(self) -> tuple[KeptTensor, ...]:
+        """Kept tensors with two or more dimensions: weights in full precision."""
+        return tuple(tensor for tensor in self.kept if len(tensor.shape) > 1)
+
+
+def grouped(entries: Any, key: Callable[[Any], tuple[Any, ...]]) -> dict[str, list[Any]]:
+    """Entries whose names differ in numbers alone and that agree in `key`, under the name with `*` for the numbers."""
+    found: dict[tuple[Any, ...], list[Any]] = {}
+    for entry in entries:
+        found.setdefault((_pattern(entry.name), *key(entry)), []).append(entry)
+    names: dict[str, list[Any]] = {}
+    for (name, *_), group in found.items():
+        label = group[0].name if len(group) == 1 else name
+        while label in names:  # the same layers in several widths
+            label += " "
+        names[label] = group
+    return names
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
+def inspect(path_or_repo: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Inspection:
+    """What is in a checkpoint: a folder, a weights file, or a repository of the Hub.
+
+    Of a repository only config.json and the headers are asked for; offline it must be in the cache.
+
+    Raises:
+        CheckpointError: not a checkpoint of hf_daq, or damaged. HubError: a repository that is not there or not reached.
+    """
+    path, source = Path(path_or_repo), str(path_or_repo)
+    if path.is_file():
+        return describe(source, read_description(path.parent), [read_header(path)])
+    if not path.is_dir():
+        if not hub.is_repository(source):
+            raise CheckpointError(f"{source!r} is neither a folder, a file, nor a repository such as 'user/name'")
+        if not hub.is_offline():
+            folder, headers = hub.remote_headers(source, revision=revision, token=token)
+            parsed = [parse_header(f"{file} of {source}", *content) for file, content in headers.items()]
+            return describe(source, read_description(folder), parsed)
+        path = hub.download(source, revision=revision, token=token)
+    description = read_description(path)
+    described_config(description, path / CONFIG_NAME)
+    files = weights_files(path)
+    if not files:
+        raise CheckpointError(f"{path} has no {WEIGHTS_NAME}")
+    return describe(source, description, [read_header(file) for file in files])
+
+
+def describe(source: str, description: Mapping[str, Any], headers: list[Header]) -> Inspection:
+    """The inspection of a checkpoint from its config.json and the headers of its weights files."""
+    header = joined(headers)
+    config = described_config(description, source)
+    check_agreement(header, config, f"the weights of {source}")
+    library = "timm" if is_of_timm(description) else "transformers" if is_of_transformers(description) else "torch"
+    layers = tuple(_layer(name, bits, header, description) for name, bits in (config.layers or {}).items())
+    keys = ("weight", "weight_codes", "weight_scale")
+    own = {f"{header.names.get(layer.name, layer.name)}.{key}" for layer in layers for key in keys}
+    quantizer = re.compile(r".*\.[wa]_quant\.\w+")
+    kept = tuple(
+        KeptTensor(name, dtype, shape, _size(dtype, shape))
+        for name, (dtype, shape) in header.tensors.items()
+        if name not in own and not quantizer.fullmatch(name)
+    )
+    rest = sum(tensor.bytes for tensor in kept)
+    inputs = sum(_size(*entry) for name, entry in header.tensors.items() if ".a_quant." in name)
+    scales = sum(_size(*entry) for name, entry in header.tensors.items() if name.endswith(".w_quant.scale"))
+    total = sum(_size(*entry) for entry in header.tensors.values())
+    codes = sum(-(-layer.parameters * layer.weight_bits // 8) for layer in layers)
+    return Inspection(
+        source=source,
+        library=library,
+        architecture=_architecture(description, library),
+        packed=config.packed,
+        config=config,
+        version=header.version,
+        layers=layers,
+        kept=kept,
+        tensor_bytes=total,
+        packed_bytes=total if config.packed else rest + inputs + scales + codes,
+        float_bytes=rest + sum(layer.float_bytes for layer in layers),
+        facts=header.facts,
+    )
+
+
+def _layer(name: str, bits: Mapping[str, int | None], header: Header, description: Mapping[str, Any]) -> InspectedLayer:
+    weight_bits, activation_bits = bits["weight_bits"], bits["activation_bits"]
+    assert weight_bits is not None
+    stored = header.names.get(name, name)
+    dtype, shape = header.tensors.get(f"{stored}.weight", ("F32", None))
+    if shape is None:  # packed
+        shape = _checked_shape(name, header)
+        dtype = {"float16": "F16", "bfloat16": "BF16"}.get(str(description.get("dtype")), "F32")
+    keys = (
+        "weight",
+        "weight_codes",
+        "weight_scale",
+        *(f"w_quant.{key}" for key in ("lower", "upper", "scale", "shift")),
+    )
+    parts = [header.tensors.get(f"{stored}.{key}") for key in keys]
+    size = sum(_size(*part) for part in parts if part is not None)
+    count = math.prod(shape)
+    return InspectedLayer(name, shape, weight_bits, activation_bits, count, size, _size(dtype, shape))
+
+
+def _checked_shape(name: str, header: Header) -> tuple[int, ...]:
+    shape = header.shapes.get(name) if isinstance(header.shapes, dict) else None
+    if not isinstance(shape, list) or not all(type(size) is int and 0 < size < 2**31 for size in shape):
+        raise CheckpointError(f"the file has neither a weight of {name!r} nor the shape of one")
+    return tuple(shape)
+
+
+def _size(dtype: str, shape: tuple[int, ...]) -> int:
+    return BYTES.get(dtype, 0) * math.prod(shape)
+
+
+def _architecture(description: Mapping[str, Any], library: str) -> str:
+    if library == "timm":
+        return str(description["model_args"].get("base"))
+    names = description.get("architectures")
+    if library == "transformers" and isinstance(names, list) and names:
+        return str(names[0])
+    return str(description.get("architecture"))

@@ -1,0 +1,195 @@
+"""One checkpoint on disk: `model.safetensors` with the quantization config in its header, and `config.json`.
+
+Files may come from strangers: the header, every name, dtype and shape, and the values of the quantizers are checked
+before anything is written to a model. No pickle is read or written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from ..errors import CalibrationError, CheckpointError
+from ..nn.layers import QuantizedLayer
+from ..nn.packed import PackedLayer, daq_layers, packed_layers
+from ..nn.quantizers import is_shard
+from ..version import __version__
+from .facts import CardFacts
+from .header import BYTES, CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME, Header, replace_file, weights_files
+
+PROBE_NAME = "probe.safetensors"
+
+
+def metadata(model: Any, facts: CardFacts | None = None, names: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What the header of a weights file says of the quantization, and what its card says beside it.
+
+    Args:
+        names: layer -> its name in the file, where that is another.
+    """
+    content: dict[str, Any] = {"hf_daq_version": __version__, "quantization_config": model.daq_config.to_dict()}
+    if model.daq_config.packed:
+        content["shapes"] = {name: list(layer.shape) for name, layer in packed_layers(model).items()}
+    if names:
+        content["names"] = dict(names)
+    if facts is not None and facts.to_dict():
+        content["card"] = facts.to_dict()
+    return {METADATA_KEY: json.dumps(content, sort_keys=True)}
+
+
+def write(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    description: dict[str, Any],
+    facts: CardFacts | None = None,
+) -> None:
+    """Write both files, each to a temporary file that is then renamed: an interrupted save leaves the old files.
+
+    Args:
+        tensors: the state dict of `model`, or one gathered from its shards.
+        description: content of config.json, without the version.
+        facts: for the model card.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(description | {"hf_daq_version": __version__}, indent=2) + "\n"
+    contents: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        address = tensor.untyped_storage().data_ptr()
+        # A module that is in the model twice has two names; the file holds it under both.
+        contents[name] = tensor.clone() if address in storages else tensor
+        storages.add(address)
+    header = {"format": "pt", **metadata(model, facts)}
+    replace_file(directory / WEIGHTS_NAME, lambda path: save_file(contents, path, metadata=header))
+    replace_file(directory / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+@contextmanager
+def temporary_folder(directory: Path) -> Iterator[Path]:
+    """A folder whose files take their places in `directory` at the end, weights before config.json; if something is raised,
+    `directory` stays as it was."""
+    existed = directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as temporary:
+            yield Path(temporary)
+            written = {path.name for path in Path(temporary).iterdir()}
+            for name in sorted(written, reverse=True):
+                os.replace(Path(temporary) / name, directory / name)
+    except BaseException:
+        if not existed and not any(directory.iterdir()):
+            directory.rmdir()
+        raise
+    for path in directory.glob("model*.safetensors*"):  # shards of a larger model, or what shards replace
+        if path.name not in written:
+            path.unlink()
+
+
+def weights_size(directory: Path) -> int:
+    """Bytes of the weights in a folder."""
+    return sum(path.stat().st_size for path in weights_files(directory))
+
+
+@contextmanager
+def building(room: int) -> Iterator[None]:
+    """While a model is built as a file describes it: no more parameters than this, however deep a network it asks for."""
+    left = room
+
+    def count(*_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise CheckpointError(f"the model that is described has more than {room} parameters")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def check_fits(model: nn.Module, header: Header, path: Path) -> None:
+    """Compare names, shapes and kinds of number of the file with a quantized model, which may be on the meta device."""
+    expected = model.state_dict()
+    problems = []
+    for title, names in (
+        ("missing from the file", expected.keys() - header.tensors.keys()),
+        ("not in the model", header.tensors.keys() - expected.keys()),
+    ):
+        if names:
+            problems.append(f"{len(names)} {title}: {', '.join(sorted(names)[:5])}")
+    for name in expected.keys() & header.tensors.keys():
+        dtype, shape = header.tensors[name]
+        if shape != tuple(expected[name].shape):
+            problems.append(f"{name} has shape {shape}, the model {tuple(expected[name].shape)}")
+        if dtype not in BYTES or dtype.startswith(("F", "BF")) != expected[name].is_floating_point():
+            problems.append(f"{name} has dtype {dtype}, the model {expected[name].dtype}")
+    shapes = {name: list(layer.shape) for name, layer in packed_layers(model).items()}
+    if shapes != header.shapes:
+        problems.append("the shapes of packed weights in its metadata are not those of the model")
+    if problems:
+        raise CheckpointError(f"{path} does not fit the model: " + "; ".join(problems[:8]))
+
+
+def load(model: nn.Module, header: Header, path: Path) -> None:
+    """Load a weights file into a quantized model, after all checks; on an error the model is left as it was."""
+    check_fits(model, header, path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in header.tensors}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    for name, layer in daq_layers(model).items():
+        problem = layer_problem(name, layer, tensors)
+        if problem:
+            raise CheckpointError(f"{path}: {problem}")
+    model.load_state_dict(tensors)
+
+
+def check_values(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Refuse to save shards, and quantizers that were never calibrated or whose values could not be loaded again."""
+    if any(is_shard(tensor) for tensor in tensors.values()):
+        raise CheckpointError(
+            "the model is sharded; gather its tensors on every rank and save them on the main one: state_dict = "
+            "accelerator.get_state_dict(model), then save_pretrained(model, directory, state_dict=state_dict)"
+        )
+    for name, layer in daq_layers(model).items():
+        if isinstance(layer, QuantizedLayer) and not layer.calibrated:
+            raise CalibrationError(f"layer {name!r} is not calibrated; run hf_daq.calibrate(model) before saving")
+        problem = layer_problem(name, layer, tensors)
+        if problem:
+            raise CheckpointError(f"cannot save: {problem}; a smaller quantizer_lr usually helps")
+
+
+def layer_problem(name: str, layer: QuantizedLayer | PackedLayer, tensors: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with the bounds and scales of a layer among these tensors, or None."""
+    if isinstance(layer, PackedLayer) and not torch.isfinite(tensors[f"{name}.weight_scale"]).all():
+        return f"{name}.weight_scale is not finite"
+    for side, quantizer in layer.quantizers.items():
+        problem = bounds_problem({key: tensors[f"{name}.{side}.{key}"] for key in quantizer.state_dict()})
+        if problem:
+            return f"{name}.{side}: {problem}"
+    return None
+
+
+def bounds_problem(values: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with the bounds and scale of a quantizer, or None."""
+    for key, value in values.items():
+        if not torch.isfinite(value).all():
+            return f"{key} is not finite"
+    lower, upper = values["lower"].float(), values["upper"].float()
+    if not (lower < upper).all():
+        return f"lower {lower.max().item():g} is not below upper {upper.min().item():g}"
+    return None

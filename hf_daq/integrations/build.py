@@ -1,0 +1,99 @@
+"""Float models by name, with shapes but without weights: on the meta device, from a configuration alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from ..config import did_you_mean
+from ..errors import CheckpointError, DaqError, ModelError
+from ..files import hub
+from ..files import weights_file as fileformat
+from ..files.header import CONFIG_NAME, is_of_timm, read_description
+
+_ROOM = 100_000  # parameters of a model, which a configuration from a stranger may ask for
+
+
+def skeleton(name: str, revision: str | None = None) -> nn.Module:
+    """A float model without weights. No code of a repository is run, and of one only config.json is downloaded.
+
+    Args:
+        name: of a timm model, e.g. "resnet18"; a folder of a float model of timm or transformers; or its repository,
+            "user/name", also as "hf-hub:user/name".
+        revision: of the repository.
+
+    Raises:
+        ModelError: an unknown name, or a model that its library cannot build. CheckpointError: no configuration of a float
+        model. HubError: a repository that is not there or not reached.
+    """
+    name = name.removeprefix("local-dir:").removeprefix("hf-hub:").removeprefix("hf_hub:")
+    directory = Path(name)
+    if (directory / CONFIG_NAME).is_file():
+        return _from_folder(directory, name)
+    if hub.is_repository(name) and not directory.exists():
+        return _from_folder(_downloaded(name, revision), name)
+    if timm.is_model(name):
+        return _built(lambda: timm.create_model(name, pretrained=False), "timm", name)
+    if directory.is_dir():
+        raise CheckpointError(f"{name} has no {CONFIG_NAME}, so it is no folder of a model of timm or transformers")
+    raise ModelError(
+        f"{name!r} is neither a model of timm{did_you_mean(name, timm.list_models())}, nor a folder with {CONFIG_NAME}, nor "
+        "the name of a repository such as 'user/name'"
+    )
+
+
+def _downloaded(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+    with hub.explained(repo_id):
+        try:
+            return Path(hf_hub_download(repo_id, CONFIG_NAME, revision=revision)).parent
+        except LocalEntryNotFoundError:
+            raise
+        except RemoteEntryNotFoundError as error:
+            raise CheckpointError(f"{repo_id} has no {CONFIG_NAME}, so its model is not known") from error
+
+
+def _from_folder(directory: Path, name: str) -> nn.Module:
+    description = read_description(directory)
+    method = description.get("quantization_config")
+    if is_of_timm(description) or method is not None:
+        method = method.get("quant_method") if isinstance(method, dict) else "daq"
+        hint = f"; `hf-daq inspect {name}` shows what is in it" if method == "daq" else ""
+        raise CheckpointError(f"{name} is quantized already ({method}); a plan is for a float model{hint}")
+    if "model_type" in description:
+        return _of_transformers(directory, description, name)
+    if "architecture" in description:
+        return _built(lambda: timm.create_model(f"local-dir:{directory}", pretrained=False), "timm", name)
+    raise CheckpointError(f"{CONFIG_NAME} of {name} names neither a model of timm nor one of transformers")
+
+
+def _of_transformers(directory: Path, description: dict[str, Any], name: str) -> nn.Module:
+    import transformers
+
+    from .transformers import model_class
+
+    of_class = model_class(description, name)
+
+    def build() -> Any:
+        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        # A configuration may ask for kernels of a repository.
+        return of_class._from_config(config, attn_implementation="eager", experts_implementation="eager")
+
+    return _built(build, "transformers", name)
+
+
+def _built(build: Any, library: str, name: str) -> nn.Module:
+    try:
+        with torch.device("meta"), fileformat.building(_ROOM):
+            model: nn.Module = build()
+    except DaqError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{library} cannot build {name}: {error}") from error
+    return model.eval()

@@ -1,0 +1,67 @@
+"""timm hears of the architecture `hf_daq` when it is loaded, transformers of the quantizer `daq` when it loads its own, and
+neither of them before."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+
+class _WhenLoaded(MetaPathFinder):
+    """Finds a module as others would have, and calls something after it was executed."""
+
+    def __init__(self, name: str, register: Callable[[], None]) -> None:
+        self.name, self.register, self.searching = name, register, False
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != self.name or self.searching:
+            return None
+        self.searching = True
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self.searching = False
+        loader: Any = None if spec is None else spec.loader
+        if loader is not None:
+            execute = loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                if self in sys.meta_path:  # a spec may be looked for without being executed
+                    sys.meta_path.remove(self)
+                execute(module)
+                self.register()
+
+            loader.exec_module = execute_and_register
+        return spec
+
+
+def _register_with_timm() -> None:
+    from timm.models import register_model
+
+    register_model(hf_daq)
+
+
+def hf_daq(*args: Any, **kwargs: Any) -> Any:
+    """The architecture of timm's factory that rebuilds saved models: `hub_timm.build`."""
+    from . import timm as hub_timm
+
+    return hub_timm.build(*args, **kwargs)
+
+
+def _register_with_transformers() -> None:
+    from . import transformers as hub_transformers  # noqa: F401
+
+
+for _name, _register in (
+    ("timm", _register_with_timm),
+    ("transformers.quantizers.auto", _register_with_transformers),
+):
+    if _name in sys.modules:
+        _register()
+    else:
+        sys.meta_path.insert(0, _WhenLoaded(_name, _register))

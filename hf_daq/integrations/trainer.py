@@ -1,0 +1,48 @@
+"""`MonitorCallback`: `Monitor` for transformers' Trainer. In a file of its own, as the import takes a second or two."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.trainer_callback import TrainerCallback
+
+from ..report.monitor import Monitor
+
+
+class MonitorCallback(TrainerCallback):
+    """Logs what `Monitor` finds to whatever `report_to` of the training arguments says.
+
+        trainer = Trainer(model=model, args=args, ...)
+        trainer.add_callback(hf_daq.MonitorCallback(trainer, every=100))
+
+    The shares also go to `trainer.state.log_history`, and all numbers of all layers to `callback.monitor.history`.
+
+    Args:
+        trainer: transformers gives a callback no other way to its trackers.
+        every, window: as for `Monitor`.
+        per_layer: as for `Monitor`. Trainer prints all that it logs, and keeps it in its checkpoints.
+
+    Attributes:
+        monitor: the `Monitor`; None before training starts.
+
+    Raises, when training starts: as `Monitor`.
+    """
+
+    def __init__(self, trainer: Any, every: int = 100, *, window: int = 2, per_layer: bool = False) -> None:
+        self.trainer, self.every, self.window, self.per_layer = trainer, every, window, per_layer
+        self.monitor: Monitor | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.monitor = Monitor(model, self.every, window=self.window, per_layer=self.per_layer)
+        self.monitor.steps = state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self.monitor is not None and (values := self.monitor.step()):
+            should_log = control.should_log
+            self.trainer.log(values)
+            control.should_log = should_log  # `log` takes it for done, but the loss of this step is still to come
+        return control
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.monitor is not None:
+            self.monitor.close()

@@ -1,0 +1,329 @@
+"""transformers: the quantizer `from_pretrained` finds by `quant_method`, and `attach` and `detach` for models that are
+already loaded. Importing this loads much of transformers.
+
+With it, `AutoModel....from_pretrained(path)` opens our checkpoints, and `from_pretrained(path, quantization_config=DaqConfig(
+weight_bits=3))` quantizes a float one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import MethodType
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+
+from ..config import QUANT_METHOD, DaqConfig
+from ..errors import CheckpointError, DaqError, ModelError
+from ..files import weights_file as fileformat
+from ..files.card import with_versions, write_card
+from ..files.facts import CardFacts
+from ..files.header import METADATA_KEY, check_agreement, parse_header, weights_files
+from ..files.push import push_folder
+from ..model.patch import patch, start_weights, unpatch
+from ..model.roles import is_transformers_model
+from ..nn.layers import quantized_layers
+from ..nn.packed import PackedLayer, daq_layers
+
+_TAGS = ["hf_daq", "quantization"]
+_HUB_OPTIONS = (
+    "private",
+    "token",
+    "revision",
+    "create_pr",
+    "commit_message",
+    "commit_description",
+    "overwrite_card",
+)
+
+
+class DaqHfQuantizer(HfQuantizer):
+    """What transformers calls while it loads, saves, trains and dequantizes a DAQ model."""
+
+    quantization_config: DaqConfig
+    is_compileable = True
+
+    @property
+    def is_trainable(self) -> bool:
+        return not self.quantization_config.packed
+
+    is_qat_trainable = is_trainable
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ModelError("a DAQ model must be in memory; leave 'disk' out of device_map")
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        """Swap the classes of a model on the meta device."""
+        config = self.quantization_config
+        if self.pre_quantized:
+            _check_headers(kwargs.get("checkpoint_files") or (), config)
+            config = config.replace(layers=_layers_of(model, config))
+        elif config.packed:
+            raise ModelError(
+                "packed=True is written by hf_daq.pack; quantize without it, calibrate or train, then pack"
+            )
+        patch(model, config.replace(dequantize=False))
+        self.shapes = {
+            f"{name}.{key}": tuple(tensor.shape)
+            for name, layer in daq_layers(model).items()
+            for key, tensor in layer.state_dict().items()
+        }
+        self.ignored = model._keys_to_ignore_on_load_missing
+        if not self.pre_quantized:  # a float checkpoint has no quantizers: they start from its weights
+            model._keys_to_ignore_on_load_missing = {*(self.ignored or ()), r"\.[wa]_quant\."}
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        model._keys_to_ignore_on_load_missing = self.ignored
+        if any(tensor.is_meta for layer in daq_layers(model).values() for tensor in layer.state_dict().values()):
+            raise ModelError("a DAQ model must be in memory; choose a device_map that offloads nothing")
+        if not self.pre_quantized:
+            _clear(model)
+            start_weights(model)
+        else:
+            _check_loaded(model, self.shapes)
+        if self.pre_quantized and self.quantization_config.dequantize:
+            unpatch(model, quantized=True)
+        else:
+            attach(model)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        unpatch(model, quantized=True)
+        detach(model)
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # as config.json has it
+        return model if dtype is None else model.to(dtype)
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, str]]:
+        state_dict = self.__dict__.pop("state_dict", None)
+        if state_dict:  # gathered from shards, tied weights are tensors of their own
+            tied = model.all_tied_weights_keys.items()
+            state_dict = state_dict | {one: state_dict[other] for one, other in tied if other in state_dict}
+        if state_dict != {}:  # which ranks have that do not write
+            fileformat.check_values(model.state_dict() if state_dict is None else state_dict, model)
+        return state_dict, fileformat.metadata(model, self.__dict__.pop("facts", None), _names_in_file(model))
+
+
+def _names_in_file(model: Any) -> dict[str, str]:
+    """Layer -> its name in the file, where transformers gives tensors other names as it saves them."""
+    names = list(daq_layers(model))
+    key = "weight_codes" if model.daq_config.packed else "w_quant.scale"
+    numbered = {f"{name}.{key}": torch.tensor([number]) for number, name in enumerate(names)}
+    renamed = {names[int(number)]: name for name, number in revert_weight_conversion(model, numbered).items()}
+    return {name: other.removesuffix(f".{key}") for name, other in renamed.items() if other != f"{name}.{key}"}
+
+
+def _write(model: Any, directory: Any, state_dict: Any, facts: CardFacts | None, *args: Any, **kwargs: Any) -> Any:
+    """`save_pretrained` of the model's class."""
+    # transformers drops the state dict that it is given where a model has a quantizer, and asks the quantizer for one.
+    model.hf_quantizer.state_dict = state_dict
+    model.hf_quantizer.facts = _with_origin(model, facts)
+    return type(model).save_pretrained(model, directory, *args, **kwargs)
+
+
+def _save_pretrained(self: Any, save_directory: Any, *args: Any, card: CardFacts | None = None, **kwargs: Any) -> Any:
+    names = ("is_main_process", "state_dict")
+    kwargs |= dict(zip(names, args[:2], strict=False))
+    state_dict = kwargs.pop("state_dict", None)
+    repository = kwargs.pop("repo_id", Path(save_directory).name) if kwargs.pop("push_to_hub", False) else None
+    hub_options = {key: kwargs.pop(key) for key in _HUB_OPTIONS if repository is not None and key in kwargs}
+    _write(self, save_directory, state_dict, card, *args[2:], **kwargs)
+    if kwargs.get("is_main_process", True) and state_dict != {}:
+        write_card(Path(save_directory))
+        if repository is not None:
+            push_folder(Path(save_directory), repository, **hub_options)
+
+
+def _push_to_hub(self: Any, repo_id: str, *, card: CardFacts | None = None, **kwargs: Any) -> Any:
+    options = {key: kwargs.pop(key) for key in _HUB_OPTIONS if key in kwargs}
+    kwargs.pop("tags", None)
+    with TemporaryDirectory() as folder:
+        self.save_pretrained(folder, card=card, **kwargs)
+        return push_folder(Path(folder), repo_id, **options)
+
+
+# pickling a bound method looks its function up by name
+_save_pretrained.__name__, _push_to_hub.__name__ = "save_pretrained", "push_to_hub"
+
+
+def _with_origin(model: Any, facts: CardFacts | None) -> CardFacts:
+    """The facts with what transformers knows of where the model comes from."""
+    facts = with_versions(facts)
+    origin = model.config.name_or_path if getattr(model.config, "_commit_hash", None) else None  # of the Hub
+    if facts.base_model is None and origin and not model.hf_quantizer.pre_quantized:
+        return dataclasses.replace(facts, base_model=origin)
+    return facts
+
+
+def attach(model: Any) -> None:
+    """Make a patched transformers model what `from_pretrained` gives: transformers knows that it is quantized, saves its
+    config, and trains it."""
+    config: Any = model.daq_config
+    quantizer = getattr(model, "hf_quantizer", None) or DaqHfQuantizer(config, pre_quantized=False)
+    quantizer.quantization_config = config
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = QUANT_METHOD
+    model.config.quantization_config = config
+    for part in _transformers_parts(model):
+        part.config._is_quantized = True
+    model.save_pretrained = MethodType(_save_pretrained, model)
+    model.push_to_hub = MethodType(_push_to_hub, model)
+    model.add_model_tags(_TAGS)
+
+
+def detach(model: Any) -> None:
+    """Inverse of `attach`."""
+    for name in ("hf_quantizer", "quantization_method", "save_pretrained", "push_to_hub"):
+        model.__dict__.pop(name, None)
+    model.model_tags = [tag for tag in model.model_tags or () if tag not in _TAGS] or None
+    model.is_quantized = False
+    for part in _transformers_parts(model):
+        for name in ("quantization_config", "_is_quantized"):
+            part.config.__dict__.pop(name, None)
+
+
+def save(
+    model: Any, directory: Path, state_dict: Mapping[str, Any] | None, facts: CardFacts | None, **kwargs: Any
+) -> None:
+    """`model.save_pretrained` into a temporary folder whose files are then renamed: an interrupted save leaves the old
+    ones."""
+    with fileformat.temporary_folder(directory) as temporary:
+        _write(model, temporary, state_dict, facts, **kwargs)
+
+
+def open_checkpoint(directory: Path, description: Mapping[str, Any], **kwargs: Any) -> nn.Module:
+    """`from_pretrained` of the class of transformers that config.json names; no other code is run."""
+    loader = model_class(description, directory)
+    if kernel := _kernel(description):
+        raise CheckpointError(f"config.json of {directory} asks for {kernel!r}, and code of a repository is not run")
+    try:
+        with fileformat.building(_room(directory)):
+            model: nn.Module = loader.from_pretrained(directory, use_safetensors=True, **kwargs)
+    except DaqError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"transformers cannot open {directory}: {error}") from error
+    return model
+
+
+def model_class(description: Mapping[str, Any], source: Any) -> Any:
+    """The class of transformers that a config.json names.
+
+    Raises:
+        CheckpointError: none.
+    """
+    names = description.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise CheckpointError(
+            f"architectures={names!r} of {source} names no model of transformers ({transformers.__version__}); code of a "
+            "repository is not run"
+        )
+    return found
+
+
+def _kernel(values: Any) -> str | None:
+    """An implementation that a config names and that is not of transformers but of a repository."""
+    entries = values.items() if isinstance(values, Mapping) else ()
+    for key, value in entries:
+        if str(key).endswith("_implementation") and re.search(r"[/:@]", repr(value)):
+            return repr(value)
+        if found := _kernel(value):
+            return found
+    return None
+
+
+def _room(directory: Path) -> int:
+    """How many parameters the model may have: twice those of the files, and a few."""
+    count = 0
+    for file in weights_files(directory):
+        with safe_open(file, framework="pt") as opened:
+            count += len(opened.keys())
+    return 2 * count + 1000
+
+
+def _check_headers(files: Any, config: DaqConfig) -> None:
+    """Refuse weights files whose header means another quantization than config.json."""
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            continue
+        with safe_open(file, framework="pt") as opened:
+            found = opened.metadata() or {}
+        if METADATA_KEY in found:
+            check_agreement(parse_header(file, found, {}), config, file)
+
+
+def _transformers_parts(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if is_transformers_model(module)]
+
+
+def _layers_of(model: Any, config: DaqConfig) -> dict[str, Any]:
+    """The resolved layers under their names in this model, which may be the base model of the one that was saved, or
+    have another head."""
+    if config.layers is None:
+        raise CheckpointError("the quantization config of this checkpoint has no resolved layers")
+    base = model.base_model_prefix
+    modules = dict(model.named_modules())
+    inner = modules.get(base)
+    parts = [name for name, _ in model.named_children() if name != base]
+    parts += [f"{base}.{name}" for name, _ in inner.named_children()] if inner else []
+    found = {}
+    for name, bits in config.layers.items():
+        other = name.removeprefix(base + ".") if name.startswith(base + ".") else f"{base}.{name}"
+        if isinstance(modules.get(name), nn.Identity):  # a head of timm, which the base model has not
+            continue
+        if name not in modules and other in modules:
+            found[other] = bits
+        elif any(one == part or one.startswith(part + ".") for one in (name, other) for part in parts):
+            found[name] = bits  # is there, or is an error; a head or a decoder that this model lacks is neither
+    return found
+
+
+@torch.no_grad()
+def _clear(model: nn.Module) -> None:
+    """Quantizers that no checkpoint has set hold whatever was in memory."""
+    for layer in quantized_layers(model).values():
+        for quantizer in layer.quantizers.values():
+            for parameter in quantizer.parameters():
+                parameter.fill_(torch.nan)
+
+
+@torch.no_grad()
+def _check_loaded(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuse a quantized checkpoint without all its codes or quantizers, or with values that no quantizer can have."""
+    tensors = {name: tensor for part in (model.named_parameters, model.named_buffers) for name, tensor in part()}
+    for name, layer in daq_layers(model).items():
+        for key in layer.state_dict():
+            if "_quant." not in key and not isinstance(layer, PackedLayer):
+                continue
+            full = f"{name}.{key}"
+            shape = tuple(tensors[full].shape)
+            if not getattr(tensors[full], "_is_hf_initialized", False):
+                raise CheckpointError(f"the checkpoint has no {full}, but its config quantizes {name!r}")
+            if shape != shapes[full]:
+                raise CheckpointError(f"mismatch: {full} has shape {shape}, its config means {shapes[full]}")
+        problem = fileformat.layer_problem(name, layer, tensors)
+        if problem:
+            raise CheckpointError(problem)
+        for quantizer in layer.quantizers.values():
+            quantizer.finish()
+
+
+if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+    auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = DaqHfQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = DaqConfig
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, DaqConfig)

@@ -1,0 +1,174 @@
+"""Patch a model in place and undo it: the part of `apply_daq` and `remove_daq` that any `nn.Module` shares."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from ..config import DaqConfig
+from ..errors import CalibrationError, ModelError
+from ..nn.init import start_from_weight
+from ..nn.layers import QuantizedLayer, StandardizedConv, quantize_layer, quantized_layers, restore_layer
+from ..nn.packed import PackedLayer, daq_layers, pack_layer, packed_layers, unpack_layer
+from ..nn.quantizers import is_shard
+from .guards import ORDER, refuse_wrapped, watch
+from .plan import plan
+
+_WRAPPERS = (
+    "DistributedDataParallel",
+    "DataParallel",
+    "FullyShardedDataParallel",
+    "OptimizedModule",
+    "DeepSpeedEngine",
+)
+logger = logging.getLogger("hf_daq")
+
+
+def patch(model: nn.Module, config: DaqConfig) -> None:
+    """Give the planned layers their quantized classes (or packed ones), with quantizers without values, and keep
+    the resolved config as `model.daq_config`. The model may be on the meta device. On an error it is left as it was."""
+    _check_float_model(model)
+    planned = plan(model, config)
+    if not planned.quantized:
+        raise ModelError(f"nothing to quantize in {type(model).__name__}:\n{planned}")
+    for name, row in planned.quantized.items():
+        assert row.weight_bits is not None
+        quantize_layer(model.get_submodule(name), name, config, row.weight_bits, row.activation_bits)
+    if config.packed:
+        for layer in quantized_layers(model).values():
+            pack_layer(layer, values=False)
+    _use_qkv_as_a_layer(model)
+    bits = {
+        name: {"weight_bits": row.weight_bits, "activation_bits": row.activation_bits}
+        for name, row in planned.quantized.items()
+    }
+    model.daq_config = config.replace(layers=bits)  # type: ignore[assignment]
+    watch(model)
+    if planned.unsupported and config.layers is None:
+        kinds = {f"{row.kind}: {row.reason}" for row in planned.unsupported.values()}
+        logger.warning(
+            "%d modules with weights stay in full precision although nothing asks for it (%s); hf_daq.plan(model, ...) "
+            "lists them",
+            len(planned.unsupported),
+            "; ".join(sorted(kinds)),
+        )
+
+
+def start_weights(model: nn.Module) -> None:
+    """Set the weight quantizers from the float weights. Layers without values (on the meta device) are left out."""
+    config: DaqConfig = model.daq_config  # type: ignore[assignment]
+    for layer in quantized_layers(model).values():
+        if not layer.weight.is_meta:
+            start_from_weight(layer.w_quant, layer.float_weight(), config.weight_init)
+
+
+def unpatch(model: nn.Module, quantized: bool = False) -> None:
+    """Give back the float layers; with `quantized` with the quantized weights in them."""
+    if quantized and packed_layers(model):
+        unpack_layers(model)
+    layers = quantized_layers(model)
+    if not layers:
+        raise ModelError(
+            "the model is packed and has no float weights; write remove_daq(model, weights='quantized')"
+            if packed_layers(model)
+            else "the model is not quantized: there is nothing to remove"
+        )
+    if quantized:
+        values = {name: layer.stored(_dequantized_weight(name, layer)) for name, layer in layers.items()}
+        gained = [name for name, layer in layers.items() if layer.bias is None and layer.w_quant.shift is not None]
+        if gained:
+            logger.warning(
+                "%d layers gain a bias, the correction of their outputs (%s...); a model built anew does not load it. "
+                "DaqConfig(bias_correction=False) has none",
+                len(gained),
+                gained[0],
+            )
+        with torch.no_grad():
+            for name, layer in layers.items():
+                bias = layer.w_quant.shifted(layer.bias, layer.weight.dtype)
+                layer.bias = None if bias is None else nn.Parameter(bias.clone())
+                layer.weight.copy_(values[name])
+    for layer in layers.values():
+        restore_layer(layer)
+    for module in model.modules():
+        if hasattr(module, "daq_qkv_bias_separate"):
+            module.qkv_bias_separate = module.daq_qkv_bias_separate
+            del module.daq_qkv_bias_separate
+    if hasattr(model, "daq_config"):
+        del model.daq_config
+
+
+def pack_layers(model: nn.Module) -> None:
+    """Replace float weights by codes; refuses before anything is changed."""
+    layers, config = quantized_layers(model), getattr(model, "daq_config", None)
+    if not layers or config is None:
+        state = "packed already" if packed_layers(model) else "not quantized, or wrapped"
+        raise ModelError(f"pack needs the model that apply_daq returned, after training; this one is {state}")
+    refuse_wrapped(model)
+    for name, layer in layers.items():
+        if is_shard(layer.weight):
+            raise ModelError("the model is sharded; gather and save it, open it again, then pack it")
+        if not layer.calibrated:
+            raise CalibrationError(f"layer {name!r} is not calibrated: there are no codes yet")
+    for layer in layers.values():
+        pack_layer(layer)
+    model.daq_config = config.replace(packed=True)
+
+
+def unpack_layers(model: nn.Module) -> None:
+    """Give float weights back, on the codes; refuses before anything is changed."""
+    layers, config = packed_layers(model), getattr(model, "daq_config", None)
+    if not layers or config is None:
+        raise ModelError("unpack needs a packed model, from pack or from a packed checkpoint")
+    for name, layer in layers.items():
+        if issubclass(layer.quantized_class, StandardizedConv):
+            raise ModelError(
+                f"layer {name!r} standardises its weight in every forward, so its codes are no weights to train; "
+                "keep the checkpoint from before packing to train on"
+            )
+    model.daq_config = config = config.replace(packed=False)
+    for layer in layers.values():
+        unpack_layer(layer, config)
+
+
+@torch.no_grad()
+def _dequantized_weight(name: str, layer: QuantizedLayer) -> Tensor:
+    if isinstance(layer, StandardizedConv):
+        raise ModelError(
+            f"layer {name!r} ({layer.float_class.__name__}) standardises its weight in every forward, so quantized "
+            "values cannot be stored in it; use remove_daq(model, weights='float')"
+        )
+    if not layer.calibrated:
+        raise CalibrationError(f"layer {name!r} is not calibrated: there are no quantized weights yet")
+    weight: Tensor = layer.w_quant(layer.float_weight())
+    # The scale of a layer turns quantized inputs, which span one unit, into outputs.
+    return weight if layer.a_quant is None else weight / layer.a_quant.span
+
+
+def _check_float_model(model: nn.Module) -> None:
+    name = type(model).__name__
+    if any(base.__name__ in _WRAPPERS for base in type(model).__mro__):
+        raise ModelError(f"the model is wrapped in {name}; the order is: {ORDER}")
+    refuse_wrapped(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("a TorchScript model cannot be changed; apply_daq before scripting")
+    if daq_layers(model) or hasattr(model, "daq_config"):
+        raise ModelError("the model is already quantized; hf_daq.remove_daq(model) first to choose other bits")
+    for parameter_name, parameter in model.named_parameters():
+        if type(parameter) is not nn.Parameter or is_shard(parameter):
+            raise ModelError(
+                f"parameter {parameter_name!r} is a {type(parameter).__name__}: the model is sharded or already "
+                f"quantized by another library; apply_daq on the plain float model. The order is: {ORDER}"
+            )
+
+
+def _use_qkv_as_a_layer(model: nn.Module) -> None:
+    """timm's BEiT, EVA and Swin-v2 attention read `qkv.weight` themselves unless told to call the layer."""
+    for module in model.modules():
+        if isinstance(getattr(module, "qkv", None), QuantizedLayer | PackedLayer) and hasattr(
+            module, "qkv_bias_separate"
+        ):
+            module.daq_qkv_bias_separate = module.qkv_bias_separate
+            module.qkv_bias_separate = True  # type: ignore[assignment]

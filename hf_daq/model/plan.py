@@ -1,0 +1,158 @@
+"""Which modules are quantized, to how many bits, and why the others are not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..config import DaqConfig, did_you_mean, pattern_matches
+from ..errors import ConfigError
+from ..nn.layers import LAYER_TYPES
+from .roles import bypassed_layers, outer_layers, tied_layers, weight_modules
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One row of a plan. `weight_bits` is None for a layer that stays in full precision; `unsupported` if nobody asked for
+    that: it holds a weight which this library cannot quantize."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    weight_bits: int | None
+    activation_bits: int | None
+    reason: str
+    unsupported: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `apply_daq` would do, layer by layer. `print(plan)` shows it as a table."""
+
+    layers: tuple[PlannedLayer, ...]
+
+    @property
+    def quantized(self) -> dict[str, PlannedLayer]:
+        return {layer.name: layer for layer in self.layers if layer.weight_bits is not None}
+
+    @property
+    def unsupported(self) -> dict[str, PlannedLayer]:
+        return {layer.name: layer for layer in self.layers if layer.unsupported}
+
+    @property
+    def kept(self) -> dict[str, PlannedLayer]:
+        return {layer.name: layer for layer in self.layers if layer.weight_bits is None}
+
+    def __str__(self) -> str:
+        rows = [("layer", "type", "weight shape", "W", "A", "why")]
+        for layer in self.layers:
+            weight = "float" if layer.weight_bits is None else str(layer.weight_bits)
+            activation = "float" if layer.activation_bits is None else str(layer.activation_bits)
+            shape = "x".join(map(str, layer.shape))
+            rows.append((layer.name, layer.kind, shape, weight, activation, layer.reason))
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        lines = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[5]]) for row in rows
+        ]
+        lines.insert(1, "-" * max(map(len, lines)))
+        return "\n".join([*lines, f"{len(self.quantized)} layers quantized, {len(self.kept)} kept in full precision"])
+
+
+def plan(model: nn.Module, config: DaqConfig | None = None, **kwargs: Any) -> Plan:
+    """What `apply_daq(model, config)` would do, without doing it.
+
+    Args:
+        model: a float model; may live on the meta device.
+        config: a `DaqConfig`, or its arguments as keywords, e.g. `plan(model, bits=3)`.
+
+    Raises:
+        ConfigError: a rule or pattern matches nothing, or a resolved layer is not in the model.
+    """
+    config = config_from(config, kwargs)
+    modules = dict(weight_modules(model))
+    tied, bypassed = tied_layers(model), bypassed_layers(model)
+    if config.layers is not None:
+        _check_resolved(config.layers, modules, bypassed | tied)
+    else:
+        _check_patterns(config, list(modules))
+    outer = outer_layers(model)
+    return Plan(tuple(_plan_layer(name, module, config, outer, tied, bypassed) for name, module in modules.items()))
+
+
+def config_from(config: DaqConfig | None, kwargs: dict[str, Any]) -> DaqConfig:
+    """The config a call was given, as an object or as keywords."""
+    if config is None:
+        return DaqConfig(**kwargs)
+    if not isinstance(config, DaqConfig):
+        raise ConfigError(f"config={config!r} is not a DaqConfig; write apply_daq(model, DaqConfig(bits=3))")
+    if kwargs:
+        raise ConfigError(f"pass a DaqConfig or keywords, not both; or config.replace({next(iter(kwargs))}=...)")
+    return config
+
+
+def _plan_layer(
+    name: str,
+    module: nn.Module,
+    config: DaqConfig,
+    outer: dict[str, str],
+    tied: dict[str, str],
+    bypassed: dict[str, str],
+) -> PlannedLayer:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        weight = max(module.parameters(recurse=False), key=Tensor.numel)
+    shape = tuple(weight.shape)
+
+    def row(bits: tuple[int, int | None] | None, reason: str, unsupported: bool = False) -> PlannedLayer:
+        weight_bits, activation_bits = bits or (None, None)
+        return PlannedLayer(name, type(module).__name__, shape, weight_bits, activation_bits, reason, unsupported)
+
+    if isinstance(module, nn.Embedding):
+        return row(None, "embedding")
+    if type(module) not in LAYER_TYPES and outer.get(name) == "router":
+        return row(None, "router")
+    if type(module) not in LAYER_TYPES:
+        return row(None, f"no quantized form of {type(module).__name__}", unsupported=True)
+    if name in tied:
+        return row(None, tied[name])
+    if name in bypassed:
+        return row(None, bypassed[name], unsupported=True)
+    if config.layers is not None:
+        entry = config.layers.get(name)
+        return row(entry and (entry["weight_bits"], entry["activation_bits"]), "resolved before")  # type: ignore[arg-type]
+    for pattern in config.modules_to_not_convert:
+        if pattern_matches(pattern, name):
+            return row(None, f"modules_to_not_convert: {pattern}")
+    for rule in config.rules:
+        if pattern_matches(rule["pattern"], name):
+            if rule.get("skip"):
+                return row(None, f"rule {rule['pattern']}")
+            weight_bits = rule.get("weight_bits", rule.get("bits", config.weight_bits))
+            activation_bits = rule.get("activation_bits", rule.get("bits", config.activation_bits))
+            return row((weight_bits, activation_bits), f"rule {rule['pattern']}")
+    if name in outer:
+        bits = config.first_last_bits
+        if bits is None:
+            return row(None, outer[name])
+        return row((bits, None if config.activation_bits is None else bits), f"{outer[name]}: first_last_bits")
+    return row((config.weight_bits, config.activation_bits), "")
+
+
+def _check_resolved(layers: Any, modules: dict[str, nn.Module], fixed: dict[str, str]) -> None:
+    convertible = [name for name, module in modules.items() if type(module) in LAYER_TYPES]
+    for name in layers:
+        if name not in convertible:
+            raise ConfigError(
+                f"the config quantizes a layer {name!r} that this model does not have{did_you_mean(name, convertible)}"
+            )
+        if name in fixed:
+            raise ConfigError(f"the config quantizes layer {name!r}, but in this model it {fixed[name]}")
+
+
+def _check_patterns(config: DaqConfig, names: list[str]) -> None:
+    for pattern in [*config.modules_to_not_convert, *(rule["pattern"] for rule in config.rules)]:
+        if not any(pattern_matches(pattern, name) for name in names):
+            hint = did_you_mean(pattern, names) or f"; layers are named like {', '.join(map(repr, names[:3]))}"
+            raise ConfigError(f"pattern {pattern!r} matches no layer of the model{hint}")

@@ -1,0 +1,190 @@
+"""Layers with a special place in a network: those that stay in full precision unless a rule says otherwise (`outer_layers`),
+and those that cannot be quantized by themselves (`tied_layers`, `bypassed_layers`). timm and transformers models are known by their
+methods, not by their classes."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from ..nn.layers import LAYER_TYPES
+
+_ROUTER_NAMES = ("gate", "shared_expert_gate", "router")
+_NOT_THE_VALUES = ("dtype", "device", "shape", "data", "requires_grad", "ndim")
+
+
+def weight_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that own a weight of two or more dimensions: convolutions, linear layers, and all that resembles them,
+    such as the experts of a mixture, which transformers keeps in parameters of three dimensions."""
+    for name, module in model.named_modules():
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim >= 2 and (
+                "weight" in parameter_name or (parameter.ndim >= 3 and min(parameter.shape) > 1)
+            ):
+                yield name, module
+                break
+
+
+# --------------------------------------------------------------------------------------- first and last layers
+
+
+def outer_layers(model: nn.Module) -> dict[str, str]:
+    """Names of the layers that read the input or give the output of a network, with the reason.
+
+    timm models say so themselves (`pretrained_cfg`, `get_classifier`). In transformers models they are the convolution or
+    patch embedding that reads the image, the output embedding, and all that lies outside of the base model. For others,
+    and where the names do not fit (timm renames layers for `features_only`), they are the first convolution with those
+    beside it that read as many channels (or the first layer, where there is none), and the last layer.
+    """
+    layers = dict(weight_modules(model))
+    if is_transformers_model(model):
+        return _outer_of_transformers(model, layers)
+    return _outer_of_timm(model, layers)
+
+
+def is_transformers_model(model: Any) -> bool:
+    return hasattr(model, "base_model_prefix") and hasattr(model, "get_output_embeddings") and hasattr(model, "config")
+
+
+def _outer_of_timm(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, str]:
+    names = list(layers)
+    config = getattr(model, "pretrained_cfg", None) or {}
+    first = _below(names, _as_names(config.get("first_conv"))) or _first_convolutions(layers) or names[:1]
+    last = _below(names, _as_names(config.get("classifier")))
+    get_classifier = getattr(model, "get_classifier", None)
+    if callable(get_classifier):
+        heads = [id(module) for head in _flatten(get_classifier()) for module in head.modules()]
+        last += [name for name, module in layers.items() if id(module) in heads and name not in last]
+    elif not config:
+        last = names[-1:]
+    return {**dict.fromkeys(last, "classifier"), **dict.fromkeys(first, "first layer")}
+
+
+def _outer_of_transformers(model: Any, layers: dict[str, nn.Module]) -> dict[str, str]:
+    base = model.base_model_prefix
+    if isinstance(getattr(model, base, None), nn.Module):
+        heads = [name for name in layers if not name.startswith(base + ".")]
+    else:  # the base model itself, or a model without one
+        heads = [name for name in layers if "." not in name]
+    output = model.get_output_embeddings()
+    heads += [name for name, module in layers.items() if module is output]
+    outer = dict.fromkeys(heads, "head")
+    for name, module in layers.items():
+        parent, _, last = name.rpartition(".")
+        named_so = last in _ROUTER_NAMES or parent.endswith("router")
+        scores = isinstance(module, nn.Linear) and module.out_features < module.in_features
+        if (named_so and scores) or "Router" in type(module).__name__:
+            outer[name] = "router"
+    first = [name for name in layers if "patch_embed" in name] or _first_convolutions(layers)
+    outer |= dict.fromkeys(first, "first layer")
+    for name, module in model.named_modules():
+        if name and getattr(module, "pretrained_cfg", None):  # a timm model in a transformers one
+            inside = _outer_of_timm(module, dict(weight_modules(module)))
+            outer |= {f"{name}.{key}": reason for key, reason in inside.items()}
+    return outer
+
+
+def _first_convolutions(layers: dict[str, nn.Module]) -> list[str]:
+    channels = {name: module.in_channels for name, module in layers.items() if isinstance(module, nn.Conv2d)}
+    if not channels:
+        return []
+    first = next(iter(channels))
+    block = first.partition(".")[0]
+    return [name for name in channels if name.partition(".")[0] == block and channels[name] == channels[first]]
+
+
+# ------------------------------------------------------------------------------- layers that are not only layers
+
+
+def bypassed_layers(model: nn.Module) -> dict[str, str]:
+    """Names of layers whose weight a module around them reads without calling the layer, with the reason."""
+    return {
+        f"{name}.{child}".lstrip("."): f"{type(module).__name__} reads its weight directly"
+        for name, module in model.named_modules()
+        for child, child_module in module.named_children()
+        if type(child_module) in LAYER_TYPES and child in _read_directly(module)
+    }
+
+
+def tied_layers(model: nn.Module) -> dict[str, str]:
+    """Names of layers whose weight belongs to another module too, with the reason."""
+    tied = {}
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(f"{name}.{key}")
+    # While transformers loads a model, its weights are not tied yet.
+    pairs = list(getattr(model, "all_tied_weights_keys", {}).items())
+    pairs += [(name, names[0]) for names in owners.values() for name in names[1:]]
+    for target, source in pairs:
+        for one, other in ((target, source), (source, target)):
+            if one.endswith(".weight"):
+                tied[one.removesuffix(".weight")] = f"shares its weight with {other.removesuffix('.weight')}"
+    return tied
+
+
+def _read_directly(module: nn.Module) -> frozenset[str]:
+    if hasattr(module, "qkv_bias_separate"):  # timm's BEiT, EVA and Swin-v2, which `patch` tells to call the layer
+        return frozenset()
+    if getattr(module, "pretraining_tp", None) == 1:  # Bloom slices its weights only to repeat a parallel training
+        return frozenset()
+    return frozenset().union(*(_children_read_by(base) for base in type(module).__mro__ if "forward" in vars(base)))
+
+
+@cache
+def _children_read_by(cls: type) -> frozenset[str]:
+    """Names `x` such that a method of the class computes with `self.x.weight`."""
+    if cls is nn.Module:
+        return frozenset()
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError):
+        return frozenset()
+    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    functions.pop("_forward_cross_attn", None)  # of timm's MobileViT v2, which gives it no second input
+    called = [name for name in functions if "forward" in name]
+    for name in called:  # grows: methods that these methods call
+        called += [other for other in _own_attributes(functions[name]) if other in functions and other not in called]
+    return frozenset(child for name in called for child in _weights_in(functions[name]))
+
+
+def _own_attributes(tree: ast.AST) -> list[str]:
+    """Every `x` of a `self.x`, once."""
+    found: dict[str, None] = {}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id="self"), attr=name):
+                found[name] = None
+    return list(found)
+
+
+def _weights_in(tree: ast.AST) -> Iterator[str]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+            continue
+        if isinstance(node, ast.Attribute) and node.attr in _NOT_THE_VALUES:
+            continue
+        match node:
+            case ast.Attribute(value=ast.Attribute(value=ast.Name(id="self"), attr=child), attr="weight"):
+                yield child
+        yield from _weights_in(node)
+
+
+def _below(names: list[str], roots: list[str]) -> list[str]:
+    return [name for name in names if any(name == root or name.startswith(root + ".") for root in roots)]
+
+
+def _as_names(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def _flatten(value: Any) -> list[nn.Module]:
+    if isinstance(value, nn.Module):
+        return [value]
+    return [module for item in value for module in _flatten(item)] if isinstance(value, (list, tuple)) else []

@@ -1,0 +1,155 @@
+"""A quantized layer in integers: the specification that exported files are held against.
+
+    output[c] = input_scale * weight_scale[c] * sum_i (code_i - zero_point) * weight[c, i] + bias[c]
+
+with unsigned codes of the input, odd integers `2q - R` for the weight, and one scale a layer, a channel or a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CalibrationError, ModelError
+from .layers import QuantizedLayer
+from .packed import PackedLayer, daq_layers
+from .quantizers import wide
+
+
+@dataclass(frozen=True)
+class Integers:
+    """What a layer computes with.
+
+    weight: int16, shape (out, in / groups, ...): odd integers from -R to R, `R = 2**weight_bits - 1`.
+    weight_scale: float32 (float64 in a float64 model), shape (1, 1), (out, 1) or (out, groups): one step of `weight`, in units of the float weight. Not
+        negative.
+    group_size: input columns that share a scale; None without groups.
+    bias: shape (out,), or None.
+    input_bits: None where the input is not quantized; then `input_scale` is 1 and `zero_point` 0.
+    input_scale: of the same dtype, shape (1,): one step of the input's codes, in units of the input.
+    zero_point: the code of the real zero, from 0 to `2**input_bits - 1`.
+    """
+
+    weight: Tensor
+    weight_bits: int
+    weight_scale: Tensor
+    group_size: int | None
+    bias: Tensor | None
+    input_bits: int | None
+    input_scale: Tensor
+    zero_point: int
+
+
+@torch.no_grad()
+def integers(layer: Any) -> Integers:
+    """The integers of a quantized or a packed layer."""
+    if isinstance(layer, PackedLayer):
+        codes, scale, bias = layer.codes(), layer.weight_scale, layer.bias
+        bits, group_size = layer.bits, layer.group_size
+    else:
+        quantizer = layer.w_quant
+        codes, scale = quantizer.codes(layer.float_weight()), quantizer.scale
+        bias = quantizer.shifted(layer.bias, layer.weight.dtype)
+        bits, group_size = quantizer.bits, quantizer.group_size if quantizer.groups > 1 else None
+    levels = 2**bits - 1
+    weight = codes.to(torch.int16) * 2 - levels
+    step = wide(scale).abs() / levels
+    input_bits, input_scale, zero_point = None, torch.ones_like(step[:1]), 0
+    if layer.a_quant is not None:
+        span, input_bits = layer.a_quant.span, layer.a_quant.bits
+        step, input_scale, zero_point = step / span, span / (2**input_bits - 1), layer.a_quant.zero_point
+    rows = len(weight) if len(step) > 1 else 1
+    bias = None if bias is None else bias.detach().clone()
+    return Integers(weight, bits, step.view(rows, -1), group_size, bias, input_bits, input_scale, zero_point)
+
+
+@contextmanager
+def integer_arithmetic(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, every quantized or packed layer computes with integers: odd weights, unsigned codes of its input, sums that
+    fit int32, and one scale at the end (one for each group of columns, where there are groups).
+
+    The reference for exported files, for inference and not for speed. Layers whose input is not quantized have integer
+    weights only, and compute in float. Outputs are those of the model up to rounding in float32, but for inputs so
+    close to a threshold of the next quantizer that this rounding moves them across. In float64
+    (`model.double()`) there are practically none.
+
+    Raises:
+        ModelError: not quantized. CalibrationError: not calibrated.
+        OverflowError: in a forward whose sums do not fit int32.
+    """
+    layers = daq_layers(model)
+    if not layers:
+        raise ModelError("integer_arithmetic needs a model after apply_daq and calibrate, or a packed one")
+    for name, layer in layers.items():
+        if isinstance(layer, QuantizedLayer) and not layer.calibrated:
+            raise CalibrationError(f"layer {name!r} is not calibrated: it has no codes yet")
+    with replaced_forwards({layer: _IntegerForward(layer) for layer in layers.values()}):
+        yield model
+
+
+@contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Inside, modules compute with these functions."""
+    before = {module: vars(module).get("forward") for module in forwards}  # Accelerate puts one of its own there
+    try:
+        for module, forward in forwards.items():
+            vars(module)["forward"] = forward
+        yield
+    finally:
+        for module, own in before.items():
+            vars(module).pop("forward", None)
+            if own is not None:
+                vars(module)["forward"] = own
+
+
+class _IntegerForward:
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.values = integers(layer)
+        self.compute = getattr(layer, "quantized_class", type(layer)).compute
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        values = self.values
+        if values.input_bits is None:
+            codes = x.double()
+        else:
+            codes = (self.layer.a_quant.codes(x).to(torch.int32) - values.zero_point).double()
+        parts = [self._scaled_sums(codes, weight, scale) for weight, scale in _groups(values)]
+        output = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+        if values.bias is not None:
+            output = output + values.bias.view(_per_channel(self.layer, output))
+        return output.to(x.dtype)
+
+    def _scaled_sums(self, codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        # Whole numbers in float64, exact far beyond int32: torch has no integer convolution on the CPU.
+        sums: Tensor = self.compute(self.layer, codes, weight.double(), None)
+        if self.values.input_bits is not None:
+            if sums.abs().max() >= 2**31:
+                raise OverflowError("the sums of a layer do not fit int32")
+            sums = sums.to(torch.int32)
+        factor = scale * self.values.input_scale
+        return sums.to(factor.dtype) * factor.view(_per_channel(self.layer, sums) if len(factor) > 1 else (1,))
+
+
+def _groups(values: Integers) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each group of columns the weight with zeros elsewhere, and its scales, shape (1,) or (out,)."""
+    if values.group_size is None:
+        yield values.weight, values.weight_scale[:, 0]
+        return
+    flat = values.weight.flatten(1)
+    for group, start in enumerate(range(0, flat.shape[1], values.group_size)):
+        part = torch.zeros_like(flat)
+        columns = slice(start, start + values.group_size)
+        part[:, columns] = flat[:, columns]
+        yield part.view(values.weight.shape), values.weight_scale[:, group]
+
+
+def _per_channel(layer: Any, output: Tensor) -> tuple[int, ...]:
+    """The shape in which a vector of channels meets the output of a layer."""
+    return (-1, *(1,) * 2) if isinstance(layer, nn.Conv2d) else (-1,)

@@ -1,0 +1,301 @@
+"""Quantized layers. Each is the float layer's class with `QuantizedLayer` in front: same parameters, same names.
+
+An instance is made by giving a float layer its quantized class (`quantize_layer`), so references to it, hooks on it
+and its Parameter objects stay what they were.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import timm.layers
+import torch
+import torch.nn.functional as F
+from timm.layers.padding import pad_same
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..config import DaqConfig
+from ..errors import CalibrationError
+from .functional import node_of, recomputed
+from .quantizers import ActivationQuantizer, WeightQuantizer, is_shard
+
+
+class QuantizedLayer(nn.Module):
+    """Quantizes input and weight, then does what the float layer does.
+
+    w_quant: `WeightQuantizer`. a_quant: `ActivationQuantizer`, or None for weights only. daq_name: the module's name in
+    the model, for error messages. low_memory: the quantized input and weight are not kept for the backward but computed
+    once more in it.
+
+    In evaluation the quantized weight is kept until a parameter changes, `train()` or `eval()` is called, or a forward
+    learns. Autograd's versions tell of changes; what is written through `.data` they do not see.
+    """
+
+    float_class: ClassVar[type[nn.Module]]
+    weight: Any
+    bias: Any
+    w_quant: WeightQuantizer
+    a_quant: ActivationQuantizer | None
+    daq_name: str
+    low_memory: bool
+    _kept: tuple[Any, Any, Tensor] | None = None
+    _sharded = False
+
+    def float_weight(self) -> Tensor:
+        """The weight the float layer computes with, shape (out, in / groups, ...)."""
+        weight: Tensor = self.weight
+        return weight
+
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of `float_weight`: (out, in / groups, ...)."""
+        return tuple(self.weight.shape)
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """A weight as from `float_weight` in the layout of the parameter `weight`."""
+        return weight
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The float layer's function of an input, a weight as from `float_weight`, and a bias."""
+        raise NotImplementedError
+
+    @property
+    def quantizers(self) -> dict[str, WeightQuantizer | ActivationQuantizer]:
+        """The quantizers there are, by the names of their modules."""
+        return {"w_quant": self.w_quant} | ({} if self.a_quant is None else {"a_quant": self.a_quant})
+
+    @property
+    def calibrated(self) -> bool:
+        """True once bounds and scale have values, from `calibrate` or from a state dict."""
+        return self.w_quant.calibrated and (self.a_quant is None or self.a_quant.calibrated)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.calibrated:
+            raise CalibrationError(
+                f"layer {self.daq_name!r} is not calibrated; before the first forward write\n"
+                "    with hf_daq.calibrate(model):\n        model(batch)  # a few batches of real inputs"
+            )
+        if self.a_quant is not None:
+            x = self.a_quant(x)
+        weight = self.quantized_weight()
+        bias = self.w_quant.shifted(self.bias, self.weight.dtype)
+        if self.low_memory and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            with _recomputing(x, weight):
+                return self.compute(x, weight, bias)
+        return self.compute(x, weight, bias)
+
+    def quantized_weight(self) -> Tensor:
+        """The weight the quantized layer computes with, as `float_weight`."""
+        if not torch.compiler.is_compiling():
+            sources = [
+                value for part in (self, self.w_quant) for value in part._parameters.values() if value is not None
+            ]
+            if self._may_keep(sources):
+                return self._kept_weight(sources)
+            self._forget()
+        weight: Tensor = self.w_quant(self.float_weight())
+        return weight
+
+    def _may_keep(self, sources: list[Any]) -> bool:
+        """Whether nothing learns here, and changes of these parameters are seen."""
+        if (self.training or torch.is_grad_enabled()) and any(source.requires_grad for source in sources):
+            return False
+        return not self._sharded and all(
+            type(source) in (Tensor, nn.Parameter) and not source.is_inference() for source in sources
+        )
+
+    def _kept_weight(self, sources: list[Any]) -> Tensor:
+        state = [(source._version, source.data_ptr()) for source in sources], self.w_quant.result_dtype(self.weight)
+        kept = self._kept
+        if kept is None or kept[1] != state or not all(map(operator.is_, kept[0], sources)):
+            with torch.inference_mode(False), torch.no_grad():
+                kept = self._kept = sources, state, self.w_quant(self.float_weight())
+        return kept[2]
+
+    def _forget(self) -> None:
+        self.__dict__.pop("_kept", None)
+
+    def train(self, mode: bool = True) -> Any:
+        self._forget()
+        self._sharded = is_shard(self.weight)  # whole weights of all layers would undo the sharding
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_kept"}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode; after it each module is in the mode it was in."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+            if mode:
+                module.__dict__.pop("_kept", None)
+
+
+@contextmanager
+def _recomputing(*quantized: Tensor) -> Iterator[None]:
+    """What is saved for the backward inside is, where it is one of these tensors, computed again from its own inputs."""
+    nodes = {tensor.untyped_storage().data_ptr(): node for tensor in quantized if (node := node_of(tensor)) is not None}
+
+    def pack(saved: Tensor) -> Any:
+        node = nodes.get(saved.untyped_storage().data_ptr())
+        return saved if node is None else (node, saved.shape, saved.stride(), saved.storage_offset())
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        node, *view = packed
+        return recomputed(node).as_strided(*view)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+class DaqLinear(QuantizedLayer, nn.Linear):
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+
+class DaqTimmLinear(QuantizedLayer, timm.layers.Linear):
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+
+class DaqConv1D(QuantizedLayer, Conv1D):
+    """GPT-2's linear layer, whose parameter has the shape (in, out)."""
+
+    def float_weight(self) -> Tensor:
+        weight: Tensor = self.weight.t()
+        return weight
+
+    def weight_shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape[::-1])
+
+    def stored(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+
+class DaqConv2d(QuantizedLayer, nn.Conv2d):
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        output: Tensor = self._conv_forward(x, weight, bias)
+        return output
+
+
+class _TimmConv(QuantizedLayer):
+    stride: Any
+    padding: Any
+    dilation: Any
+    kernel_size: Any
+    groups: int
+    out_channels: int
+
+
+class DaqConv2dSame(_TimmConv, timm.layers.Conv2dSame):
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x = pad_same(x, weight.shape[-2:], self.stride, self.dilation)
+        return F.conv2d(x, weight, bias, self.stride, (0, 0), self.dilation, self.groups)
+
+
+class StandardizedConv(_TimmConv):
+    """timm's weight-standardised convolutions: the standardised weight is what gets quantized."""
+
+    eps: float
+    gain: nn.Parameter
+    scale: float
+
+    def float_weight(self) -> Tensor:
+        gain = (self.gain * self.scale).view(-1) if hasattr(self, "gain") else None
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(flat, None, None, weight=gain, training=True, momentum=0.0, eps=self.eps)
+        return weight.reshape_as(self.weight)
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if getattr(self, "same_pad", False):
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class DaqStdConv2d(StandardizedConv, timm.layers.StdConv2d):
+    pass
+
+
+class DaqStdConv2dSame(StandardizedConv, timm.layers.StdConv2dSame):
+    pass
+
+
+class DaqScaledStdConv2d(StandardizedConv, timm.layers.ScaledStdConv2d):
+    pass
+
+
+class DaqScaledStdConv2dSame(StandardizedConv, timm.layers.ScaledStdConv2dSame):
+    pass
+
+
+LAYER_TYPES: dict[type[nn.Module], type[QuantizedLayer]] = {
+    nn.Linear: DaqLinear,
+    timm.layers.Linear: DaqTimmLinear,
+    Conv1D: DaqConv1D,
+    nn.Conv2d: DaqConv2d,
+    timm.layers.Conv2dSame: DaqConv2dSame,
+    timm.layers.StdConv2d: DaqStdConv2d,
+    timm.layers.StdConv2dSame: DaqStdConv2dSame,
+    timm.layers.ScaledStdConv2d: DaqScaledStdConv2d,
+    timm.layers.ScaledStdConv2dSame: DaqScaledStdConv2dSame,
+}
+for _float_type, _quantized_type in LAYER_TYPES.items():
+    _quantized_type.float_class = _float_type
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """The quantized layers of a model by name, in the order of `named_modules`."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def quantize_layer(layer: Any, name: str, config: DaqConfig, weight_bits: int, activation_bits: int | None) -> None:
+    """Turn a float layer into its quantized form, in place. Its type must be a key of `LAYER_TYPES`."""
+    device, quantized_class = layer.weight.device, LAYER_TYPES[type(layer)]
+    shared: dict[str, Any] = {"rounding": config.rounding, "temperature": config.temperature, "device": device}
+    w_quant = WeightQuantizer(
+        weight_bits,
+        quantized_class.weight_shape(layer),
+        granularity=config.weight_granularity,
+        group_size=config.group_size,
+        # A class of transformers has no place for the bias of a linear layer that had none, nor have exported files.
+        shift=config.bias_correction and (layer.bias is not None or isinstance(layer, nn.Conv2d)),
+        normalization=config.weight_normalization,
+        gamma=config.weight_gamma,
+        sigma=config.weight_sigma,
+        **shared,
+    )
+    a_quant = None
+    if activation_bits is not None:
+        a_quant = ActivationQuantizer(
+            activation_bits, gamma=config.activation_gamma, sigma=config.activation_sigma, **shared
+        )
+    layer.__class__ = quantized_class
+    layer.register_module("w_quant", w_quant)
+    layer.register_module("a_quant", a_quant)
+    layer.daq_name = name
+    layer.low_memory = config.low_memory
+    layer.train(layer.training)
+
+
+def restore_layer(layer: QuantizedLayer) -> None:
+    """Inverse of `quantize_layer`: the float class, without quantizers."""
+    float_class: Any = layer.float_class
+    del layer.w_quant, layer.a_quant
+    for name in ("daq_name", "low_memory", "_kept", "_sharded"):
+        layer.__dict__.pop(name, None)
+    layer.__class__ = float_class

@@ -1,0 +1,155 @@
+"""Layers for inference that hold codes of a few bits instead of a float weight, and the way there and back."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import DaqConfig
+from .bitpack import pack_bits, packed_size, unpack_bits
+from .functional import dequantize_weight
+from .layers import LAYER_TYPES, QuantizedLayer, quantize_layer
+from .quantizers import ActivationQuantizer
+
+
+class PackedLayer(nn.Module):
+    """Quantizes its input, then does what the float layer does with the weight that its codes mean.
+
+    weight_codes: uint8, shape (bytes,): the codes q of the weight, in C order, as `bitpack` lays them out.
+    weight_scale: float32, shape (1,), (channels,) or (channels * groups,): the weight is `|scale| * (2q - R) / R`.
+    a_quant: `ActivationQuantizer`, or None for weights only.
+    bias: of the quantized layer; has_bias says whether the float layer has one.
+    weight: the weight in the units of the float layer, computed when it is read.
+
+    The weight exists in float only while the layer computes.
+    """
+
+    quantized_class: ClassVar[Any]
+    weight_codes: Tensor
+    weight_scale: Tensor
+    a_quant: ActivationQuantizer | None
+    bias: Any
+    bits: int
+    shape: tuple[int, ...]
+    group_size: int | None
+    has_bias: bool
+    dtype: torch.dtype
+    daq_name: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.a_quant is not None:
+            x = self.a_quant(x)
+        output: Tensor = self.quantized_class.compute(self, x, self.quantized_weight(x.dtype), self.bias)
+        return output
+
+    @property
+    def quantizers(self) -> dict[str, ActivationQuantizer]:
+        """The quantizers there are, by the names of their modules."""
+        return {} if self.a_quant is None else {"a_quant": self.a_quant}
+
+    def codes(self) -> Tensor:
+        """uint8, shape (out, in / groups, ...)."""
+        return unpack_bits(self.weight_codes, self.bits, math.prod(self.shape)).view(self.shape)
+
+    def quantized_weight(self, dtype: torch.dtype) -> Tensor:
+        """What the layer computes with, as the quantized layer it was."""
+        return dequantize_weight(
+            self.codes(), self.weight_scale, bits=self.bits, group_size=self.group_size, dtype=dtype
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        # The scale of a layer turns quantized inputs, which span one unit, into outputs.
+        weight = self.quantized_weight(self.dtype)
+        weight = weight if self.a_quant is None else weight / self.a_quant.span.to(weight.dtype)
+        stored: Tensor = self.quantized_class.stored(self, weight)
+        return stored
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bits={self.bits}".removeprefix(", ")
+
+
+def _packed_class(quantized_class: Any) -> type[PackedLayer]:
+    float_class = quantized_class.float_class
+    name = f"Packed{float_class.__name__}"
+    return type(name, (PackedLayer, float_class), {"quantized_class": quantized_class, "__module__": __name__})
+
+
+PACKED_TYPES = {quantized: _packed_class(quantized) for quantized in LAYER_TYPES.values()}
+globals().update({packed.__name__: packed for packed in PACKED_TYPES.values()})
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
+    """The packed layers of a model by name, in the order of `named_modules`."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
+
+
+def daq_layers(model: nn.Module) -> dict[str, QuantizedLayer | PackedLayer]:
+    """The quantized and the packed layers of a model by name, in the order of `named_modules`."""
+    return {name: part for name, part in model.named_modules() if isinstance(part, QuantizedLayer | PackedLayer)}
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of the modules with the very tensors of the model."""
+    return copy.deepcopy(model, {id(value): value for value in model.state_dict(keep_vars=True).values()})
+
+
+@torch.no_grad()
+def pack_layer(layer: Any, values: bool = True) -> None:
+    """Turn a quantized layer into its packed form, in place. Without `values` there are none yet."""
+    quantizer, dtype, device = layer.w_quant, layer.weight.dtype, layer.weight.device
+    bits, shape, has_bias = quantizer.bits, layer.weight_shape(), layer.bias is not None
+    if values:
+        codes, scale = pack_bits(quantizer.codes(layer.float_weight()), bits), quantizer.scale.detach().float().clone()
+    else:
+        codes = torch.zeros(packed_size(math.prod(shape), bits), dtype=torch.uint8, device=device)
+        scale = torch.full(quantizer.scale.shape, torch.nan, dtype=torch.float32, device=device)
+    bias = quantizer.shifted(layer.bias, dtype)
+    for name in list(layer._parameters):
+        delattr(layer, name)
+    del layer.w_quant
+    for name in ("low_memory", "_kept", "_sharded"):
+        layer.__dict__.pop(name, None)
+    layer.__class__ = PACKED_TYPES[type(layer)]
+    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.clone(), requires_grad=False))
+    layer.register_buffer("weight_codes", codes)
+    layer.register_buffer("weight_scale", scale)
+    layer.bits, layer.shape, layer.dtype, layer.has_bias = bits, shape, dtype, has_bias
+    layer.group_size = quantizer.group_size if quantizer.groups > 1 else None
+    if layer.a_quant is not None:
+        layer.a_quant = copy.deepcopy(layer.a_quant).requires_grad_(False)  # the model may be a shared copy
+
+
+@torch.no_grad()
+def unpack_layer(layer: Any, config: DaqConfig) -> None:
+    """Turn a packed layer into a quantized one, in place, whose float weight lies on the codes."""
+    weight, scale, a_quant, bias = layer.weight, layer.weight_scale, layer.a_quant, layer.bias
+    bits, name, has_bias, largest = layer.bits, layer.daq_name, layer.has_bias, scale.abs().clamp_min(1e-12)
+    if a_quant is not None:
+        largest = largest / a_quant.span.to(scale.dtype)
+    for key in ("weight_codes", "weight_scale", "a_quant", "bias", "bits", "shape", "group_size", "has_bias", "dtype"):
+        delattr(layer, key)
+    layer.__class__ = layer.quantized_class.float_class
+    layer.weight = nn.Parameter(weight)
+    layer.register_parameter("bias", nn.Parameter(bias) if has_bias else None)
+    quantize_layer(layer, name, config, bits, None)
+    layer.a_quant = a_quant
+    quantizer = layer.w_quant
+    offset, unit = (value.view(-1) for value in quantizer.statistics(quantizer.rows(layer.float_weight())))
+    quantizer.lower.copy_((-largest - offset) / unit)
+    quantizer.upper.copy_((largest - offset) / unit)
+    quantizer.scale.copy_(scale)
+    if quantizer.shift is not None:
+        quantizer.shift.copy_(torch.zeros_like(quantizer.shift) if has_bias else bias)
+    quantizer.finish()
+    if a_quant is not None:
+        a_quant.requires_grad_(True)
+        a_quant.finish()

@@ -1,0 +1,302 @@
+"""`health`: what is wrong with a quantized model, layer by layer, and what to try."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from ..cli.console import plain
+from .measure import Measurement, check_quantized, count_bad, examples_in, measure
+from .summary import as_text, name_cell
+
+# Chosen so that trained networks pass: those looked at used at least 30 % of their codes at 8 bits and 75 % at up to 4,
+# clipped at most 82 % of their inputs (signed ones at 1 bit, else 56 %), and of their layers with an output SQNR below 2 dB
+# none was more than 14 dB below the others.
+_CLIPPED = 0.9
+_NEGATIVE = 0.001
+_LOW_SQNR, _BELOW_OTHERS = 2.0, 15.0
+_OTHERS = 3
+_VALUES_PER_CODE = 16
+_WIDTH = 160
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One problem of one layer.
+
+    problem: "not-calibrated", "crossed-bounds", "non-finite-bounds", "non-finite-weights", "non-finite-inputs", "non-finite-outputs",
+        "not-reached", "unquantized-weights", "unquantized-inputs", "unquantized-outputs", "dead-weight-codes",
+        "dead-input-codes", "clipped-weights", "clipped-inputs", "negative-inputs" or "low-output-sqnr".
+    value: the figure, which the message names with its unit.
+    message: what it means and what to try.
+    """
+
+    layer: str
+    problem: str
+    value: float
+    message: str
+
+
+@dataclass(frozen=True)
+class Health:
+    """What `health` found. `print(health)` shows it as a table.
+
+    findings: in the order of `named_modules`. layers: how many were looked at.
+    """
+
+    findings: list[Finding]
+    layers: int
+
+    @property
+    def ok(self) -> bool:
+        """True without findings."""
+        return not self.findings
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; "inf", "-inf" and "nan" are strings."""
+        return {"ok": self.ok, **plain(dataclasses.asdict(self))}
+
+    def __rich__(self) -> Table | Text:
+        if self.ok:
+            return Text(f"no findings in {self.layers} quantized layers")
+        number = len(self.findings)
+        count = f"{number} finding{'' if number == 1 else 's'} in {self.layers} quantized layers"
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, caption=Text(count), caption_justify="left")
+        table.caption_style = ""
+        table.add_column("layer", overflow="fold", ratio=2)
+        table.add_column("problem", no_wrap=True)
+        table.add_column("what was found, and what to try", overflow="fold", ratio=5)
+        for finding in self.findings:
+            table.add_row(name_cell(finding.layer), finding.problem, name_cell(finding.message))
+        return table
+
+    def __str__(self) -> str:
+        return as_text(self, _WIDTH)
+
+
+def health(model: nn.Module, batch: Any) -> Health:
+    """Look for broken, bypassed and badly placed quantizers, from one pass of a probe batch.
+
+        print(hf_daq.health(model, images))
+
+    For models that are not well: layers without usable bounds compute in float, so that those behind them are seen too.
+    Of values that are not finite only the layers where they first appear are named. The model computes in evaluation
+    mode, without gradients, and is left as it was.
+
+    Args:
+        model: quantized or packed, calibrated or not.
+        batch: a tensor, a mapping of tensors for `model(**batch)`, or a tuple for `model(*batch)`; on the device of the
+            model, and as real as possible: a few dozen examples.
+
+    Raises:
+        ModelError: nothing in the model is quantized, or it is sharded; the batch is none of these.
+    """
+    check_quantized(model, "health")
+    examples_in(batch)
+    measured, _ = measure(model, batch)
+    origins = _origins(measured)
+    medians = _medians(measured)
+    findings = [
+        Finding(found.name, *finding) for found in measured for finding in _findings(found, found in origins, medians)
+    ]
+    return Health(findings, len(measured))
+
+
+_Found = Iterator[tuple[str, float, str]]
+
+
+def _findings(found: Measurement, origin: bool, medians: dict[str, float]) -> _Found:
+    findings = list(_without_values(found, origin))
+    if found.usable and not found.bad_weights:
+        findings += [*_bypassed(found), *_badly_used(found)]
+        findings = findings or list(_noisy(found, medians))  # which all others explain
+    yield from findings
+
+
+def _origins(measured: list[Measurement]) -> set[Measurement]:
+    """Layers where values that are not finite come up in this pass: before any other layer had such inputs or outputs."""
+    reached = sorted((found for found in measured if found.order is not None), key=lambda found: found.order or 0)
+    for found in reached:
+        if found.bad_inputs or found.bad_outputs:
+            return {found}
+    return set()
+
+
+def _medians(measured: list[Measurement]) -> dict[str, float]:
+    """Of the output SQNR of layers with the same bits, where there are enough."""
+    by_bits: dict[str, list[float]] = {}
+    for found in measured:
+        if found.output_sqnr is not None and math.isfinite(found.output_sqnr):
+            by_bits.setdefault(found.bits, []).append(found.output_sqnr)
+    return {bits: statistics.median(values) for bits, values in by_bits.items() if len(values) > _OTHERS}
+
+
+def _without_values(found: Measurement, origin: bool) -> _Found:
+    """Bounds, weights, inputs and outputs that are not there, or not finite."""
+    if not found.usable:
+        yield _unusable(found)
+    if found.bad_weights:
+        share = found.bad_weights / found.parameters
+        yield (
+            "non-finite-weights",
+            share,
+            f"{share:.2%} of its weights are NaN or infinite: go back to an earlier checkpoint, then train with a smaller "
+            "learning rate or with gradients clipped",
+        )
+    if found.order is None:
+        yield (
+            "not-reached",
+            0.0,
+            "the batch made 0 calls of this layer, so its inputs are unknown: probe with a batch that uses it, and calibrate "
+            f"with such batches too, or keep it in float: modules_to_not_convert=[{found.name!r}]",
+        )
+    elif origin and found.bad_inputs:
+        share = found.bad_inputs / found.inputs
+        yield (
+            "non-finite-inputs",
+            share,
+            f"{share:.2%} of its inputs are NaN or infinite, the first layer of the pass with such: look at the batch, and at "
+            "the float layers before this one",
+        )
+    elif origin and not found.bad_weights:
+        share = found.bad_outputs / found.outputs
+        yield (
+            "non-finite-outputs",
+            share,
+            f"{share:.2%} of its outputs are NaN or infinite, though its inputs are not: its sums leave the range of "
+            f"{str(found.dtype).removeprefix('torch.')}, or its bias is not finite",
+        )
+
+
+def _unusable(found: Measurement) -> tuple[str, float, str]:
+    quantizers = list(found.layer.quantizers.values())
+    values = [value for part in quantizers for value in part.parameters()] + ([found.scale] if found.packed else [])
+    bad, count = sum(count_bad(value) for value in values), sum(value.numel() for value in values)
+    if any(bool(part.lower.isnan().all()) and not part.calibrated for part in quantizers):
+        return (
+            "not-calibrated",
+            float(bad),
+            f"{bad} of its {count} bounds, scales and shifts have no value yet: `with hf_daq.calibrate(model): model(batch)` on a few "
+            "batches that use this layer, before the first forward",
+        )
+    again = "calibrate again, and train with a smaller quantizer_lr"
+    if bad:
+        return (
+            "non-finite-bounds",
+            float(bad),
+            f"{bad} of its {count} bounds, scales and shifts are NaN or infinite: {again}",
+        )
+    crossed = sum(int((part.lower >= part.upper).sum()) for part in quantizers)
+    pairs = sum(part.lower.numel() for part in quantizers)
+    return (
+        "crossed-bounds",
+        float(crossed),
+        f"{crossed} of its {pairs} lower bounds are not below the upper one: {again}",
+    )
+
+
+def _bypassed(found: Measurement) -> _Found:
+    """What the layer computes with has more levels than its quantizers give: something replaced or went around them."""
+    again = "something goes around its quantizer: a replaced forward, a hook, another library; remove_daq and apply_daq again"
+    if found.weight_levels > 2**found.weight_bits:
+        yield (
+            "unquantized-weights",
+            float(found.weight_levels),
+            f"it computes with {found.weight_levels} weight levels or more under one scale, {found.weight_bits} bits have "
+            f"{2**found.weight_bits}: {again}",
+        )
+    if found.input_bits is not None and found.input_levels > 2**found.input_bits:
+        yield (
+            "unquantized-inputs",
+            float(found.input_levels),
+            f"it computes with {found.input_levels} input levels or more, {found.input_bits} bits have "
+            f"{2**found.input_bits}: {again}",
+        )
+    output, weight = found.output_sqnr, found.weight_sqnr
+    if output is not None and weight is not None and found.energy > 0 and output > max(100.0, weight + 40.0):
+        yield (
+            "unquantized-outputs",
+            output,
+            f"its output is that of the float layer (SQNR {output:.0f} dB), though its quantized weight is not the float one "
+            f"({weight:.0f} dB): {again}",
+        )
+
+
+def _badly_used(found: Measurement) -> _Found:
+    """Codes that nothing takes, bounds that cut nearly everything off, and negative inputs where none were expected."""
+    if _dead(found.weight_codes, found.weight_bits, found.parameters):
+        yield (
+            "dead-weight-codes",
+            float(found.weight_codes),
+            f"its weights use {found.weight_codes} of {2**found.weight_bits} codes: its bounds are too wide or far off; "
+            "calibrate again, train with a smaller quantizer_lr, or use weight_granularity='channel' if channels differ",
+        )
+    if found.weights_clipped is not None and found.weights_clipped > _CLIPPED:
+        yield (
+            "clipped-weights",
+            found.weights_clipped,
+            f"{found.weights_clipped:.1%} of its weights are outside of their bounds and learn nothing: calibrate again, and "
+            "train with a smaller quantizer_lr; or weight_granularity='channel' if channels differ",
+        )
+    if found.a_quant is None or not found.inputs or found.bad_inputs:
+        return
+    used, clipped = int((found.input_counts > 0).sum()), found.clipped_inputs / found.inputs
+    negative = found.negative_inputs / found.inputs
+    if _dead(used, found.a_quant.bits, found.inputs):
+        yield (
+            "dead-input-codes",
+            float(used),
+            f"its inputs use {used} of {2**found.a_quant.bits} codes: its bounds are too wide or far off; calibrate again "
+            f"with more batches like this one, or keep its inputs in float: {_rule(found, 'activation_bits', None)}",
+        )
+    if clipped > _CLIPPED:
+        yield (
+            "clipped-inputs",
+            clipped,
+            f"{clipped:.1%} of its inputs are outside of their bounds [{found.a_quant.lower.item():.3g}, "
+            f"{found.a_quant.upper.item():.3g}]: calibrate again with more batches like this one, try the other "
+            "activation_init ('mse', '3std'), or train with a smaller quantizer_lr",
+        )
+    if found.a_quant.lower.item() == 0 and negative > _NEGATIVE:
+        yield (
+            "negative-inputs",
+            negative,
+            f"{negative:.1%} of its inputs are negative, but its quantizer is unsigned and makes them 0, since calibration "
+            "saw none: calibrate again with batches like this one",
+        )
+
+
+def _noisy(found: Measurement, medians: dict[str, float]) -> _Found:
+    median, sqnr = medians.get(found.bits), found.output_sqnr
+    if median is None or sqnr is None or sqnr >= min(_LOW_SQNR, median - _BELOW_OTHERS):
+        return
+    bits = [bits for bits in (found.weight_bits, found.input_bits) if bits is not None]
+    if min(bits) == 8:
+        last = f"keep it in float: {_rule(found, 'skip', True)}"
+    else:
+        last = f"more bits for it: {_rule(found, 'bits' if len(bits) == 2 else 'weight_bits', 8)}"
+    inputs = "" if found.a_quant is None else "more calibration batches, the other activation_init ('mse', '3std'), "
+    yield (
+        "low-output-sqnr",
+        sqnr,
+        f"its output has an SQNR of {sqnr:.1f} dB, the median of {found.bits} layers is {median:.1f} dB: outliers, or bounds or "
+        f"a scale that are off. Try {inputs}weight_granularity='channel', or {last}",
+    )
+
+
+def _dead(used: int, bits: int, values: int) -> bool:
+    """Whether so few codes are in use that a bit, or a third of all bits, would be enough less."""
+    return values >= _VALUES_PER_CODE * 2**bits and bits - math.log2(max(used, 1)) >= max(1.0, bits / 3)
+
+
+def _rule(found: Measurement, key: str, value: int | None) -> str:
+    return f"rules=[{{'pattern': {found.name!r}, {key!r}: {value}}}]"

@@ -1,0 +1,293 @@
+"""`measure`: one pass over a quantized model, from which `summary` and `health` take their figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import ModelError
+from ..model.guards import ORDER
+from ..model.roles import weight_modules
+from ..nn.bitpack import packed_size
+from ..nn.integers import replaced_forwards
+from ..nn.layers import QuantizedLayer, evaluating
+from ..nn.packed import PackedLayer, daq_layers
+from ..nn.quantizers import Quantizer, is_shard, wide
+
+_SAMPLES = 2**16
+
+
+class Call(NamedTuple):
+    """A batch of a forward that was recorded."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@torch.no_grad()
+def measure(model: nn.Module, batch: Any = None) -> tuple[list[Measurement], dict[str, int]]:
+    """Figures of all quantized layers from one pass of the batch, and the multiply-accumulates for one example of layers
+    that stay in float. Also for models that are not well: layers without usable bounds compute in float, so that those
+    behind them still get inputs. Of a model that `check_quantized` has passed."""
+    macs: dict[str, int] = {}
+    with ExitStack() as stack:
+        stack.enter_context(_left_as_it_was(model))
+        measured = [Measurement(name, layer) for name, layer in daq_layers(model).items()]
+        if batch is not None:
+            examples = examples_in(batch)
+            stack.enter_context(
+                replaced_forwards({found.layer: found.in_float for found in measured if found.in_float})
+            )
+            calls = iter(range(2**62))
+            for found in measured:
+                hook = found.layer.register_forward_hook(_observing(found, calls), prepend=True)
+                stack.callback(hook.remove)
+            for name, module in kept_modules(model).items():
+                stack.callback(module.register_forward_hook(_counting(name, macs), prepend=True).remove)
+            run(model, batch)
+            for found in measured:
+                found.macs = round(found.macs / examples)
+            macs = {name: round(count / examples) for name, count in macs.items()}
+    return measured, macs
+
+
+def kept_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules with weights that stay in float, by name."""
+    return {name: module for name, module in weight_modules(model) if not isinstance(module, QuantizedLayer)}
+
+
+class Measurement:
+    """Figures of one layer. Those of its inputs and outputs are sums over calls; `order` is the number of its first call
+    in the pass, None if there was none.
+
+    signal, noise: sums of squares of the float layer's output, and of its difference to the quantized one's; energy: of
+        the inputs.
+    weight_levels, input_levels: distinct values the layer computes with, the most under one scale, and in one call.
+    bad_weights, bad_inputs, bad_outputs: how many are NaN or infinite.
+    """
+
+    def __init__(self, name: str, layer: Any) -> None:
+        self.name, self.layer, self.a_quant = name, layer, layer.a_quant
+        self.packed = isinstance(layer, PackedLayer)
+        kind = layer.quantized_class if self.packed else type(layer)
+        self.kind, self.compute = kind.float_class.__name__, kind.compute
+        self.shape: tuple[int, ...] = tuple(layer.shape if self.packed else layer.weight_shape())
+        self.parameters = math.prod(self.shape)
+        self.dtype: torch.dtype = layer.dtype if self.packed else layer.weight.dtype
+        self.weight_bits: int = layer.bits if self.packed else layer.w_quant.bits
+        self.input_bits: int | None = None if self.a_quant is None else self.a_quant.bits
+        self.scale: Tensor = layer.weight_scale if self.packed else layer.w_quant.scale.detach()
+        self.usable = usable(layer)
+        self.in_float: Callable[[Tensor], Tensor] | None = None if self.usable or self.packed else self._float_output
+        self.order: int | None = None
+        self.macs = self.inputs = self.outputs = self.bad_inputs = self.bad_outputs = self.bad_weights = 0
+        self.clipped_inputs = self.negative_inputs = self.weight_levels = self.input_levels = self.weight_codes = 0
+        self.signal = self.noise = self.energy = 0.0
+        self.weight_lower: float | None = None
+        self.weight_upper: float | None = None
+        self.weights_clipped: float | None = None
+        self.weight_sqnr: float | None = None
+        self.input_counts = torch.zeros(2 ** (self.input_bits or 0), dtype=torch.int64, device=self.scale.device)
+        self._look_at_weight()
+
+    def _look_at_weight(self) -> None:
+        layer = self.layer
+        if not self.packed:
+            weight = wide(layer.float_weight())
+            self.bad_weights = count_bad(weight)
+        if self.bad_weights or not self.usable:
+            return
+        codes = layer.codes() if self.packed else layer.w_quant.codes(layer.float_weight())
+        self.weight_codes = int((torch.bincount(codes.flatten()) > 0).sum())
+        quantized = layer.quantized_weight(self.dtype) if self.packed else layer.quantized_weight()
+        self.weight_levels = _distinct(self._rows_of_scales(quantized))
+        if not self.packed:
+            lower, upper = layer.w_quant.bounds(weight)
+            self.weight_lower, self.weight_upper = float(lower.min()), float(upper.max())
+            clipped = layer.w_quant.outside(layer.w_quant.positions(weight)).count_nonzero()
+            self.weights_clipped = int(clipped) / weight.numel()
+            quantized = wide(quantized) if self.a_quant is None else wide(quantized) / self.a_quant.span
+            self.weight_sqnr = decibels(_squares(weight), _squares(weight - quantized))
+
+    def _rows_of_scales(self, weight: Tensor) -> Tensor:
+        """The values that share a scale in a row, groups filled up with their last one."""
+        flat = weight.reshape(1 if self.scale.numel() == 1 else len(weight), -1)
+        quantizer = None if self.packed else self.layer.w_quant
+        size = self.layer.group_size if quantizer is None else quantizer.group_size if quantizer.groups > 1 else None
+        if size is None:
+            return flat
+        missing = -flat.shape[1] % size
+        return torch.cat([flat, flat[:, -1:].expand(-1, missing)], 1).view(-1, size)
+
+    def _float_output(self, x: Tensor) -> Tensor:
+        output: Tensor = self.compute(self.layer, x, self.layer.float_weight(), self.layer.bias)
+        return output
+
+    def observe(self, x: Tensor, output: Tensor) -> None:
+        """Take note of one call."""
+        bad = count_bad(x)
+        self.inputs += x.numel()
+        self.outputs += output.numel()
+        self.bad_inputs += bad
+        self.bad_outputs += count_bad(output)
+        self.macs += output.numel() * math.prod(self.shape[1:])
+        if bad or not self.usable:
+            return
+        self.energy += _squares(x)
+        if self.a_quant is not None:
+            self._look_at_inputs(self.a_quant, x)
+        if not self.packed and not self.bad_weights:
+            reference = wide(self._float_output(x))
+            self.signal += _squares(reference)
+            self.noise += _squares(reference - wide(output))
+
+    def _look_at_inputs(self, a_quant: Any, x: Tensor) -> None:
+        levels = 2**a_quant.bits - 1
+        self.input_counts += torch.bincount(a_quant.codes(x).flatten(), minlength=levels + 1)
+        self.clipped_inputs += int(a_quant.outside(a_quant.positions(x)).count_nonzero())
+        self.negative_inputs += int((x < 0).sum())
+        self.input_levels = max(self.input_levels, _distinct(a_quant(_sample(x.reshape(1, -1)))))
+
+    @property
+    def output_sqnr(self) -> float | None:
+        """In dB, None where nothing could be compared."""
+        compared = not self.packed and self.usable and self.inputs and not (self.bad_inputs or self.bad_weights)
+        return decibels(self.signal, self.noise) if compared else None
+
+    @property
+    def bits(self) -> str:
+        """Of weight and inputs, e.g. "W4A8"; "W4A32" for inputs in float32."""
+        return f"W{self.weight_bits}A{self.input_bits or 8 * self.dtype.itemsize}"
+
+    @property
+    def bytes(self) -> int:
+        """Of codes and scales in a packed file."""
+        return packed_size(self.parameters, self.weight_bits) + 4 * self.scale.numel()
+
+
+def usable(layer: Any) -> bool:
+    """Whether the layer has bounds and scales to compute with. Looks at the values, which training may have spoilt."""
+    quantizers: list[Quantizer] = list(layer.quantizers.values())
+    values: list[Tensor] = [value for quantizer in quantizers for value in quantizer.parameters()]
+    values += [layer.weight_scale] if isinstance(layer, PackedLayer) else []
+    ordered = all(bool((part.lower < part.upper).all()) and part.calibrated for part in quantizers)
+    return ordered and not any(map(count_bad, values))
+
+
+def decibels(signal: float, noise: float) -> float:
+    """`10 log10(signal / noise)`; inf without noise."""
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def check_quantized(model: nn.Module, function: str) -> None:
+    layers = daq_layers(model)
+    if not layers:
+        raise ModelError(
+            f"{function} needs a quantized or packed model, and no layer of this {type(model).__name__} is; order: {ORDER}"
+        )
+    for name, layer in layers.items():
+        if any(is_shard(value) or value.is_meta for value in layer.state_dict(keep_vars=True).values()):
+            raise ModelError(f"{function} needs whole weights, but those of {name!r} are sharded or on the meta device")
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while, and hooks are called in compiled models too; random numbers and the weights that layers
+    keep are not touched."""
+    layers = [layer for layer in daq_layers(model).values() if isinstance(layer, QuantizedLayer)]
+    kept = [vars(layer).get("_kept") for layer in layers]
+    devices = {value.device.index for value in model.parameters() if value.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=sorted(devices)), evaluating(model), _uncompiled(model):
+            yield
+    finally:
+        for layer, weight in zip(layers, kept, strict=True):
+            vars(layer).pop("_kept", None)
+            if weight is not None:
+                vars(layer)["_kept"] = weight
+
+
+def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
+    compiled = any(
+        "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) for module in model.modules()
+    )
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+def run(model: nn.Module, batch: Any) -> None:
+    """A forward of a tensor, a mapping, a tuple or a call."""
+    if isinstance(batch, Call):
+        model(*batch.args, **batch.kwargs)
+    elif isinstance(batch, Mapping):
+        model(**batch)
+    else:
+        model(*(batch if isinstance(batch, tuple) else (batch,)))
+
+
+def examples_in(batch: Any) -> int:
+    """Length of the first tensor."""
+    if not isinstance(batch, Tensor | Mapping | tuple):
+        raise ModelError(
+            f"batch is a {type(batch).__name__}; pass a tensor, a mapping of tensors as tokenizers give it, or a tuple of "
+            "positional arguments"
+        )
+    if isinstance(batch, Call):
+        batch = (*batch.args, *batch.kwargs.values())
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else (batch,)
+    return next((len(value) for value in values if isinstance(value, Tensor) and value.ndim > 0), 1)
+
+
+def _observing(found: Measurement, calls: Iterator[int]) -> Callable[..., None]:
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        x = args[0].to(found.scale.device)  # Accelerate moves inputs inside of the forward
+        if x.numel() > 0:
+            found.order = next(calls) if found.order is None else found.order
+            found.observe(x, output.to(x.device))
+
+    return hook
+
+
+def _counting(name: str, macs: dict[str, int]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        shape = tuple(largest_weight(module).shape)
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            macs[name] = 0
+        elif isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+            macs[name] = macs.get(name, 0) + args[0].numel() * math.prod(shape[1:])
+        elif isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | Conv1D):
+            columns = shape[0] if isinstance(module, Conv1D) else math.prod(shape[1:])
+            macs[name] = macs.get(name, 0) + output.numel() * columns
+
+    return hook
+
+
+def largest_weight(module: nn.Module) -> Tensor:
+    weight = getattr(module, "weight", None)
+    return weight if isinstance(weight, Tensor) else max(module.parameters(recurse=False), key=Tensor.numel)
+
+
+def count_bad(values: Tensor) -> int:
+    """How many are NaN or infinite."""
+    return values.numel() - int(values.isfinite().sum())
+
+
+def _squares(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64).square())
+
+
+def _sample(rows: Tensor) -> Tensor:
+    return rows[:, :: max(1, rows.shape[1] // _SAMPLES)]
+
+
+def _distinct(rows: Tensor) -> int:
+    """How many distinct values a sample of a row has, in the row that has most."""
+    ordered = _sample(rows).sort(1).values
+    return int((ordered[:, 1:] != ordered[:, :-1]).sum(1).max()) + 1

@@ -1,0 +1,322 @@
+"""`summary`: what quantization does to each layer of a model, in figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+
+from ..cli.console import plain
+from ..errors import CalibrationError, ModelError
+from ..nn.layers import LAYER_TYPES
+from ..nn.packed import PackedLayer, daq_layers
+from ..nn.quantizers import wide
+from .measure import Measurement, check_quantized, kept_modules, largest_weight, measure, usable
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One quantized or packed layer. What needs inputs is None without a batch, or where the batch does not reach the
+    layer; what needs the float weight is None for a packed one.
+
+    name, kind: in the model, and the float class, e.g. "Conv2d". shape: of the weight, (out, in / groups, ...).
+    weight_bits, activation_bits: the latter None for inputs in float.
+    parameters: how many weights.
+    weight_lower, weight_upper: bounds in units of the float weight; of channels or groups the lowest and the highest.
+    weight_scale: mean of |scale|.
+    input_lower, input_upper, zero_point: the learned bounds in units of the input, and the code of the real zero.
+    weights_clipped, inputs_clipped: share outside of the bounds, 0 to 1. Bounds of signed inputs are moved by up to half a
+        step, so that zero is a code; outside of these.
+    weight_codes, input_codes: how many distinct codes are in use, of 2**bits.
+    weight_sqnr: signal to quantization noise of the weight in dB, `10 log10(sum w^2 / sum (w - quantized w)^2)`.
+    output_sqnr: the same of outputs, float layer against quantized layer, both on the inputs the layer gets in the
+        quantized network; inf where they are equal.
+    float_bytes, bytes: of the weight in its dtype, and packed: dense codes with scales in float32.
+    macs: multiply-accumulates for one example, of all calls of the layer.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    weight_bits: int
+    activation_bits: int | None
+    parameters: int
+    weight_lower: float | None
+    weight_upper: float | None
+    weight_scale: float
+    input_lower: float | None
+    input_upper: float | None
+    zero_point: int | None
+    weights_clipped: float | None
+    inputs_clipped: float | None
+    weight_codes: int
+    input_codes: int | None
+    weight_sqnr: float | None
+    output_sqnr: float | None
+    float_bytes: int
+    bytes: int
+    macs: int | None
+
+
+@dataclass(frozen=True)
+class KeptLayer:
+    """A layer with weights that stays in float. macs: for one example, 0 for a look-up; None without a batch, where it
+    does not reach the layer, and for modules whose arithmetic is not that of a linear layer or a convolution."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    parameters: int
+    bytes: int
+    macs: int | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What quantization does to a model. `print(summary)` shows it as a table, rich prints it in colour.
+
+    layers, kept: quantized layers, and layers with weights that stay in float, in the order of `named_modules`.
+    totals: `weights` and `macs`, how many by "W4A4", "W4A32" (inputs in float32) and "float"; `other_parameters`, of
+        normalisation, biases and the like; `bytes_before` and `bytes_after`, of all parameters and buffers of the float
+        and of the packed model; `compression`, the first by the second; `macs_quantized`, share of all that are known.
+        `macs` and `macs_quantized` are None without a batch. Products inside attention are not counted.
+    """
+
+    layers: list[LayerSummary]
+    kept: list[KeptLayer]
+    totals: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; "inf", "-inf" and "nan" are strings."""
+        values: dict[str, Any] = plain(dataclasses.asdict(self))
+        return values
+
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame with a row for each quantized layer.
+
+        Raises:
+            ModelError: pandas is not installed.
+        """
+        try:
+            import pandas  # type: ignore[import-untyped]
+        except ImportError:
+            raise ModelError('to_dataframe needs pandas: pip install "hf-daq[plots]"; to_dict does without') from None
+        names = [field.name for field in dataclasses.fields(LayerSummary)]
+        return pandas.DataFrame([dataclasses.asdict(layer) for layer in self.layers], columns=names)
+
+    def __rich__(self) -> Table:
+        return _table(self)
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+
+def summary(model: nn.Module, batch: Any = None) -> Summary:
+    """Layer by layer: bits, bounds, clipping, codes in use, noise, bytes and multiply-accumulates.
+
+        print(hf_daq.summary(model, images))
+
+    The model computes in evaluation mode, without gradients, and is left as it was.
+
+    Args:
+        model: calibrated or packed.
+        batch: a tensor, a mapping of tensors for `model(**batch)`, or a tuple for `model(*batch)`; on the device of the
+            model. Without it, what needs inputs is None.
+
+    Raises:
+        ModelError: nothing in the model is quantized, or it is sharded. CalibrationError: a layer is not calibrated.
+    """
+    check_quantized(model, "summary")
+    for name, layer in daq_layers(model).items():
+        if not usable(layer):
+            raise CalibrationError(
+                f"layer {name!r} has no usable bounds: calibrate first, `with hf_daq.calibrate(model): model(batch)`; "
+                "if it was calibrated before, hf_daq.health(model, batch) says what became of it"
+            )
+    measured, macs = measure(model, batch)
+    layers = [_row(found) for found in measured]
+    kept = [_kept(name, module, macs.get(name)) for name, module in kept_modules(model).items()]
+    return Summary(layers, kept, _totals(model, measured, layers, kept, batch is not None))
+
+
+def _row(found: Measurement) -> LayerSummary:
+    a_quant, reached = found.a_quant, found.order is not None
+    seen = reached and a_quant is not None and not found.bad_inputs
+    return LayerSummary(
+        name=found.name,
+        kind=found.kind,
+        shape=found.shape,
+        weight_bits=found.weight_bits,
+        activation_bits=found.input_bits,
+        parameters=found.parameters,
+        weight_lower=found.weight_lower,
+        weight_upper=found.weight_upper,
+        weight_scale=float(wide(found.scale).abs().mean()),
+        input_lower=None if a_quant is None else a_quant.lower.item(),
+        input_upper=None if a_quant is None else a_quant.upper.item(),
+        zero_point=None if a_quant is None else a_quant.zero_point,
+        weights_clipped=found.weights_clipped,
+        inputs_clipped=found.clipped_inputs / found.inputs if seen else None,
+        weight_codes=found.weight_codes,
+        input_codes=int((found.input_counts > 0).sum()) if seen else None,
+        weight_sqnr=found.weight_sqnr,
+        output_sqnr=found.output_sqnr,
+        float_bytes=found.parameters * found.dtype.itemsize,
+        bytes=found.bytes,
+        macs=found.macs if reached else None,
+    )
+
+
+def _kept(name: str, module: nn.Module, macs: int | None) -> KeptLayer:
+    weights = [value for value in module.parameters(recurse=False) if value.ndim >= 2]
+    shape = LAYER_TYPES[type(module)].weight_shape(module) if type(module) in LAYER_TYPES else None  # type: ignore[arg-type]
+    count = sum(value.numel() for value in weights)
+    return KeptLayer(
+        name, type(module).__name__, tuple(shape or largest_weight(module).shape), count, _size(weights), macs
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- totals
+
+
+def _totals(
+    model: nn.Module, measured: list[Measurement], layers: list[LayerSummary], kept: list[KeptLayer], with_batch: bool
+) -> dict[str, Any]:
+    weights: dict[str, int] = {}
+    macs: dict[str, int] = {}
+    for found, layer in zip(measured, layers, strict=True):
+        weights[found.bits] = weights.get(found.bits, 0) + layer.parameters
+        macs[found.bits] = macs.get(found.bits, 0) + (layer.macs or 0)
+    quantized = sum(macs.values())
+    macs["float"] = sum(layer.macs or 0 for layer in kept)
+    modules = kept_modules(model).values()
+    in_float = {id(value): value for module in modules for value in module.parameters(recurse=False) if value.ndim >= 2}
+    weights["float"] = sum(value.numel() for value in in_float.values())
+    inside = {id(value) for found in measured for value in _tensors(found.layer)}
+    outside = [value for value in _tensors(model) if id(value) not in inside]
+    other = sum(value.numel() for value in model.parameters() if id(value) not in inside | in_float.keys())
+    other += sum(found.shape[0] for found in measured if _has_bias(found.layer))
+    sizes = [_sizes(found) for found in measured]
+    before, after = (_size(outside) + sum(side) for side in zip(*sizes, strict=True))
+    return {
+        "weights": weights,
+        "other_parameters": other,
+        "bytes_before": before,
+        "bytes_after": after,
+        "compression": before / after,
+        "macs": macs if with_batch else None,
+        "macs_quantized": quantized / total if with_batch and (total := sum(macs.values())) else None,
+    }
+
+
+def _has_bias(layer: Any) -> bool:
+    """Whether the float layer has one; a quantized layer's may be no more than a correction."""
+    return layer.has_bias if isinstance(layer, PackedLayer) else layer.bias is not None
+
+
+def _sizes(found: Measurement) -> tuple[int, int]:
+    """Bytes of all that a layer holds, in float and packed."""
+    layer = found.layer
+    if found.packed:
+        before = (found.parameters + (found.shape[0] if layer.has_bias else 0)) * found.dtype.itemsize
+        return before, _size(_tensors(layer))
+    corrected = layer.bias is not None or layer.w_quant.shift is not None
+    bias = found.shape[0] * found.dtype.itemsize if corrected else 0
+    bounds = 0 if found.a_quant is None else _size(_tensors(found.a_quant))
+    return _size(layer.parameters(recurse=False)), found.bytes + bias + bounds
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _size(tensors: Any) -> int:
+    return sum(value.numel() * value.dtype.itemsize for value in tensors)
+
+
+# ------------------------------------------------------------------------------------------------------------- printing
+
+_HEADERS = (
+    *("weights", "bits\nW", "bits\nA", "lower\nW", "upper\nW", "lower\nA", "upper\nA", "clip\nW %", "clip\nA %"),
+    *("codes\nW", "codes\nA", "SQNR\nW dB", "SQNR\nout dB", "float\nkB", "packed\nkB", "MACs\n10^6"),
+)
+
+
+def _table(summary: Summary) -> Table:
+    table = Table(
+        *("layer", "type", "shape"),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+        caption=_caption(summary.totals),
+        caption_justify="left",
+        caption_style="",
+    )
+    table.columns[0].overflow = "fold"
+    for header in _HEADERS:
+        table.add_column(header, justify="right", no_wrap=True)
+    for layer in summary.layers:
+        table.add_row(
+            *_first_cells(layer),
+            str(layer.weight_bits),
+            "float" if layer.activation_bits is None else str(layer.activation_bits),
+            *(_cell(value, ".3g") for value in (layer.weight_lower, layer.weight_upper)),
+            *(_cell(value, ".3g") for value in (layer.input_lower, layer.input_upper)),
+            *(_cell(value, ".1f", 100) for value in (layer.weights_clipped, layer.inputs_clipped)),
+            *(_cell(value, "d") for value in (layer.weight_codes, layer.input_codes)),
+            *(_cell(value, ".1f") for value in (layer.weight_sqnr, layer.output_sqnr)),
+            *(_cell(value, ",.1f", 1e-3) for value in (layer.float_bytes, layer.bytes)),
+            _cell(layer.macs, ",.2f", 1e-6),
+        )
+    for kept in summary.kept:
+        size = _cell(kept.bytes, ",.1f", 1e-3)
+        table.add_row(*_first_cells(kept), "float", "float", *"-" * 10, size, size, _cell(kept.macs, ",.2f", 1e-6))
+    return table
+
+
+def _first_cells(layer: LayerSummary | KeptLayer) -> tuple[Text | str, ...]:
+    return name_cell(layer.name), Text(layer.kind), "x".join(map(str, layer.shape)), f"{layer.parameters:,}"
+
+
+def _caption(totals: dict[str, Any]) -> Text:
+    weights = ", ".join(f"{count:,} {bits}" for bits, count in totals["weights"].items() if count)
+    before, after = totals["bytes_before"] / 1e6, totals["bytes_after"] / 1e6
+    lines = [
+        "",
+        "W: weights, A: layer inputs; bounds in their units, clip: outside of them, codes: in use, MACs: of one example",
+        f"weights: {weights}; other parameters: {totals['other_parameters']:,}",
+        f"size: {before:,.3f} MB in float, {after:,.3f} MB packed, {totals['compression']:.2f} times smaller",
+    ]
+    if totals["macs"] is not None:
+        macs = ", ".join(f"{count / 1e6:,.2f} million {bits}" for bits, count in totals["macs"].items() if count)
+        share = totals["macs_quantized"]
+        lines.append(f"MACs: {macs or 0}" + ("" if share is None else f"; {share:.1%} quantized"))
+    return Text("\n".join(lines))
+
+
+def _cell(value: float | None, form: str, factor: float = 1) -> str:
+    if value is None:
+        return "-"
+    return format(value if factor == 1 else value * factor, form)
+
+
+def name_cell(name: str) -> Text:
+    """A name from a file, in which nothing is markup, an escape sequence or a new line."""
+    return Text("".join(sign if sign.isprintable() else "?" for sign in name))
+
+
+def as_text(renderable: RenderableType, width: int = 0) -> str:
+    """Plain text without colour, as wide as the content, or `width` wide with long cells folded."""
+    console = Console(file=io.StringIO(), color_system=None, force_terminal=False, legacy_windows=False, width=10_000)
+    console.width = width or console.measure(renderable).maximum
+    with console.capture() as capture:
+        console.print(renderable)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()).strip("\n")
