@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
-import math
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 from rich.cells import cell_len
@@ -22,12 +19,9 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from ..text import plain, printable
+
 _WIDEST = 100_000  # columns
-
-
-def printable(text: str) -> str:
-    """Without control characters, escape sequences and signs that turn the direction of text; lines stay lines."""
-    return "".join(sign for sign in text if sign.isprintable() or sign == "\n")
 
 
 class _Printable:
@@ -109,19 +103,6 @@ def _width(part: Any, columns: int) -> int:
 def show_json(values: Any) -> None:
     """Print one JSON object to stdout."""
     print(json.dumps(plain(values), indent=2, allow_nan=False))
-
-
-def plain(value: Any) -> Any:
-    """Plain JSON types; "inf", "-inf" and "nan" are texts, since JSON has no such numbers."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, Path) or (isinstance(value, float) and not math.isfinite(value)):
-        return str(value)
-    return value
 
 
 def note(text: str) -> None:

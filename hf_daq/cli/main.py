@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import CheckpointError, ExportError, ModelError
-from .console import printable, show, show_json, show_warnings, working
+from ..text import printable
+from .console import show, show_json, show_warnings, working
 from .options import Commands, Debug, Folder, Granularity, Inputs, Json, OutFolder, Revision, Runtime, Target, Version
 from .planning import config_of, every_layer, plan_table, totals_of
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ..config import DaqConfig
 from ..errors import ConfigError
+from ..text import add_row, bits_text, plain_table, shape_text
 
 
 def config_of(path: Path | None, given: dict[str, Any]) -> DaqConfig:
@@ -83,41 +84,29 @@ def _totals_text(totals: Mapping[str, Any]) -> Text:
 
 def plan_table(model: str, built: Any, found: Any) -> Group:
     """What a plan does to each layer, and totals."""
-    table = _table("layer", "type", "weight shape", "W", "A", "why")
+    table = plain_table("layer", "type", "weight shape", "W", "A", "why")
     for layer in found.layers:
         style = "yellow" if layer.unsupported else "dim" if layer.weight_bits is None else ""
-        bits = _widths(layer.weight_bits, layer.activation_bits)
-        _add(table, style, layer.name, layer.kind, _shape(layer.shape), *bits, layer.reason)
+        bits = map(bits_text, (layer.weight_bits, layer.activation_bits))
+        add_row(table, style, layer.name, layer.kind, shape_text(layer.shape), *bits, layer.reason)
     title = Text(f"{model}, {type(built).__name__}", style="bold")
     return Group(title, table, _totals_text(totals_of(built, found)))
 
 
 def every_layer(found: Any) -> Table:
     """A row for each layer of an inspection, instead of its groups."""
-    table = _table("layer", "weight shape", "W", "A", "float MB", "in this file MB")
+    table = plain_table("layer", "weight shape", "W", "A", "float MB", "in this file MB")
     for layer in found.layers:
         sizes = (f"{size / 1e6:.3f}" for size in (layer.float_bytes, layer.bytes))
-        _add(table, "", layer.name, _shape(layer.shape), *_widths(layer.weight_bits, layer.activation_bits), *sizes)
+        add_row(
+            table,
+            "",
+            layer.name,
+            shape_text(layer.shape),
+            *map(bits_text, (layer.weight_bits, layer.activation_bits)),
+            *sizes,
+        )
     for tensor in found.matrices:
         size = f"{tensor.bytes / 1e6:.3f}"
-        _add(table, "dim", tensor.name, _shape(tensor.shape), tensor.dtype.lower(), "float", size, size)
+        add_row(table, "dim", tensor.name, shape_text(tensor.shape), tensor.dtype.lower(), "float", size, size)
     return table
-
-
-def _table(*names: str) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in names:
-        table.add_column(name, justify="right" if name.endswith("MB") else "left")
-    return table
-
-
-def _add(table: Table, style: str, *cells: str) -> None:
-    table.add_row(*map(Text, cells), style=style)
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _widths(*bits: int | None) -> list[str]:
-    return ["float" if count is None else str(count) for count in bits]

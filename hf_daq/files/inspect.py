@@ -11,9 +11,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from ..cli.console import printable
 from ..config import DaqConfig
 from ..errors import CheckpointError
+from ..text import bits_text, printable
 from . import hub
 from .facts import CardFacts
 from .header import (
@@ -104,7 +104,7 @@ class Inspection:
         for name in ("number", "weights", "float MB", "in this file MB"):
             table.add_column(name, justify="right")
         for group, layers in grouped(self.layers, lambda layer: (layer.weight_bits, layer.activation_bits)).items():
-            activation = "float" if layers[0].activation_bits is None else str(layers[0].activation_bits)
+            activation = bits_text(layers[0].activation_bits)
             sizes = [sum(layer.parameters for layer in layers)]
             megabytes = [sum(layer.float_bytes for layer in layers), sum(layer.bytes for layer in layers)]
             cells = [str(layers[0].weight_bits), activation, str(len(layers)), f"{sizes[0]:,}"]

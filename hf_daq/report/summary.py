@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from dataclasses import dataclass
 from typing import Any
 
 from rich import box
-from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from ..cli.console import plain
 from ..errors import CalibrationError, ModelError
 from ..nn.layers import LAYER_TYPES
 from ..nn.packed import PackedLayer, daq_layers
 from ..nn.quantizers import wide
+from ..text import as_text, bits_text, name_cell, plain, shape_text
 from .measure import Measurement, check_quantized, kept_modules, largest_weight, measure, usable
 
 
@@ -266,8 +264,8 @@ def _table(summary: Summary) -> Table:
     for layer in summary.layers:
         table.add_row(
             *_first_cells(layer),
-            str(layer.weight_bits),
-            "float" if layer.activation_bits is None else str(layer.activation_bits),
+            bits_text(layer.weight_bits),
+            bits_text(layer.activation_bits),
             *(_cell(value, ".3g") for value in (layer.weight_lower, layer.weight_upper)),
             *(_cell(value, ".3g") for value in (layer.input_lower, layer.input_upper)),
             *(_cell(value, ".1f", 100) for value in (layer.weights_clipped, layer.inputs_clipped)),
@@ -283,7 +281,7 @@ def _table(summary: Summary) -> Table:
 
 
 def _first_cells(layer: LayerSummary | KeptLayer) -> tuple[Text | str, ...]:
-    return name_cell(layer.name), Text(layer.kind), "x".join(map(str, layer.shape)), f"{layer.parameters:,}"
+    return name_cell(layer.name), Text(layer.kind), shape_text(layer.shape), f"{layer.parameters:,}"
 
 
 def _caption(totals: dict[str, Any]) -> Text:
@@ -306,17 +304,3 @@ def _cell(value: float | None, form: str, factor: float = 1) -> str:
     if value is None:
         return "-"
     return format(value if factor == 1 else value * factor, form)
-
-
-def name_cell(name: str) -> Text:
-    """A name from a file, in which nothing is markup, an escape sequence or a new line."""
-    return Text("".join(sign if sign.isprintable() else "?" for sign in name))
-
-
-def as_text(renderable: RenderableType, width: int = 0) -> str:
-    """Plain text without colour, as wide as the content, or `width` wide with long cells folded."""
-    console = Console(file=io.StringIO(), color_system=None, force_terminal=False, legacy_windows=False, width=10_000)
-    console.width = width or console.measure(renderable).maximum
-    with console.capture() as capture:
-        console.print(renderable)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines()).strip("\n")

@@ -1,0 +1,78 @@
+"""How results become text: tables, plain text, JSON. rich is imported where it is used."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+    from rich.text import Text
+
+
+def printable(text: str) -> str:
+    """Without control characters, escape sequences and signs that turn the direction of text; lines stay lines."""
+    return "".join(sign for sign in text if sign.isprintable() or sign == "\n")
+
+
+def plain(value: Any) -> Any:
+    """Plain JSON types; "inf", "-inf" and "nan" are texts, since JSON has no such numbers."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, Path) or (isinstance(value, float) and not math.isfinite(value)):
+        return str(value)
+    return value
+
+
+def name_cell(name: str) -> Text:
+    """A name from a file, in which nothing is markup, an escape sequence or a new line."""
+    from rich.text import Text
+
+    return Text("".join(sign if sign.isprintable() else "?" for sign in name))
+
+
+def as_text(renderable: RenderableType, width: int = 0) -> str:
+    """Plain text without colour, as wide as the content, or `width` wide with long cells folded."""
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), color_system=None, force_terminal=False, legacy_windows=False, width=10_000)
+    console.width = width or console.measure(renderable).maximum
+    with console.capture() as capture:
+        console.print(renderable)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()).strip("\n")
+
+
+def plain_table(*names: str) -> Table:
+    """A table without lines; columns of sizes are aligned on the right."""
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in names:
+        table.add_column(name, justify="right" if name.endswith("MB") else "left")
+    return table
+
+
+def add_row(table: Table, style: str, *cells: str) -> None:
+    """Add a row of plain text, in which nothing is markup."""
+    from rich.text import Text
+
+    table.add_row(*map(Text, cells), style=style)
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    """A shape such as "64x3x3x3"."""
+    return "x".join(map(str, shape))
+
+
+def bits_text(bits: int | None) -> str:
+    """A number of bits, or "float"."""
+    return "float" if bits is None else str(bits)
