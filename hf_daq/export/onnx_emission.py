@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.integers import Integers, integers, replaced_forwards
+from ..nn.integers import Integers, integers
+from ..nn.layers import replaced_forwards
 
 _LARGEST_SUM = 2**15 - 1
 _INT8 = 127

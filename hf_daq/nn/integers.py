@@ -7,7 +7,7 @@ with unsigned codes of the input, odd integers `2q - R` for the weight, and one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError, ModelError
-from .layers import QuantizedLayer
+from .layers import QuantizedLayer, replaced_forwards
 from .packed import PackedLayer, daq_layers
 from .quantizers import wide
 
@@ -90,21 +90,6 @@ def integer_arithmetic(model: nn.Module) -> Iterator[nn.Module]:
             raise CalibrationError(f"layer {name!r} is not calibrated: it has no codes yet")
     with replaced_forwards({layer: _IntegerForward(layer) for layer in layers.values()}):
         yield model
-
-
-@contextmanager
-def replaced_forwards(forwards: Mapping[nn.Module, Any]) -> Iterator[None]:
-    """Inside, modules compute with these functions."""
-    before = {module: vars(module).get("forward") for module in forwards}  # Accelerate puts one of its own there
-    try:
-        for module, forward in forwards.items():
-            vars(module)["forward"] = forward
-        yield
-    finally:
-        for module, own in before.items():
-            vars(module).pop("forward", None)
-            if own is not None:
-                vars(module)["forward"] = own
 
 
 class _IntegerForward:

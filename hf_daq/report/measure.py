@@ -15,8 +15,7 @@ from ..errors import ModelError
 from ..model.guards import ORDER
 from ..model.roles import weight_modules
 from ..nn.bitpack import packed_size
-from ..nn.integers import replaced_forwards
-from ..nn.layers import QuantizedLayer, evaluating
+from ..nn.layers import QuantizedLayer, evaluating, replaced_forwards
 from ..nn.packed import PackedLayer, daq_layers
 from ..nn.quantizers import Quantizer, is_shard, wide
 
