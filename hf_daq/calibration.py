@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from .config import DaqConfig
 from .errors import CalibrationError, ModelError
+from .model.batch import Call
 from .model.guards import ORDER, processes, refuse_wrapped
 from .nn.init import activation_bounds, start_from_weight
 from .nn.layers import LAYER_TYPES, QuantizedLayer, evaluating, quantized_layers
 from .nn.quantizers import ActivationQuantizer, WeightQuantizer, is_shard
 from .report.health import health
-from .report.measure import Call
 
 logger = logging.getLogger("hf_daq")
 _BINS = 8192

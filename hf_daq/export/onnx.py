@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError, ExportError
 from ..files.header import replace_file
+from ..model.batch import Inputs
 from ..nn.layers import QuantizedLayer, evaluating
 from ..nn.packed import daq_layers
 from .onnx_emission import emitting
-from .onnx_runs import Inputs, OnnxRuntime
+from .onnx_runs import OnnxRuntime
 from .onnx_verify import Report, judge, verify_file
 
 RUNTIMES = ("onnxruntime", "openvino")

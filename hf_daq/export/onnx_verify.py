@@ -13,8 +13,9 @@ import numpy as np
 from torch import nn
 
 from ..errors import ExportError
+from ..model.batch import Inputs, outputs_of
 from ..nn.integers import integer_arithmetic
-from .onnx_runs import Inputs, OnnxRuntime, OpenVino, outputs_of
+from .onnx_runs import OnnxRuntime, OpenVino
 
 _REFERENCE = "integers, PyTorch"
 

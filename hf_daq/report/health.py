@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from ..model.batch import examples_in
 from ..text import as_text, name_cell, plain
-from .measure import Measurement, check_quantized, count_bad, examples_in, measure
+from .measure import Measurement, check_quantized, count_bad, measure
 
 # Chosen so that trained networks pass: those looked at used at least 30 % of their codes at 8 bits and 75 % at up to 4,
 # clipped at most 82 % of their inputs (signed ones at 1 bit, else 56 %), and of their layers with an output SQNR below 2 dB

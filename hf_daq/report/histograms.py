@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..model.batch import examples_in, run
 from ..nn.layers import evaluating
 from ..nn.packed import PackedLayer
 from ..nn.quantizers import wide
-from .measure import examples_in, run
 
 REACH = 3  # spans beyond either bound that bins cover; what lies farther is in the outermost ones
 BIN_WIDTH = {1: 1 / 41, 2: 1 / 15, 3: 1 / 7, 4: 1 / 5, 5: 1 / 3, 6: 1, 7: 3, 8: 5}  # in codes, by bits

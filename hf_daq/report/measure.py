@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError
+from ..model.batch import examples_in, run
 from ..model.guards import ORDER
 from ..model.roles import weight_modules
 from ..nn.bitpack import packed_size
@@ -20,13 +21,6 @@ from ..nn.packed import PackedLayer, daq_layers
 from ..nn.quantizers import Quantizer, is_shard, wide
 
 _SAMPLES = 2**16
-
-
-class Call(NamedTuple):
-    """A batch of a forward that was recorded."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 @torch.no_grad()
@@ -219,29 +213,6 @@ def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
         "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) for module in model.modules()
     )
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-
-
-def run(model: nn.Module, batch: Any) -> None:
-    """A forward of a tensor, a mapping, a tuple or a call."""
-    if isinstance(batch, Call):
-        model(*batch.args, **batch.kwargs)
-    elif isinstance(batch, Mapping):
-        model(**batch)
-    else:
-        model(*(batch if isinstance(batch, tuple) else (batch,)))
-
-
-def examples_in(batch: Any) -> int:
-    """Length of the first tensor."""
-    if not isinstance(batch, Tensor | Mapping | tuple):
-        raise ModelError(
-            f"batch is a {type(batch).__name__}; pass a tensor, a mapping of tensors as tokenizers give it, or a tuple of "
-            "positional arguments"
-        )
-    if isinstance(batch, Call):
-        batch = (*batch.args, *batch.kwargs.values())
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else (batch,)
-    return next((len(value) for value in values if isinstance(value, Tensor) and value.ndim > 0), 1)
 
 
 def _observing(found: Measurement, calls: Iterator[int]) -> Callable[..., None]:
