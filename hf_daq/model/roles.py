@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..nn.layers import LAYER_TYPES
 
@@ -188,3 +188,8 @@ def _flatten(value: Any) -> list[nn.Module]:
     if isinstance(value, nn.Module):
         return [value]
     return [module for item in value for module in _flatten(item)] if isinstance(value, (list, tuple)) else []
+
+
+def largest_weight(module: nn.Module) -> Tensor:
+    weight = getattr(module, "weight", None)
+    return weight if isinstance(weight, Tensor) else max(module.parameters(recurse=False), key=Tensor.numel)

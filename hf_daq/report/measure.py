@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import ModelError
 from ..model.batch import examples_in, run
 from ..model.guards import ORDER
-from ..model.roles import weight_modules
+from ..model.roles import largest_weight, weight_modules
 from ..nn.bitpack import packed_size
 from ..nn.layers import QuantizedLayer, evaluating, replaced_forwards
 from ..nn.packed import PackedLayer, daq_layers
@@ -237,11 +237,6 @@ def _counting(name: str, macs: dict[str, int]) -> Callable[..., None]:
             macs[name] = macs.get(name, 0) + output.numel() * columns
 
     return hook
-
-
-def largest_weight(module: nn.Module) -> Tensor:
-    weight = getattr(module, "weight", None)
-    return weight if isinstance(weight, Tensor) else max(module.parameters(recurse=False), key=Tensor.numel)
 
 
 def count_bad(values: Tensor) -> int:

@@ -12,11 +12,12 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from ..errors import CalibrationError, ModelError
+from ..model.roles import largest_weight
 from ..nn.layers import LAYER_TYPES
 from ..nn.packed import PackedLayer, daq_layers
 from ..nn.quantizers import wide
 from ..text import as_text, bits_text, name_cell, plain, shape_text
-from .measure import Measurement, check_quantized, kept_modules, largest_weight, measure, usable
+from .measure import Measurement, check_quantized, kept_modules, measure, usable
 
 
 @dataclass(frozen=True)
