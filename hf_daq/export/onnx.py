@@ -21,8 +21,7 @@ from ..model.batch import Inputs
 from ..nn.layers import QuantizedLayer, evaluating
 from ..nn.packed import daq_layers
 from .onnx_emission import emitting
-from .onnx_runs import OnnxRuntime
-from .onnx_verify import Report, judge, verify_file
+from .onnx_verify import OnnxRuntime, Report, judge, verify_file
 
 RUNTIMES = ("onnxruntime", "openvino")
 _LARGEST_FILE = 2**31 - 2**20

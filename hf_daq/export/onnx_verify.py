@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import ExportError
 from ..model.batch import Inputs, outputs_of
 from ..nn.integers import integer_arithmetic
-from .onnx_runs import OnnxRuntime, OpenVino
 
 _REFERENCE = "integers, PyTorch"
 
@@ -172,3 +172,39 @@ def _reference(model: nn.Module, batch: Inputs) -> Agreement:
         with integer_arithmetic(model):
             comparison.add(expected, [value.cpu().numpy() for value in outputs_of(model, batch, tensors)])
     return comparison.result()
+
+
+class OnnxRuntime:
+    """A model in ONNX Runtime: tensors in, arrays out."""
+
+    def __init__(self, proto: Any, names: Sequence[str] | None = None) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = torch.get_num_threads()
+        self.session = onnxruntime.InferenceSession(
+            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        self.inputs = [value.name for value in self.session.get_inputs()]
+        self.names = names
+
+    def __call__(self, tensors: Iterable[Tensor]) -> list[Any]:
+        values = [tensor.cpu().numpy() for tensor in tensors]
+        found: list[Any] = self.session.run(self.names, dict(zip(self.inputs, values, strict=True)))
+        return found
+
+
+class OpenVino:
+    """A model in OpenVINO: tensors in, arrays out."""
+
+    def __init__(self, proto: Any) -> None:
+        import openvino
+
+        core = openvino.Core()
+        options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        self.request = core.compile_model(core.read_model(proto.SerializeToString()), "CPU", options)
+
+    def __call__(self, tensors: Iterable[Tensor]) -> list[Any]:
+        found = self.request([tensor.cpu().numpy() for tensor in tensors])
+        return [found[position] for position in range(len(self.request.outputs))]
