@@ -18,6 +18,7 @@ from .config import DaqConfig
 from .errors import CheckpointError, ConfigError, DaqError, ModelError
 from .files import hub
 from .files import weights_file as fileformat
+from .files.atomic import temporary_folder
 from .files.card import with_versions, write_card
 from .files.facts import CardFacts
 from .files.header import (
@@ -31,7 +32,7 @@ from .files.header import (
     read_header,
 )
 from .files.push import push_folder
-from .files.weights_file import PROBE_NAME, temporary_folder
+from .files.weights_file import PROBE_NAME
 from .integrations import timm as hub_timm
 from .model.patch import patch
 from .model.roles import is_transformers_model

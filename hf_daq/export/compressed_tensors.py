@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError, ExportError
-from ..files.weights_file import temporary_folder, weights_size
+from ..files.atomic import temporary_folder
+from ..files.weights_file import weights_size
 from ..model.roles import is_transformers_model
 from ..nn.integers import Integers, integers
 from ..nn.packed import PackedLayer, daq_layers, shared_copy

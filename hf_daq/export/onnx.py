@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError, ExportError
-from ..files.header import replace_file
+from ..files.atomic import replace_file
 from ..model.batch import Inputs
 from ..nn.layers import QuantizedLayer, evaluating
 from ..nn.packed import daq_layers

@@ -8,11 +8,9 @@ its name in the file}` where transformers renames tensors as it saves; and `"car
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import struct
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..config import QUANT_METHOD, DaqConfig
 from ..errors import CheckpointError, ConfigError
+from .atomic import replace_file
 from .facts import CardFacts
 
 WEIGHTS_NAME = "model.safetensors"
@@ -160,20 +159,3 @@ def write_facts(path: Path, facts: CardFacts) -> None:
                 shutil.copyfileobj(file, copy, 2**20)
 
         replace_file(path, write)
-
-
-def replace_file(target: Path, write_to: Callable[[Path], Any]) -> None:
-    """Let `write_to` write a temporary file beside `target`, then rename it to `target`."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    os.close(descriptor)
-    try:
-        write_to(Path(temporary))
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -7,8 +7,6 @@ before anything is written to a model. No pickle is read or written.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +23,9 @@ from ..nn.layers import QuantizedLayer
 from ..nn.packed import PackedLayer, daq_layers, packed_layers
 from ..nn.quantizers import is_shard
 from ..version import __version__
+from .atomic import replace_file
 from .facts import CardFacts
-from .header import BYTES, CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME, Header, replace_file, weights_files
+from .header import BYTES, CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME, Header, weights_files
 
 PROBE_NAME = "probe.safetensors"
 
@@ -74,27 +73,6 @@ def write(
     header = {"format": "pt", **metadata(model, facts)}
     replace_file(directory / WEIGHTS_NAME, lambda path: save_file(contents, path, metadata=header))
     replace_file(directory / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
-
-
-@contextmanager
-def temporary_folder(directory: Path) -> Iterator[Path]:
-    """A folder whose files take their places in `directory` at the end, weights before config.json; if something is raised,
-    `directory` stays as it was."""
-    existed = directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as temporary:
-            yield Path(temporary)
-            written = {path.name for path in Path(temporary).iterdir()}
-            for name in sorted(written, reverse=True):
-                os.replace(Path(temporary) / name, directory / name)
-    except BaseException:
-        if not existed and not any(directory.iterdir()):
-            directory.rmdir()
-        raise
-    for path in directory.glob("model*.safetensors*"):  # shards of a larger model, or what shards replace
-        if path.name not in written:
-            path.unlink()
 
 
 def weights_size(directory: Path) -> int:
