@@ -7,8 +7,7 @@ before anything is written to a model. No pickle is read or written.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..errors import CalibrationError, CheckpointError
 from ..nn.layers import QuantizedLayer
@@ -78,24 +76,6 @@ def write(
 def weights_size(directory: Path) -> int:
     """Bytes of the weights in a folder."""
     return sum(path.stat().st_size for path in weights_files(directory))
-
-
-@contextmanager
-def building(room: int) -> Iterator[None]:
-    """While a model is built as a file describes it: no more parameters than this, however deep a network it asks for."""
-    left = room
-
-    def count(*_: Any) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise CheckpointError(f"the model that is described has more than {room} parameters")
-
-    hook = register_module_parameter_registration_hook(count)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def check_fits(model: nn.Module, header: Header, path: Path) -> None:

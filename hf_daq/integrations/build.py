@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+import transformers
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..config import did_you_mean
 from ..errors import CheckpointError, DaqError, ModelError
 from ..files import hub
-from ..files import weights_file as fileformat
 from ..files.header import CONFIG_NAME, is_of_timm, read_description
 
 _ROOM = 100_000  # parameters of a model, which a configuration from a stranger may ask for
@@ -76,8 +80,6 @@ def _from_folder(directory: Path, name: str) -> nn.Module:
 def _of_transformers(directory: Path, description: dict[str, Any], name: str) -> nn.Module:
     import transformers
 
-    from .transformers import model_class
-
     of_class = model_class(description, name)
 
     def build() -> Any:
@@ -90,10 +92,56 @@ def _of_transformers(directory: Path, description: dict[str, Any], name: str) ->
 
 def _built(build: Any, library: str, name: str) -> nn.Module:
     try:
-        with torch.device("meta"), fileformat.building(_ROOM):
+        with torch.device("meta"), building(_ROOM):
             model: nn.Module = build()
     except DaqError:
         raise
     except Exception as error:
         raise ModelError(f"{library} cannot build {name}: {error}") from error
     return model.eval()
+
+
+@contextmanager
+def building(room: int) -> Iterator[None]:
+    """While a model is built as a file describes it: no more parameters than this, however deep a network it asks for."""
+    left = room
+
+    def count(*_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise CheckpointError(f"the model that is described has more than {room} parameters")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def model_class(description: Mapping[str, Any], source: Any) -> Any:
+    """The class of transformers that a config.json names.
+
+    Raises:
+        CheckpointError: none.
+    """
+    names = description.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise CheckpointError(
+            f"architectures={names!r} of {source} names no model of transformers ({transformers.__version__}); code of a "
+            "repository is not run"
+        )
+    return found
+
+
+def foreign_kernel(values: Any) -> str | None:
+    """An implementation that a config names and that is not of transformers but of a repository."""
+    entries = values.items() if isinstance(values, Mapping) else ()
+    for key, value in entries:
+        if str(key).endswith("_implementation") and re.search(r"[/:@]", repr(value)):
+            return repr(value)
+        if found := foreign_kernel(value):
+            return found
+    return None

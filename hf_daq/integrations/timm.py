@@ -23,6 +23,7 @@ from ..files import weights_file as fileformat
 from ..files.header import ARCHITECTURE, WEIGHTS_NAME, read_agreeing_header
 from ..model.patch import patch, start_weights
 from ..nn.packed import daq_layers
+from .build import building
 
 _OWN_ARGS = ("base", "base_args", "quantization_config")
 _SOURCE_KEYS = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load")
@@ -108,7 +109,7 @@ def build(
         path = _weights_file(source, cache_dir)
         header = read_agreeing_header(path, config)
         room = 2 * len(header.tensors) + 1000
-        with torch.device("meta"), fileformat.building(room):  # no memory for a model that the file does not fit
+        with torch.device("meta"), building(room):  # no memory for a model that the file does not fit
             described = build()
         fileformat.check_fits(described, header, path)
         model = build()

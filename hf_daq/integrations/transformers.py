@@ -8,7 +8,6 @@ weight_bits=3))` quantizes a float one.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +15,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
@@ -26,6 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from ..config import QUANT_METHOD, DaqConfig
 from ..errors import CheckpointError, DaqError, ModelError
 from ..files import weights_file as fileformat
+from ..files.atomic import temporary_folder
 from ..files.card import with_versions, write_card
 from ..files.facts import CardFacts
 from ..files.header import METADATA_KEY, check_agreement, parse_header, weights_files
@@ -34,6 +33,7 @@ from ..model.patch import patch, start_weights, unpatch
 from ..model.roles import is_transformers_model
 from ..nn.layers import quantized_layers
 from ..nn.packed import PackedLayer, daq_layers
+from .build import building, foreign_kernel, model_class
 
 _TAGS = ["hf_daq", "quantization"]
 _HUB_OPTIONS = (
@@ -200,51 +200,23 @@ def save(
 ) -> None:
     """`model.save_pretrained` into a temporary folder whose files are then renamed: an interrupted save leaves the old
     ones."""
-    with fileformat.temporary_folder(directory) as temporary:
+    with temporary_folder(directory) as temporary:
         _write(model, temporary, state_dict, facts, **kwargs)
 
 
 def open_checkpoint(directory: Path, description: Mapping[str, Any], **kwargs: Any) -> nn.Module:
     """`from_pretrained` of the class of transformers that config.json names; no other code is run."""
     loader = model_class(description, directory)
-    if kernel := _kernel(description):
+    if kernel := foreign_kernel(description):
         raise CheckpointError(f"config.json of {directory} asks for {kernel!r}, and code of a repository is not run")
     try:
-        with fileformat.building(_room(directory)):
+        with building(_room(directory)):
             model: nn.Module = loader.from_pretrained(directory, use_safetensors=True, **kwargs)
     except DaqError:
         raise
     except Exception as error:
         raise CheckpointError(f"transformers cannot open {directory}: {error}") from error
     return model
-
-
-def model_class(description: Mapping[str, Any], source: Any) -> Any:
-    """The class of transformers that a config.json names.
-
-    Raises:
-        CheckpointError: none.
-    """
-    names = description.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-        raise CheckpointError(
-            f"architectures={names!r} of {source} names no model of transformers ({transformers.__version__}); code of a "
-            "repository is not run"
-        )
-    return found
-
-
-def _kernel(values: Any) -> str | None:
-    """An implementation that a config names and that is not of transformers but of a repository."""
-    entries = values.items() if isinstance(values, Mapping) else ()
-    for key, value in entries:
-        if str(key).endswith("_implementation") and re.search(r"[/:@]", repr(value)):
-            return repr(value)
-        if found := _kernel(value):
-            return found
-    return None
 
 
 def _room(directory: Path) -> int:
