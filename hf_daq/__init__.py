@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from .files.card import update_card
     from .files.facts import CardFacts, Result
     from .files.inspect import inspect
-    from .integrations.trainer import MonitorCallback
-    from .model.param_groups import param_groups, trainer_optimizer
+    from .integrations.trainer import MonitorCallback, trainer_optimizer
+    from .model.param_groups import param_groups
     from .model.plan import plan
     from .nn.integers import integer_arithmetic
     from .packing import pack, unpack
@@ -86,7 +86,7 @@ _FILES = {
     "remove_daq": "apply",
     "save_pretrained": "checkpoint",
     "summary": "report.summary",
-    "trainer_optimizer": "model.param_groups",
+    "trainer_optimizer": "integrations.trainer",
     "unpack": "packing",
     "update_card": "files.card",
 }

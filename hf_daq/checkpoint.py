@@ -19,8 +19,8 @@ from .errors import CheckpointError, ConfigError, DaqError, ModelError
 from .files import hub
 from .files import weights_file as fileformat
 from .files.atomic import temporary_folder
-from .files.card import with_versions, write_card
-from .files.facts import CardFacts
+from .files.card import write_card
+from .files.facts import CardFacts, with_versions
 from .files.header import (
     CONFIG_NAME,
     WEIGHTS_NAME,

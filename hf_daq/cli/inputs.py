@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..errors import CheckpointError, ModelError
-from ..files.header import CONFIG_NAME
-from ..files.hub import CARD_NAME
+from ..files.header import CARD_NAME, CONFIG_NAME
 from ..files.weights_file import PROBE_NAME
 from ..model.roles import is_transformers_model
 

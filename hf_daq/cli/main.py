@@ -12,10 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import CheckpointError, ExportError, ModelError
+from ..files.inspect import every_layer
 from ..text import printable
 from .console import show, show_json, show_warnings, working
 from .options import Commands, Debug, Folder, Granularity, Inputs, Json, OutFolder, Revision, Runtime, Target, Version
-from .planning import config_of, every_layer, plan_table, totals_of
+from .planning import config_of, plan_table, totals_of
 
 EXAMPLES = """Examples:
 
@@ -160,7 +161,7 @@ def card_command(
     hf-daq card out --repo-id user/name
     """
     from ..files.card import has_edited_card, render, write_card
-    from ..files.hub import CARD_NAME
+    from ..files.header import CARD_NAME
     from ..files.inspect import inspect
 
     if print_it:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from ..config import DaqConfig
@@ -91,22 +90,3 @@ def plan_table(model: str, built: Any, found: Any) -> Group:
         add_row(table, style, layer.name, layer.kind, shape_text(layer.shape), *bits, layer.reason)
     title = Text(f"{model}, {type(built).__name__}", style="bold")
     return Group(title, table, _totals_text(totals_of(built, found)))
-
-
-def every_layer(found: Any) -> Table:
-    """A row for each layer of an inspection, instead of its groups."""
-    table = plain_table("layer", "weight shape", "W", "A", "float MB", "in this file MB")
-    for layer in found.layers:
-        sizes = (f"{size / 1e6:.3f}" for size in (layer.float_bytes, layer.bytes))
-        add_row(
-            table,
-            "",
-            layer.name,
-            shape_text(layer.shape),
-            *map(bits_text, (layer.weight_bits, layer.activation_bits)),
-            *sizes,
-        )
-    for tensor in found.matrices:
-        size = f"{tensor.bytes / 1e6:.3f}"
-        add_row(table, "dim", tensor.name, shape_text(tensor.shape), tensor.dtype.lower(), "float", size, size)
-    return table

@@ -10,17 +10,13 @@ import hashlib
 import json
 import logging
 import math
-import platform
 import re
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..version import __version__
 from .facts import CardFacts
-from .header import weights_files, write_facts
-from .hub import CARD_NAME
+from .header import CARD_NAME, weights_files, write_facts
 from .inspect import Inspection, grouped, inspect
 
 logger = logging.getLogger("hf_daq")
@@ -33,7 +29,6 @@ _TASKS = {
     "ForCausalLM": "text-generation",
     "ForImageClassification": "image-classification",
 }
-_LIBRARIES = ("torch", "timm", "transformers", "safetensors")
 
 
 def write_card(directory: Path, repo_id: str | None = None, overwrite: bool = False) -> None:
@@ -261,22 +256,6 @@ def _versions(inspection: Inspection) -> dict[str, str]:
     if inspection.facts.versions:
         return {_text(name): _text(text) for name, text in inspection.facts.versions.items()}
     return {"hf_daq": inspection.version}
-
-
-def with_versions(facts: CardFacts | None) -> CardFacts:
-    """The facts, with the versions of Python and the libraries that run now where they name none."""
-    facts = facts or CardFacts()
-    return facts if facts.versions else dataclasses.replace(facts, versions=_running_versions())
-
-
-def _running_versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "hf_daq": __version__}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _width(weight_bits: int, activation_bits: int | None) -> str:

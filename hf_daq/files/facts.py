@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from ..errors import CheckpointError
+from ..version import __version__
 
 _LONGEST = 2**16  # characters of text in a file from a stranger
 
@@ -106,3 +109,22 @@ def _result(entry: Any) -> Result:
         if not fits:
             raise CheckpointError(f"a result of the model card has a wrong {key}: {str(value)[:200]}")
     return Result(**entry)
+
+
+_LIBRARIES = ("torch", "timm", "transformers", "safetensors")
+
+
+def with_versions(facts: CardFacts | None) -> CardFacts:
+    """The facts, with the versions of Python and the libraries that run now where they name none."""
+    facts = facts or CardFacts()
+    return facts if facts.versions else dataclasses.replace(facts, versions=_running_versions())
+
+
+def _running_versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "hf_daq": __version__}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -159,3 +159,6 @@ def write_facts(path: Path, facts: CardFacts) -> None:
                 shutil.copyfileobj(file, copy, 2**20)
 
         replace_file(path, write)
+
+
+CARD_NAME = "README.md"

@@ -8,12 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, HubError
-from ..version import __version__
 from .header import CONFIG_NAME, described_config, read_description
-
-CARD_NAME = "README.md"
-_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", "*.png", "*.onnx", "LICENSE*")
-_LEFT_OUT = ("trainer_state.json", ".*")
 
 
 def download(repo_id: str, **options: Any) -> Path:
@@ -70,96 +65,6 @@ def is_offline() -> bool:
 def is_repository(name: object) -> bool:
     """Whether this may be the name of a repository, such as "user/name"."""
     return str(name).count("/") == 1 and not str(name).startswith((".", "/", "~"))
-
-
-def remote_card(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> str | None:
-    """README.md of a repository; None where there is none, or no repository."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-
-    with explained(repo_id):
-        try:
-            path = hf_hub_download(repo_id, CARD_NAME, revision=revision, token=token)
-        except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
-            return None
-    return Path(path).read_text(encoding="utf-8", errors="surrogateescape")
-
-
-def licence_of(repo_id: str, token: str | bool | None = None) -> str | None:
-    """The licence in the card of a repository; None where it is not known."""
-    from huggingface_hub import model_info
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        data = model_info(repo_id, token=token).card_data
-    except (HfHubHTTPError, OSError):
-        return None
-    found = data.get("license") if data else None
-    return found if isinstance(found, str) else None
-
-
-def create_repository(
-    repo_id: str, private: bool | None = None, revision: str | None = None, token: str | bool | None = None
-) -> str:
-    """Create a repository and a branch, unless they are there. Returns the full name."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token, library_name="hf_daq", library_version=__version__)
-    with explained(repo_id):
-        full_name = str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
-        if revision is not None and not revision.startswith("refs/"):
-            api.create_branch(full_name, branch=revision, exist_ok=True)
-    return full_name
-
-
-def upload(
-    folder: Path,
-    repo_id: str,
-    *,
-    card: str | None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    token: str | bool | None = None,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-) -> Any:
-    """Upload the files of a checkpoint folder as one commit: an interrupted upload changes nothing in the repository.
-
-    Weights that the repository has from before, and the folder has not, are deleted. Subfolders, pickles and what training
-    leaves are not uploaded.
-
-    Args:
-        card: content of README.md; None leaves that of the repository.
-
-    Returns:
-        `huggingface_hub.CommitInfo`.
-    """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-
-    api = HfApi(token=token, library_name="hf_daq", library_version=__version__)
-    files = [
-        path for path in sorted(folder.iterdir()) if path.is_file() and path.name != CARD_NAME and _is_shared(path)
-    ]
-    operations: list[Any] = [CommitOperationAdd(path.name, str(path)) for path in files]
-    if card is not None:
-        operations.append(CommitOperationAdd(CARD_NAME, card.encode(errors="surrogateescape")))
-    with explained(repo_id):
-        names = {path.name for path in files}
-        there = api.list_repo_files(repo_id, revision=revision)
-        old = [name for name in there if Path(name).match("*.safetensors*") and "/" not in name and name not in names]
-        operations += [CommitOperationDelete(name) for name in old]
-        return api.create_commit(
-            repo_id,
-            operations,
-            commit_message=commit_message or "Upload model quantized with hf_daq",
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-        )
-
-
-def _is_shared(path: Path) -> bool:
-    return any(map(path.match, _PATTERNS)) and not any(map(path.match, _LEFT_OUT))
 
 
 @contextmanager

@@ -11,9 +11,11 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from ..config import DaqConfig
 from ..errors import CheckpointError
-from ..text import bits_text, printable
+from ..text import add_row, bits_text, plain_table, printable, shape_text
 from . import hub
 from .facts import CardFacts
 from .header import (
@@ -261,3 +263,22 @@ def _architecture(description: Mapping[str, Any], library: str) -> str:
     if library == "transformers" and isinstance(names, list) and names:
         return str(names[0])
     return str(description.get("architecture"))
+
+
+def every_layer(found: Any) -> Table:
+    """A row for each layer of an inspection, instead of its groups."""
+    table = plain_table("layer", "weight shape", "W", "A", "float MB", "in this file MB")
+    for layer in found.layers:
+        sizes = (f"{size / 1e6:.3f}" for size in (layer.float_bytes, layer.bytes))
+        add_row(
+            table,
+            "",
+            layer.name,
+            shape_text(layer.shape),
+            *map(bits_text, (layer.weight_bits, layer.activation_bits)),
+            *sizes,
+        )
+    for tensor in found.matrices:
+        size = f"{tensor.bytes / 1e6:.3f}"
+        add_row(table, "dim", tensor.name, shape_text(tensor.shape), tensor.dtype.lower(), "float", size, size)
+    return table

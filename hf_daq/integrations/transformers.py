@@ -25,8 +25,8 @@ from ..config import QUANT_METHOD, DaqConfig
 from ..errors import CheckpointError, DaqError, ModelError
 from ..files import weights_file as fileformat
 from ..files.atomic import temporary_folder
-from ..files.card import with_versions, write_card
-from ..files.facts import CardFacts
+from ..files.card import write_card
+from ..files.facts import CardFacts, with_versions
 from ..files.header import METADATA_KEY, check_agreement, parse_header, weights_files
 from ..files.push import push_folder
 from ..model.patch import patch, start_weights, unpatch

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import transformers
 from torch import nn
 
-from ..errors import CalibrationError, ConfigError, ModelError
+from ..errors import CalibrationError, ModelError
 from ..nn.layers import quantized_layers
 
 
@@ -69,27 +67,3 @@ def param_groups(
         for name, params in groups.items()
         if params
     ]
-
-
-class TrainerOptimizer:
-    """What `Trainer` calls for its optimizer; see `trainer_optimizer`."""
-
-    def __call__(self, model: nn.Module, args: Any, quantizer_lr: float | None) -> torch.optim.Optimizer:
-        optimizer_class, kwargs = transformers.Trainer.get_optimizer_cls_and_kwargs(args)
-        if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
-            raise ConfigError(f"optim={args.optim!r} chooses its parameters itself; take one such as 'adamw_torch'")
-        groups = param_groups(model, args.learning_rate, quantizer_lr, args.weight_decay)
-        return optimizer_class(groups, **kwargs)
-
-
-def trainer_optimizer(args: Any, quantizer_lr: float | None = None) -> tuple[type, dict[str, Any]]:
-    """The optimizer of the training arguments on the groups of `param_groups`: bounds and scales learn at their own rate,
-    without weight decay.
-
-        trainer = Trainer(model=model, args=args, optimizer_cls_and_kwargs=hf_daq.trainer_optimizer(args, 1e-3), ...)
-
-    Args:
-        args: `transformers.TrainingArguments`.
-        quantizer_lr: learning rate of bounds and scales; that of the arguments if None.
-    """
-    return TrainerOptimizer, {"args": args, "quantizer_lr": quantizer_lr}
