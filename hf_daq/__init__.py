@@ -17,7 +17,7 @@ from .integrations import registration as registration
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .apply import apply_daq, remove_daq
+    from .apply import apply_daq, pack, remove_daq, unpack
     from .calibration import calibrate
     from .checkpoint import from_pretrained, push_to_hub, save_pretrained
     from .config import DaqConfig
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from .model.param_groups import param_groups
     from .model.plan import plan
     from .nn.integers import integer_arithmetic
-    from .packing import pack, unpack
     from .report.health import health
     from .report.monitor import Monitor
     from .report.summary import summary
@@ -79,7 +78,7 @@ _FILES = {
     "health": "report.health",
     "inspect": "files.inspect",
     "integer_arithmetic": "nn.integers",
-    "pack": "packing",
+    "pack": "apply",
     "param_groups": "model.param_groups",
     "plan": "model.plan",
     "push_to_hub": "checkpoint",
@@ -87,7 +86,7 @@ _FILES = {
     "save_pretrained": "checkpoint",
     "summary": "report.summary",
     "trainer_optimizer": "integrations.trainer",
-    "unpack": "packing",
+    "unpack": "apply",
     "update_card": "files.card",
 }
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .apply import packed_copy
 from .config import DaqConfig
 from .errors import CheckpointError, ConfigError, DaqError, ModelError
 from .files import hub
@@ -38,7 +39,6 @@ from .model.patch import patch
 from .model.roles import is_transformers_model
 from .nn.layers import evaluating
 from .nn.packed import daq_layers, packed_layers
-from .packing import packed_copy
 
 
 def save_pretrained(

@@ -11,9 +11,9 @@ from test_transformers import tiny_bert, tiny_llama, tokens
 from torch import nn
 
 import hf_daq
+from hf_daq.apply import pack
 from hf_daq.errors import CalibrationError, ExportError
 from hf_daq.export.onnx import Report, export_onnx
-from hf_daq.packing import pack
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

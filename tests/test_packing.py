@@ -158,13 +158,13 @@ def test_a_probe_is_kept_with_its_outputs_and_a_wrong_file_does_not_take_its_pla
     assert torch.equal(kept["output.0"], want)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    wrong = hf_daq.packing.pack_layers
+    wrong = hf_daq.apply.pack_layers
 
     def pack_wrongly(model):
         wrong(model)
         next(iter(packed_layers(model).values())).weight_codes.bitwise_not_()
 
-    monkeypatch.setattr(hf_daq.packing, "pack_layers", pack_wrongly)
+    monkeypatch.setattr(hf_daq.apply, "pack_layers", pack_wrongly)
     with pytest.raises(CheckpointError, match="gives other outputs than the model: they differ by up to"):
         hf_daq.save_pretrained(model, tmp_path, packed=True, probe=probe)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import hf_daq
 
-GROUND, FRONT = ("errors", "version", "config", "text"), ("apply", "calibration", "checkpoint", "packing", "plots")
+GROUND, FRONT = ("errors", "version", "config", "text"), ("apply", "calibration", "checkpoint", "plots")
 MAY_IMPORT = {
     "ground": "",
     "nn": "ground",
