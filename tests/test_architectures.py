@@ -1,4 +1,4 @@
-"""transformers models of many architectures, the whole way. `python tests/scan_transformers.py` takes all of them."""
+"""transformers models of many architectures, the whole way. `python tests/programs/scan_transformers.py` takes all of them."""
 
 import pytest
 import tiny

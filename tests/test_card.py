@@ -10,7 +10,7 @@ import tiny
 import torch
 from models import images, small_net, small_timm
 from safetensors.torch import load_file
-from test_transformers import tiny_bert, tokens
+from text_models import tiny_bert, tokens
 
 import hf_daq
 from hf_daq.errors import CheckpointError

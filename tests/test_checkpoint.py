@@ -10,7 +10,7 @@ import sys
 import pytest
 import timm
 import torch
-from models import images, small_net, small_timm
+from models import images, quantized_timm, small_net, small_timm
 from safetensors.torch import load_file, save_file
 
 import hf_daq
@@ -20,14 +20,6 @@ from hf_daq.files import weights_file as fileformat
 from hf_daq.files.header import read_header
 
 SIZE = 64
-
-
-def quantized_timm(name="test_resnet", **kwargs):
-    model = small_timm(name)
-    hf_daq.apply_daq(model, **(kwargs or {"bits": 3}))
-    with hf_daq.calibrate(model):
-        model(images(2, model.pretrained_cfg["input_size"][-1]))
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from huggingface_hub import hf_hub_download
 from models import images, small_net, small_timm
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_transformers import calibrated, tiny_bert, tokens
+from text_models import calibrated, tiny_bert, tokens
 from transformers import BertForSequenceClassification
 from typer.testing import CliRunner
 

@@ -1,4 +1,4 @@
-"""Two processes (tests/ranks.py) against one another, and against one process on the joined batches."""
+"""Two processes (tests/programs/ranks.py) against one another, and against one process on the joined batches."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from ranks import CONFIG, STEPS, batches, calibrated_vit, optimizer_of, targets, train, trained_by_trainer, vit
-from test_transformers import logits, tiny_bert
+from text_models import logits, tiny_bert
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 

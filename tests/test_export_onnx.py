@@ -7,7 +7,7 @@ import pytest
 import timm.layers
 import torch
 from models import images, small_net
-from test_transformers import tiny_bert, tiny_llama, tokens
+from text_models import tiny_bert, tiny_llama, tokens
 from torch import nn
 
 import hf_daq

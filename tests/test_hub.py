@@ -14,7 +14,7 @@ from hub_server import LoopbackHub, connect, connected_hub  # noqa: F401
 from models import images, small_net, small_timm
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_transformers import tiny_bert, tokens
+from text_models import tiny_bert, tokens
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import hf_daq

@@ -32,7 +32,7 @@ from huggingface_hub.errors import (
 )
 from models import images, small_timm
 from safetensors.torch import load_file, save
-from test_transformers import logits, tiny_bert
+from text_models import logits, tiny_bert
 from transformers import BertForSequenceClassification
 
 REPO = "user/model"

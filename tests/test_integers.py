@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from models import images, small_net
-from test_checkpoint import quantized_timm
-from test_transformers import tiny_bert, tokens
+from models import images, quantized_timm, small_net
+from text_models import tiny_bert, tokens
 
 import hf_daq
 from hf_daq.errors import CalibrationError, ModelError

@@ -25,7 +25,7 @@ import common  # noqa: E402
 import image_classification as recipe  # noqa: E402
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-SHARDED = [*TWO, str(TESTS / "sharded_recipe.py")]
+SHARDED = [*TWO, str(TESTS / "programs" / "sharded_recipe.py")]
 # No BatchNorm, whose statistics would be of a process; 8 updates of 32 images a phase, 4 checkpoints.
 VIT = "--model test_vit --image_size 32 --max_steps 8 --float_epochs 1 --epochs 1 --float_lr 0.02 --daq.bits 4"
 VIT += " --batch_size 16 --checkpoint_every 4"

@@ -13,13 +13,13 @@ import torch.distributed as dist
 import transformers
 from models import images, small_net, small_timm
 from test_recipes import _datasets_cache, _fresh_accelerate, reviews, run, run_text, text_float, tiny_bert  # noqa: F401
-from test_trainer import arguments, trainer_of
-from test_transformers import calibrated, tokens
-from test_transformers import tiny_bert as bert
+from text_models import calibrated, tokens
+from text_models import tiny_bert as bert
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from trainers import arguments, trainer_of
 
 import hf_daq
 from hf_daq.errors import CalibrationError, ConfigError, ModelError

@@ -9,11 +9,10 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import images, small_net
+from models import images, quantized_timm, small_net
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_checkpoint import quantized_timm
-from test_transformers import logits, tiny_bert, tokens
+from text_models import logits, tiny_bert, tokens
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification
 

@@ -14,7 +14,7 @@ import timm
 import torch
 from models import images, small_net
 from PIL import Image
-from test_transformers import tiny_bert, tokens
+from text_models import tiny_bert, tokens
 
 import hf_daq
 from hf_daq import plots

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from hub_server import LoopbackHub, connect, connected_hub  # noqa: F401
 from models import images
 from safetensors.torch import save_file
-from test_transformers import logits, tiny_bert, tokens
+from text_models import logits, tiny_bert, tokens
 from typer.testing import CliRunner
 
 import hf_daq

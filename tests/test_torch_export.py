@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from models import images
-from test_checkpoint import quantized_timm
-from test_transformers import tiny_bert, tokens
+from models import images, quantized_timm
+from text_models import tiny_bert, tokens
 
 import hf_daq
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from test_transformers import CONFIG, calibrated, logits, same_state, tiny_bert
-from torch.utils.data import Dataset
+from text_models import CONFIG, calibrated, logits, same_state, tiny_bert
+from trainers import arguments, trainer_of
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 import hf_daq
@@ -15,47 +15,9 @@ from hf_daq.errors import CalibrationError, ConfigError
 from hf_daq.nn.layers import quantized_layers
 
 
-class Sentences(Dataset):
-    """32 rows of 7 tokens; the label is the parity of the first."""
-
-    rows = torch.randint(1, 64, (32, 7), generator=torch.Generator().manual_seed(0))
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return {"input_ids": self.rows[index], "labels": self.rows[index, 0] % 2}
-
-
 @pytest.fixture(autouse=True)
 def _quiet():
     transformers.logging.disable_progress_bar()
-
-
-def arguments(folder, **kwargs):
-    defaults = {
-        "max_steps": 6,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-3,
-        "weight_decay": 0.1,
-        "logging_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-    }
-    return TrainingArguments(str(folder), **(defaults | kwargs))
-
-
-def trainer_of(model, args, **kwargs):
-    return Trainer(
-        model=model,
-        args=args,
-        train_dataset=Sentences(),
-        eval_dataset=Sentences(),
-        optimizer_cls_and_kwargs=hf_daq.trainer_optimizer(args, quantizer_lr=1e-2),
-        **kwargs,
-    )
 
 
 def test_train_save_and_reload_bit_exact(tmp_path):

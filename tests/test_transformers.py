@@ -12,6 +12,7 @@ import transformers
 from models import images, small_timm
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from text_models import CONFIG, calibrated, logits, same_state, tiny_bert, tiny_llama, tokens
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -19,11 +20,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
-    BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 import hf_daq
@@ -31,48 +29,11 @@ from hf_daq import DaqConfig
 from hf_daq.errors import CalibrationError, CheckpointError, ConfigError, ModelError
 from hf_daq.nn.layers import quantized_layers
 
-CONFIG = DaqConfig(weight_bits=3, activation_bits=8)
-
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch):
     transformers.logging.disable_progress_bar()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-def tiny_bert(**kwargs):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    return BertForSequenceClassification(BertConfig(vocab_size=64, **sizes, **kwargs)).eval()
-
-
-def tiny_llama(**kwargs):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=1, **sizes, **kwargs)).eval()
-
-
-def tokens(count=4, length=7, seed=1):
-    return torch.randint(1, 64, (count, length), generator=torch.Generator().manual_seed(seed))
-
-
-def calibrated(model, config=CONFIG):
-    hf_daq.apply_daq(model, config)
-    with hf_daq.calibrate(model):
-        model(input_ids=tokens())
-    return model
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(input_ids=tokens(seed=2)).logits
-
-
-def same_state(one, other):
-    one, other = one.state_dict(), other.state_dict()
-    assert one.keys() == other.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.fixture

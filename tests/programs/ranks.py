@@ -1,4 +1,4 @@
-"""What two processes do in tests/test_distributed.py: `python -m torch.distributed.run --nproc-per-node 2 tests/ranks.py DIR`.
+"""What two processes do in tests/test_distributed.py: `python -m torch.distributed.run --nproc-per-node 2 tests/programs/ranks.py DIR`.
 
 Each scenario writes what its rank ended with to DIR; the tests compare ranks with one another and with one process.
 """
@@ -13,12 +13,14 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from models import images, small_timm
-from test_trainer import arguments, trainer_of
-from test_transformers import tiny_bert, tokens
+from text_models import tiny_bert, tokens
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from trainers import arguments, trainer_of
 
 import hf_daq
 from hf_daq import DaqConfig, DaqError

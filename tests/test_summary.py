@@ -9,10 +9,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from models import images, small_net, small_timm
+from models import images, quantized_timm, small_net, small_timm
 from rich.console import Console
-from test_checkpoint import quantized_timm
-from test_transformers import tiny_bert, tokens
+from text_models import tiny_bert, tokens
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 

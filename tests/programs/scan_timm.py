@@ -1,6 +1,6 @@
 """Take timm models of every family through the whole way: apply, calibrate, train, save, pack, reload, remove.
 
-    python tests/scan_timm.py [--names test_vit test_resnet] [--output scan.json]
+    python tests/programs/scan_timm.py [--names test_vit test_resnet] [--output scan.json]
 
 Weights are random. The exit code is 1 if a model fails.
 """
@@ -13,8 +13,10 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import scanning
 import timm
 import torch

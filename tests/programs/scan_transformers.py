@@ -1,7 +1,7 @@
 """Take tiny transformers models of many architectures through the whole way: plan, load, calibrate, train, save, reload,
 dequantize, generate, remove.
 
-    python tests/scan_transformers.py [--names bert t5] [--checks plan load] [--output scan.json]
+    python tests/programs/scan_transformers.py [--names bert t5] [--checks plan load] [--output scan.json]
 
 Weights are random and nothing is downloaded. The exit code is 1 if a model fails.
 """
@@ -23,6 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import scanning
 import tiny
 import torch

@@ -4,6 +4,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+import hf_daq
+
 
 class SmallNet(nn.Module):
     """Convolutions (plain, depthwise, grouped) with and without a non-negative input, and linear layers."""
@@ -38,3 +40,11 @@ def small_timm(name: str = "test_resnet", **kwargs: object) -> nn.Module:
 
 def images(count: int = 4, size: int = 16, seed: int = 1) -> Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def quantized_timm(name="test_resnet", **kwargs):
+    model = small_timm(name)
+    hf_daq.apply_daq(model, **(kwargs or {"bits": 3}))
+    with hf_daq.calibrate(model):
+        model(images(2, model.pretrained_cfg["input_size"][-1]))
+    return model

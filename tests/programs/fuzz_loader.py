@@ -1,6 +1,6 @@
 """Mutated checkpoints: each must end in a `DaqError`, or load. No other exception, no hang, no memory taken.
 
-    python tests/fuzz_loader.py --files 10000
+    python tests/programs/fuzz_loader.py --files 10000
 
 Three checkpoints (a timm network, a module of no library, a transformers network), packed and trainable, are changed
 one to three times each: bytes, lengths, the JSON of the safetensors header, its metadata, config.json. Prints a table, and every
@@ -28,9 +28,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import torch
 from models import images, small_net, small_timm
-from test_transformers import tiny_bert, tokens
+from text_models import tiny_bert, tokens
 
 import hf_daq
 from hf_daq.errors import DaqError

@@ -1,5 +1,5 @@
 """A recipe under Accelerate's FSDP2 on CPU processes, for which Accelerate itself only takes GPUs: `python -m
-torch.distributed.run --nproc-per-node 2 tests/sharded_recipe.py NAME ARGUMENTS...`"""
+torch.distributed.run --nproc-per-node 2 tests/programs/sharded_recipe.py NAME ARGUMENTS...`"""
 
 import importlib
 import os
@@ -11,7 +11,7 @@ BLOCKS = {"image_classification": "Block", "language_modeling": "LlamaDecoderLay
 BLOCKS["text_classification"] = "BertLayer"
 os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": BLOCKS[sys.argv[1]]}
 os.environ |= {"FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
 from accelerate import PartialState  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
