@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
+    Cache,
     GPT2Config,
     GPT2LMHeadModel,
 )
@@ -537,9 +538,12 @@ def test_calibration_replays_the_cache_as_it_was_and_not_as_generate_left_it():
     prompt, lengths = tokens(2, 4), []
     model = hf_daq.apply_daq(tiny_llama(), CONFIG)
     model.generation_config.pad_token_id = 0
-    model.register_forward_pre_hook(
-        lambda _, args, kwargs: lengths.append(kwargs["past_key_values"].get_seq_length()), with_kwargs=True
-    )
+
+    def cached_length(_, args, kwargs):
+        (cache,) = (value for value in kwargs.values() if isinstance(value, Cache))  # its keyword differs by release
+        lengths.append(cache.get_seq_length())
+
+    model.register_forward_pre_hook(cached_length, with_kwargs=True)
     with hf_daq.calibrate(model):
         model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)
     assert lengths == [0, 4, 5, 6] * 2 + [6]  # observed, matched, and the last one checked
