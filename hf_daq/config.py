@@ -4,32 +4,58 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal, get_args
 
 from .errors import ConfigError
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "daq"
 
-_CHOICES = {
-    "rounding": ("daq", "ste", "soft"),
-    "weight_granularity": ("tensor", "channel", "group"),
-    "weight_normalization": ("scale", "standardize"),
-    "weight_init": ("mse", "3std"),
-    "activation_init": ("mse", "3std"),
+Rounding = Literal["daq", "ste", "soft"]
+Granularity = Literal["tensor", "channel", "group"]
+Normalization = Literal["scale", "standardize"]
+Init = Literal["mse", "3std"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "rounding": get_args(Rounding),
+    "weight_granularity": get_args(Granularity),
+    "weight_normalization": get_args(Normalization),
+    "weight_init": get_args(Init),
+    "activation_init": get_args(Init),
 }
+_MISSING = 0  # bits that were not given
 _POSITIVE = ("weight_gamma", "weight_sigma", "activation_gamma", "activation_sigma", "temperature")
 _RULE_KEYS = ("pattern", "skip", "bits", "weight_bits", "activation_bits")
 
 
+def _known_keywords_only(cls: Any) -> Any:
+    """Let a dataclass refuse an unknown keyword with the names that are close to it."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        known = {"bits", *(entry.name for entry in dataclasses.fields(cls))}
+        for key in kwargs:
+            if key not in known:
+                raise ConfigError(f"unknown key {key!r}{did_you_mean(key, known)}; keys: {', '.join(sorted(known))}")
+        init(self, *args, **kwargs)
+
+    cls.__init__ = checked
+    return cls
+
+
+@_known_keywords_only
 @dataclass
 class DaqConfig:
     """How a model is quantized with Distance-aware Quantization (Kim, Lee, Ham, ICCV 2021).
+
+        config = hf_daq.DaqConfig(weight_bits=2, activation_bits=4, rules=[{"pattern": "layer1.*", "bits": 8}])
+        hf_daq.apply_daq(model, config)
 
     Args:
         bits: short for the same number of weight and activation bits.
@@ -73,19 +99,19 @@ class DaqConfig:
     """
 
     bits: InitVar[int | None] = None
-    weight_bits: int = None  # type: ignore[assignment]
+    weight_bits: int = _MISSING
     activation_bits: int | None = None
-    rounding: str = "daq"
+    rounding: Rounding = "daq"
     weight_gamma: float = 2.0
     weight_sigma: float = 1.0
     activation_gamma: float = 2.0
     activation_sigma: float = 2.0
     temperature: float = 4.0
-    weight_granularity: str = "tensor"
+    weight_granularity: Granularity = "tensor"
     group_size: int | None = None
-    weight_normalization: str = "scale"
-    weight_init: str = "mse"
-    activation_init: str = "mse"
+    weight_normalization: Normalization = "scale"
+    weight_init: Init = "mse"
+    activation_init: Init = "mse"
     bias_correction: bool = True
     first_last_bits: int | None = None
     rules: Sequence[Mapping[str, Any]] = ()
@@ -104,14 +130,14 @@ class DaqConfig:
 
     def __post_init__(self, bits: int | None) -> None:
         if bits is not None:
-            if self.weight_bits is not None or self.activation_bits is not None:
+            if self.weight_bits != _MISSING or self.activation_bits is not None:
                 raise ConfigError(
                     "bits sets weight_bits and activation_bits at once; pass either bits, or weight_bits and "
                     "activation_bits, e.g. DaqConfig(weight_bits=2, activation_bits=4)"
                 )
             object.__setattr__(self, "weight_bits", bits)
             object.__setattr__(self, "activation_bits", bits)
-        if self.weight_bits is None:
+        elif self.weight_bits in (_MISSING, None):
             raise ConfigError("the number of bits is missing; write DaqConfig(bits=3) or DaqConfig(weight_bits=3)")
         check_bits("weight_bits", self.weight_bits)
         if self.activation_bits is not None:
@@ -156,7 +182,11 @@ class DaqConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DaqConfig:
-        """Inverse of `to_dict`. Unknown keys and newer format versions raise `ConfigError`."""
+        """Inverse of `to_dict`; with the key `preset: paper`, `DaqConfig.paper` of the other keys.
+
+        Raises:
+            ConfigError: a value out of range, an unknown key, or a newer format version.
+        """
         if not isinstance(values, Mapping):
             raise ConfigError(f"a quantization config must be a mapping, got {type(values).__name__}")
         values = dict(values)
@@ -169,13 +199,10 @@ class DaqConfig:
                 f"format_version={version!r} is not known here (this hf_daq reads 1 to {FORMAT_VERSION}); "
                 "install a newer hf_daq: pip install -U hf_daq"
             )
-        known = {"bits", *(entry.name for entry in dataclasses.fields(cls))}
-        for key in values:
-            if key not in known:
-                raise ConfigError(
-                    f"unknown key {key!r}{did_you_mean(str(key), known)}; keys: {', '.join(sorted(known))}"
-                )
-        return cls(**values)
+        preset = values.pop("preset", None)
+        if preset not in (None, "paper"):
+            raise ConfigError(f"preset={preset!r} must be 'paper', or be left out")
+        return cls.paper(**values) if preset else cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types: every field, the quantization method and the format version."""
@@ -187,20 +214,9 @@ class DaqConfig:
         """What transformers takes over from a config that is passed for an already quantized checkpoint."""
         return {"dequantize": True} if self.dequantize else {}
 
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> DaqConfig:
-        try:
-            values = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ConfigError(f"the quantization config is not JSON: {error}") from None
-        return cls.from_dict(values)
-
     def replace(self, **changes: Any) -> DaqConfig:
         """A copy with some fields changed, validated like a new one."""
-        return dataclasses.replace(self, bits=None, **changes)
+        return dataclasses.replace(self, **{"bits": None, **changes})
 
 
 def check_bits(name: str, value: object) -> None:

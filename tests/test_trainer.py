@@ -51,8 +51,10 @@ def test_quantizer_parameters_have_their_own_rate_and_no_decay(tmp_path):
     assert {group["betas"] for group in groups.values()} == {(0.8, 0.999)}
     learned = {id(parameter) for parameter in groups["quantizer"]["params"]}
     assert learned == {id(p) for name, p in model.named_parameters() if "_quant." in name and p.requires_grad}
-    quantizer_lr = Trainer(model=model, args=args, optimizer_cls_and_kwargs=hf_daq.trainer_optimizer(args))
-    assert {group["lr"] for group in quantizer_lr.create_optimizer().param_groups} == {1e-3}
+    args.learning_rate = 1e-4
+    trainer = Trainer(model=model, args=args, optimizer_cls_and_kwargs=hf_daq.trainer_optimizer(args))
+    rates = {group["name"]: group["lr"] for group in trainer.create_optimizer().param_groups}
+    assert rates == {"decay": 1e-4, "no_decay": 1e-4, "quantizer": 1e-3}
 
 
 def test_optimizers_that_choose_their_parameters_are_refused(tmp_path, monkeypatch):

@@ -56,7 +56,7 @@ class MonitorCallback(TrainerCallback):
 class TrainerOptimizer:
     """What `Trainer` calls for its optimizer; see `trainer_optimizer`."""
 
-    def __call__(self, model: nn.Module, args: Any, quantizer_lr: float | None) -> torch.optim.Optimizer:
+    def __call__(self, model: nn.Module, args: Any, quantizer_lr: float) -> torch.optim.Optimizer:
         optimizer_class, kwargs = transformers.Trainer.get_optimizer_cls_and_kwargs(args)
         if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
             raise ConfigError(f"optim={args.optim!r} chooses its parameters itself; take one such as 'adamw_torch'")
@@ -64,7 +64,7 @@ class TrainerOptimizer:
         return optimizer_class(groups, **kwargs)
 
 
-def trainer_optimizer(args: Any, quantizer_lr: float | None = None) -> tuple[type, dict[str, Any]]:
+def trainer_optimizer(args: Any, quantizer_lr: float = 1e-3) -> tuple[type, dict[str, Any]]:
     """The optimizer of the training arguments on the groups of `param_groups`: bounds and scales learn at their own rate,
     without weight decay.
 
@@ -72,6 +72,6 @@ def trainer_optimizer(args: Any, quantizer_lr: float | None = None) -> tuple[typ
 
     Args:
         args: `transformers.TrainingArguments`.
-        quantizer_lr: learning rate of bounds and scales; that of the arguments if None.
+        quantizer_lr: learning rate of bounds and scales.
     """
     return TrainerOptimizer, {"args": args, "quantizer_lr": quantizer_lr}

@@ -10,16 +10,17 @@ from ..errors import CalibrationError, ModelError
 from ..nn.layers import quantized_layers
 
 
-def param_groups(
-    model: Any, lr: float, quantizer_lr: float | None = None, weight_decay: float = 0.0
-) -> list[dict[str, Any]]:
+def param_groups(model: Any, lr: float, quantizer_lr: float = 1e-3, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Parameter groups for any torch optimizer.
+
+        groups = hf_daq.param_groups(model, lr=1e-4, weight_decay=0.01)
+        optimizer = torch.optim.AdamW(groups)
 
     Args:
         model: a model after `apply_daq` and `calibrate`, or after loading.
-        lr: learning rate of weights, biases and normalisation layers.
-        quantizer_lr: learning rate of bounds and scales; `lr` if None. Never decayed.
-        weight_decay: of everything with two or more dimensions, except what `model.no_weight_decay()` names.
+        lr: learning rate of weights, biases and normalization layers.
+        quantizer_lr: learning rate of bounds and scales. They have no weight decay.
+        weight_decay: weight decay of all parameters with two or more dimensions, except those that `model.no_weight_decay()` names.
 
     Returns:
         Groups with the keys "name" ("decay", "no_decay", "quantizer"), "params", "lr" and "weight_decay". Frozen
@@ -60,7 +61,7 @@ def param_groups(
     settings = {
         "decay": (lr, weight_decay),
         "no_decay": (lr, 0.0),
-        "quantizer": (lr if quantizer_lr is None else quantizer_lr, 0.0),
+        "quantizer": (quantizer_lr, 0.0),
     }
     return [
         {"name": name, "params": params, "lr": settings[name][0], "weight_decay": settings[name][1]}

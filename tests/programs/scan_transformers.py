@@ -63,7 +63,7 @@ class Case:
 
     def calibrated(self, config: DaqConfig = CONFIG) -> Any:
         """A copy of the calibrated model, which is made once."""
-        key = config.to_json()
+        key = json.dumps(config.to_dict())
         if key not in self.models:
             self.models[key] = self.new(config)
             calibrate(self, self.models[key])
