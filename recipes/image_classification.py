@@ -29,16 +29,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import accelerate
-import cards
-import cifar_resnet  # noqa: F401  registers resnet20_cifar and resnet8_cifar with timm
-import common
 import datasets
-import exporting
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from common import (
+from safetensors.torch import save_file
+from timm.data import create_transform, resolve_data_config
+from timm.models._hub import save_config_for_hf
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import hf_daq
+import networks.cifar_resnet  # noqa: F401  registers resnet20_cifar and resnet8_cifar with timm
+from shared import exporting, finish, loop
+from shared.loop import (
     Distillation,
     EpochShuffle,
     daq_config,
@@ -50,14 +56,6 @@ from common import (
     train_phase,
     write_results,
 )
-from safetensors.torch import save_file
-from timm.data import create_transform, resolve_data_config
-from timm.models._hub import save_config_for_hf
-from timm.optim import param_groups_weight_decay
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-
-import hf_daq
 
 # ---------------------------------------------------------------------------------------------------------- knobs
 
@@ -127,7 +125,7 @@ class Config:
 
 
 def parse(argv: list[str]) -> Config:
-    return common.parse(Config, argv, __doc__)
+    return loop.parse(Config, argv, __doc__)
 
 
 # ----------------------------------------------------------------------------------------------------------- data
@@ -291,7 +289,7 @@ def create_float_model(cfg: Config, images: Images, size: int | None, checkpoint
     if size:
         overlay["input_size"] = (3, size, size)
     options = {"num_classes": len(images.label_names), **cfg.model_kwargs}
-    common.refuse_missing(checkpoint)
+    loop.refuse_missing(checkpoint)
     path = Path(checkpoint) if checkpoint else None
     if path and path.is_dir():
         saved = json.loads((path / "config.json").read_text())["architecture"]
@@ -325,7 +323,7 @@ def weight_optimizer(groups: list[dict], cfg: Config, lr: float) -> torch.optim.
 # ----------------------------------------------------------------------------------------------------------- loop
 
 
-class Run(common.Run):
+class Run(loop.Run):
     metric, higher_is_better = "accuracy", True
 
     @property
@@ -432,7 +430,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if cfg.epochs:
             base, license = origin(cfg)
             folder = run.output / "quantized"
-            cards.write(
+            finish.write(
                 folder, __file__, arguments, cfg, run.metric, results, versions, base_model=base, license=license
             )
         print(", ".join(f"{key} {value:.2f}" for key, value in results.items()))

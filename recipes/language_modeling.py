@@ -27,26 +27,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import accelerate
-import cards
-import common
 import datasets
-import exporting
 import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from common import (
-    Distillation,
-    EpochShuffle,
-    daq_config,
-    distill,
-    find_checkpoint,
-    prepare,
-    seed_of,
-    start_accelerator,
-    train_phase,
-    write_results,
-)
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -60,6 +45,19 @@ from transformers import (
 )
 
 import hf_daq
+from shared import exporting, finish, loop
+from shared.loop import (
+    Distillation,
+    EpochShuffle,
+    daq_config,
+    distill,
+    find_checkpoint,
+    prepare,
+    seed_of,
+    start_accelerator,
+    train_phase,
+    write_results,
+)
 
 # ---------------------------------------------------------------------------------------------------------- knobs
 
@@ -134,7 +132,7 @@ class Config:
 
 
 def parse(argv: list[str]) -> Config:
-    return common.parse(Config, argv, __doc__)
+    return loop.parse(Config, argv, __doc__)
 
 
 # ----------------------------------------------------------------------------------------------------------- data
@@ -261,7 +259,7 @@ def forward(model: nn.Module, blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass
-class Run(common.Run):
+class Run(loop.Run):
     tokenizer: PreTrainedTokenizerBase
 
     metric, higher_is_better = "loss", False
@@ -320,7 +318,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     cfg = parse(arguments)
     if cfg.epochs and not (cfg.float_epochs or cfg.model or cfg.checkpoint):
         raise SystemExit("the DAQ phase starts from float weights: set float_epochs, model or checkpoint")
-    common.refuse_missing(cfg.checkpoint)
+    loop.refuse_missing(cfg.checkpoint)
     quantization, exports = daq_config(cfg.daq), exporting.formats(cfg.export)
     checkpoint, progress = find_checkpoint(cfg)
     accelerator = start_accelerator(cfg, checkpoint)
@@ -373,9 +371,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         versions = write_results(run, torch, transformers, accelerate, datasets, tokenizers, hf_daq)
         if cfg.epochs:
             split = cfg.eval_split or f"last {cfg.eval_fraction:.0%} of {cfg.train_split}"
-            base = cards.hub_id(None if cfg.checkpoint else cfg.model)
+            base = finish.hub_id(None if cfg.checkpoint else cfg.model)
             folder = run.output / "quantized"
-            cards.write(folder, __file__, arguments, cfg, run.metric, results, versions, split, base)
+            finish.write(folder, __file__, arguments, cfg, run.metric, results, versions, split, base)
         print(", ".join(f"{key} {value:.3f}" for key, value in results.items() if isinstance(value, float)))
         if exports and cfg.epochs:
             exporting.export(exports, run.output, {"input_ids": next(iter(loaders[1]))[:, :-1]})

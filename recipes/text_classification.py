@@ -29,14 +29,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cards
-import common
 import datasets
-import exporting
 import torch
 import transformers
 from accelerate import PartialState
-from common import Distillation, daq_config, distill
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -50,6 +46,8 @@ from transformers import (
 )
 
 import hf_daq
+from shared import exporting, finish, loop
+from shared.loop import Distillation, daq_config, distill
 
 # ---------------------------------------------------------------------------------------------------------- knobs
 
@@ -104,11 +102,11 @@ class Config:
 
 
 def parse(argv: list[str]) -> Config:
-    cfg = common.parse(Config, argv, __doc__)
+    cfg = loop.parse(Config, argv, __doc__)
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
     for prefix in ("training", "float_training"):
         for key in getattr(cfg, prefix):
-            common.refuse_unknown(key, known, f"{prefix}.")
+            loop.refuse_unknown(key, known, f"{prefix}.")
     if not cfg.dataset:
         raise SystemExit("pass --dataset, a Hub id or a folder of csv, tsv, jsonl or parquet files (--help: all keys)")
     if cfg.float_epochs and not cfg.model:
@@ -265,17 +263,17 @@ def start_report(cfg: Config) -> dict[str, Any]:
     """results.json as far as it goes: of the run that is continued, or empty."""
     earlier = Path(cfg.output_dir, "results.json")
     if Path(cfg.output_dir, "checkpoints").exists() and not cfg.resume:
-        common.refuse_to_overwrite(f"{cfg.output_dir}/checkpoints")
+        loop.refuse_to_overwrite(f"{cfg.output_dir}/checkpoints")
     if cfg.resume and earlier.exists():
         report = json.loads(earlier.read_text())
-        common.refuse_other_settings(cfg, report["config"], earlier)
+        loop.refuse_other_settings(cfg, report["config"], earlier)
         return report
     return {"results": {}, "history": []}
 
 
 def write_report(report: dict[str, Any], cfg: Config) -> None:
     report["config"] = dataclasses.asdict(cfg)
-    report["versions"] = common.versions(torch, transformers, datasets, hf_daq)
+    report["versions"] = loop.versions(torch, transformers, datasets, hf_daq)
     Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
     Path(cfg.output_dir, "results.json").write_text(json.dumps(report, indent=2) + "\n")
 
@@ -286,7 +284,7 @@ def write_report(report: dict[str, Any], cfg: Config) -> None:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     command_line = sys.argv[1:] if argv is None else argv
     cfg = parse(command_line)
-    common.refuse_missing(cfg.checkpoint)
+    loop.refuse_missing(cfg.checkpoint)
     quantization, exports = daq_config(cfg.daq), exporting.formats(cfg.export)
     report = start_report(cfg)
     results = report["results"]
@@ -344,13 +342,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             trainer.add_callback(monitor)
         train_phase(trainer, "quantized", report, cfg)
         if cfg.monitor_every and trainer.is_world_process_zero():
-            common.write_monitored(Path(cfg.output_dir), monitor.monitor.history)  # since it was started or continued
+            loop.write_monitored(Path(cfg.output_dir), monitor.monitor.history)  # since it was started or continued
 
     if PartialState().is_main_process:
         if cfg.epochs:
-            base = cards.hub_id(None if cfg.checkpoint else cfg.model)
+            base = finish.hub_id(None if cfg.checkpoint else cfg.model)
             folder = Path(cfg.output_dir, "quantized")
-            cards.write(folder, __file__, command_line, cfg, "accuracy", results, report["versions"], base_model=base)
+            finish.write(folder, __file__, command_line, cfg, "accuracy", results, report["versions"], base_model=base)
         print(", ".join(f"{key} {value:.2f}" for key, value in results.items()))
         if exports and cfg.epochs:
             batch = DataCollatorWithPadding(tokenizer)([evaluation[row] for row in range(min(256, len(evaluation)))])

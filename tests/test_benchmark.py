@@ -13,7 +13,7 @@ import hf_daq
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
-import benchmark  # noqa: E402
+from measure import benchmark  # noqa: E402
 
 VARIANTS = ["daq", "ste", "fake_quantize"]
 QUICK = ["--quick", "--no-memory", "--device", "cpu"]

@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 TESTS = Path(__file__).parent
 RECIPES = TESTS.parent / "recipes"
 sys.path.insert(0, str(RECIPES))
-import common  # noqa: E402
 import image_classification as recipe  # noqa: E402
+
+from shared import loop  # noqa: E402
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SHARDED = [*TWO, str(TESTS / "programs" / "sharded_recipe.py")]
@@ -167,7 +168,7 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(when, one_process, 
     """Killed while it writes a checkpoint or its best network, and while it computes."""
     args = [*VIT.split(), "--accumulation", 2, "--calibration_batches", 8, "--output_dir", tmp_path]
     kill([sys.executable, str(RECIPES / "image_classification.py")], tmp_path / when, *args)
-    for folder in common.list_checkpoints(tmp_path):
+    for folder in loop.list_checkpoints(tmp_path):
         assert json.loads((folder / "progress.json").read_text())["processes"] == 1
         load_file(folder / "model.safetensors")
     alone(*args, "--resume")

@@ -22,7 +22,7 @@ from hf_daq.errors import CalibrationError, ConfigError, ModelError
 from hf_daq.nn.layers import quantized_layers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-import plots as recipe
+from measure import plots as recipe
 
 LAYERS = ["conv", "depthwise", "grouped", "hidden"]
 

@@ -22,12 +22,13 @@ import hf_daq
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
-import common  # noqa: E402
-import deploy  # noqa: E402
 import image_classification as recipe  # noqa: E402
 import language_modeling  # noqa: E402
 import post_training  # noqa: E402
 import text_classification  # noqa: E402
+
+from measure import deploy  # noqa: E402
+from shared import loop  # noqa: E402
 
 CONFIGS = sorted(path.name for path in (RECIPES / "configs").glob("*.yaml"))
 SMALL = "--max_steps 3 --batch_size 8 --checkpoint_every 0 --calibration_batches 2 --num_workers 0"
@@ -116,7 +117,7 @@ def test_first_line_of_a_config_launches_it(name):
     assert first.startswith("# ")
     assert f"recipes/{module.__name__}.py --config recipes/configs/{name}" in first
     args = ["--config", str(RECIPES / "configs" / name), "--dataset", "x", "--model", "x"]
-    common.daq_config(module.parse(args).daq)
+    loop.daq_config(module.parse(args).daq)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("cifar10_resnet20_w")])
@@ -231,7 +232,7 @@ def stop_after(monkeypatch, count: int):
         return save_then_stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(common, "save_checkpoint", then_stop(common.save_checkpoint))
+        patch.setattr(loop, "save_checkpoint", then_stop(loop.save_checkpoint))
         patch.setattr(transformers.Trainer, "_save_checkpoint", then_stop(transformers.Trainer._save_checkpoint))
         with pytest.raises(StoppedError):
             yield
@@ -252,7 +253,7 @@ def digits_uninterrupted(tmp_path_factory):
 def test_a_stopped_run_continues_bit_for_bit(checkpoints, digits_uninterrupted, tmp_path, monkeypatch):
     with stop_after(monkeypatch, checkpoints):
         run(*DIGITS.split(), "--output_dir", tmp_path)
-    assert len(common.list_checkpoints(tmp_path)) <= 2
+    assert len(loop.list_checkpoints(tmp_path)) <= 2
     torch.manual_seed(checkpoints)
     run(*DIGITS.split(), "--output_dir", tmp_path, "--resume")
     assert_equal(outcome(tmp_path), digits_uninterrupted)
@@ -289,9 +290,9 @@ def test_a_run_killed_while_writing_leaves_no_half_checkpoint(tmp_path, monkeypa
         patch.setattr(accelerate.Accelerator, "save_state", killed_the_third_time)
         with pytest.raises(StoppedError):
             run(*args)
-    assert [path.name for path in common.list_checkpoints(tmp_path)] == ["00000011", "00000022"]
+    assert [path.name for path in loop.list_checkpoints(tmp_path)] == ["00000011", "00000022"]
     run(*args, "--resume")
-    assert [path.name for path in common.list_checkpoints(tmp_path)] == ["00000033", "00000044"]
+    assert [path.name for path in loop.list_checkpoints(tmp_path)] == ["00000033", "00000044"]
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
@@ -354,7 +355,7 @@ def test_parsing_of_values():
     assert cfg.daq == {"weight_bits": 2, "activation_bits": None}
     assert recipe.parse(["--daq.rounding", "ste"]).daq == {"weight_bits": 3, "activation_bits": 3, "rounding": "ste"}
     assert dataclasses.asdict(recipe.parse(["--mixed_precision", "no"]))["mixed_precision"] == "no"
-    assert common.daq_config({"preset": "paper", "weight_bits": 1}).weight_normalization == "standardize"
+    assert loop.daq_config({"preset": "paper", "weight_bits": 1}).weight_normalization == "standardize"
 
 
 # Data -------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """What leaves training: sizes of files, how exactly they agree with the network, and how fast they run.
 
-    python recipes/deploy.py resnet18.a1_in1k=cifar10 vit_tiny_patch16_224.augreg_in21k_ft_in1k=cifar10
-    python recipes/deploy.py runs/resnet18/float=DIR runs/sst2/float=sst2/train.tsv runs/shakespeare/float=input.txt
-    python recipes/deploy.py --speed resnet18 mobilenetv2_100 vit_tiny_patch16_224 runs/sst2/float --threads 1
+    python recipes/measure/deploy.py resnet18.a1_in1k=cifar10 vit_tiny_patch16_224.augreg_in21k_ft_in1k=cifar10
+    python recipes/measure/deploy.py runs/resnet18/float=DIR runs/sst2/float=sst2/train.tsv runs/shakespeare/float=input.txt
+    python recipes/measure/deploy.py --speed resnet18 mobilenetv2_100 vit_tiny_patch16_224 runs/sst2/float --threads 1
 
 MODEL=DATA: a name of timm, or a folder with the float network of a training recipe; and images (a Hub id, or a folder
 of parquet files) or a text file with one example a line. At each of `--bits` the network is quantized (images: weights and inputs;
@@ -24,6 +24,7 @@ import argparse
 import copy
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -35,13 +36,15 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
-from exporting import weights_size
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 import hf_daq
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from shared.exporting import weights_size
 
 # ---------------------------------------------------------------------------------------------------------- knobs
 

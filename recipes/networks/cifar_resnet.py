@@ -1,6 +1,6 @@
 """ResNet-20 for 32x32 images as the DAQ paper trains it, and a smaller sister, registered with timm.
 
-    import cifar_resnet
+    import networks.cifar_resnet
     model = timm.create_model("resnet20_cifar", num_classes=10)
 
 The network of He et al. (2016, section 4.2) with three particulars: shortcuts hold no parameters (a strided slice, new

@@ -1,7 +1,7 @@
 """Draw a trained timm checkpoint: every picture of hf_daq.plots as a PNG.
 
-    python recipes/plots.py output/quantized --output pictures
-    python recipes/plots.py output/quantized --output pictures --images FOLDER --history history.json
+    python recipes/measure/plots.py output/quantized --output pictures
+    python recipes/measure/plots.py output/quantized --output pictures --images FOLDER --history history.json
 
 Written are weights.png, inputs.png, by_depth.png, transfer_curve.png with the settings of the checkpoint, and with
 `--history`, a JSON file of flip rates, flip_rate.png. Inputs are the images of a folder, or the digits of scikit-learn,
@@ -11,10 +11,10 @@ which say little about a network that was trained on something else.
 import argparse
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-import cifar_resnet  # noqa: F401  registers resnet20_cifar and resnet8_cifar with timm
 import numpy as np
 import torch
 from PIL import Image
@@ -23,6 +23,9 @@ from torch import Tensor, nn
 
 import hf_daq
 from hf_daq import plots
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import networks.cifar_resnet  # noqa: F401  registers resnet20_cifar and resnet8_cifar with timm
 
 ENDINGS = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 
