@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
@@ -217,6 +218,18 @@ class DaqConfig:
     def replace(self, **changes: Any) -> DaqConfig:
         """A copy with some fields changed, validated like a new one."""
         return dataclasses.replace(self, **{"bits": None, **changes})
+
+    def scale_count(self, shape: Sequence[int]) -> int:
+        """How many scales a weight of shape (channels, ...) has."""
+        if self.weight_granularity == "tensor":
+            return 1
+        groups = 1 if self.group_size is None else -(-math.prod(shape[1:]) // self.group_size)
+        return shape[0] * groups
+
+
+def packed_bytes(weights: int, bits: int, scales: int) -> int:
+    """Bytes of a packed weight: dense codes, and scales in float32."""
+    return -(-weights * bits // 8) + 4 * scales
 
 
 def check_bits(name: str, value: object) -> None:

@@ -46,16 +46,6 @@ def test_float_parameters_keep_their_objects_and_names_and_quantizers_are_childr
     assert isinstance(model.hidden, nn.Linear)
 
 
-def test_first_and_last_layer_stay_in_full_precision_or_get_their_own_bits():
-    plan = hf_daq.plan(small_net(), bits=3)
-    assert list(plan.kept) == ["stem", "head"]
-    plan = hf_daq.plan(small_net(), bits=3, first_last_bits=8)
-    assert (plan.quantized["stem"].weight_bits, plan.quantized["head"].activation_bits) == (8, 8)
-    text = str(plan)
-    assert "depthwise" in text
-    assert "6 layers quantized, 0 kept" in text
-
-
 def test_the_first_matching_rule_decides_and_is_stronger_than_the_default():
     rules = [
         {"pattern": "conv", "weight_bits": 2, "activation_bits": None},
@@ -70,26 +60,6 @@ def test_the_first_matching_rule_decides_and_is_stronger_than_the_default():
     model = hf_daq.apply_daq(small_net(), DaqConfig(bits=3, rules=rules, modules_to_not_convert=["grouped"]))
     assert model.conv.a_quant is None
     assert model.daq_config.layers["head"] == {"weight_bits": 5, "activation_bits": 3}
-
-
-def test_layer_types_without_a_quantized_form_are_reported():
-    class Odd(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.middle, self.last = nn.Conv2d(3, 4, 1), nn.Linear(4, 4), nn.Linear(4, 4)
-            self.conv1d, self.up = nn.Conv1d(4, 4, 3), nn.ConvTranspose2d(4, 4, 2)
-            self.lstm, self.attention = nn.LSTM(4, 4), nn.MultiheadAttention(4, 1)
-            self.last_one = nn.Linear(4, 2)
-
-    kept = hf_daq.plan(Odd(), bits=4).kept
-    for name, kind in [
-        ("conv1d", "Conv1d"),
-        ("up", "ConvTranspose2d"),
-        ("lstm", "LSTM"),
-        ("attention", "MultiheadAttention"),
-    ]:
-        assert kept[name].reason == f"no quantized form of {kind}"
-    assert "NonDynamicallyQuantizableLinear" in kept["attention.out_proj"].reason
 
 
 @pytest.mark.parametrize(

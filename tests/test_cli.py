@@ -102,8 +102,10 @@ def test_plan_of_a_timm_model():
     assert totals["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     layers = dict(model.named_modules())
     bits = {name: layer.weight_bits for name, layer in expected.quantized.items()}
-    packed = 4 * totals["parameters"] - sum((32 - bits[name]) / 8 * layers[name].weight.numel() for name in bits)
-    assert (totals["float_bytes"], totals["packed_bytes"]) == (4 * totals["parameters"], round(packed))
+    before = sum(value.nbytes for value in model.state_dict().values())
+    packed = before - sum(layers[name].weight.numel() * (32 - bits[name]) // 8 for name in bits)
+    packed += sum(4 + 8 + (4 * len(layers[name].weight) if layers[name].bias is None else 0) for name in bits)
+    assert (totals["float_bytes"], totals["packed_bytes"]) == (before, packed)
     assert totals["layers_quantized"] == len(bits)
 
 

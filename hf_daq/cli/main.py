@@ -11,12 +11,12 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from ..config import Granularity
 from ..errors import CheckpointError, ExportError, ModelError
 from ..files.inspect import every_layer
 from ..text import printable
 from .console import show, show_json, show_warnings, working
-from .options import Commands, Debug, Folder, Granularity, Inputs, Json, OutFolder, Revision, Runtime, Target, Version
-from .planning import config_of, plan_table, totals_of
+from .options import Commands, Debug, Folder, Inputs, Json, OutFolder, Revision, Runtime, Target, Version, config_of
 
 EXAMPLES = """Examples:
 
@@ -86,7 +86,7 @@ def plan_command(
         "weight_bits": weight_bits,
         "activation_bits": activation_bits,
         "first_last_bits": first_last_bits,
-        "weight_granularity": granularity and granularity.value,
+        "weight_granularity": granularity,
         "group_size": group_size,
     }
     given = {key: value for key, value in given.items() if value is not None}
@@ -104,10 +104,9 @@ def plan_command(
         built: Any = skeleton(model, revision)
         found = plan(built, chosen)
     if as_json:
-        totals = totals_of(built, found)
-        show_json({"model": model, "config": chosen.to_dict(), "layers": found.layers, "totals": totals})
+        show_json({"model": model, "config": chosen.to_dict(), "layers": found.layers, "totals": found.totals})
     else:
-        show(plan_table(model, built, found))
+        show(Group(Text(f"{model}, {type(built).__name__}", style="bold"), found))  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------------- inspect
@@ -314,9 +313,9 @@ def export_command(
     hf-daq export trained folder --to compressed-tensors --inputs batch.safetensors
     """
     _refuse_same(folder, out)
-    if runtime and to is Target.compressed_tensors:
+    if runtime and to == "compressed-tensors":
         raise typer.BadParameter("--runtime is for --to onnx")
-    if to is Target.onnx and out.is_dir():
+    if to == "onnx" and out.is_dir():
         out = out / "model.onnx"
     if not out.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {out.parent}")
@@ -334,8 +333,8 @@ def export_command(
                 '--inputs FILE.safetensors with two rows or more: one tensor "x" for images, or what the model takes, e.g. '
                 '"input_ids" and "attention_mask"; safetensors.torch.save_file({"x": images}, "inputs.safetensors") writes one'
             )
-        if to is Target.onnx:
-            report = hf_daq.export_onnx(model, out, batch, runtime=runtime.value if runtime else "onnxruntime")
+        if to == "onnx":
+            report = hf_daq.export_onnx(model, out, batch, runtime=runtime or "onnxruntime")
         else:
             report = hf_daq.export_compressed_tensors(model, out, batch)
             copy_companions(folder, out)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
-from ..errors import DaqError
+from ..config import DaqConfig
+from ..errors import ConfigError, DaqError
 from ..version import __version__
 from .console import note, show_error
 
@@ -41,21 +42,8 @@ def _print_version(value: bool) -> None:
         raise typer.Exit
 
 
-class Granularity(StrEnum):
-    tensor = "tensor"
-    channel = "channel"
-    group = "group"
-
-
-class Target(StrEnum):
-    onnx = "onnx"
-    compressed_tensors = "compressed-tensors"
-
-
-class Runtime(StrEnum):
-    onnxruntime = "onnxruntime"
-    openvino = "openvino"
-
+Target = Literal["onnx", "compressed-tensors"]
+Runtime = Literal["onnxruntime", "openvino"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Debug = Annotated[
@@ -76,3 +64,36 @@ Inputs = Annotated[
         "Default: probe.safetensors of the folder.",
     ),
 ]
+
+
+def config_of(path: Path | None, given: dict[str, Any]) -> DaqConfig:
+    """The config of a file and of options, which are stronger."""
+    values = dict(_config_values(path)) if path else {}
+    if given.keys() & {"bits", "weight_bits", "activation_bits"}:
+        values.pop("layers", None)
+        both = values.pop("bits", None)
+        if "bits" in given:
+            values.pop("weight_bits", None)
+            values.pop("activation_bits", None)
+        elif both is not None:
+            values |= {"weight_bits": both, "activation_bits": both}
+    if "weight_granularity" in given:
+        values.pop("group_size", None)
+    if "group_size" in given:
+        values.pop("weight_granularity", None)
+    return DaqConfig.from_dict(values | given)
+
+
+def _config_values(path: Path) -> Mapping[str, Any]:
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except (yaml.YAMLError, UnicodeError, RecursionError) as error:
+        raise ConfigError(f"{path} is neither YAML nor JSON: {error}") from None
+    for key in ("daq", "quantization_config"):  # of a recipe, of a checkpoint
+        if isinstance(values, dict) and isinstance(values.get(key), dict):
+            values = values[key]
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping with arguments of DaqConfig, such as `bits: 3`")
+    return values

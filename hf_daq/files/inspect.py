@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..config import DaqConfig
+from ..config import DaqConfig, packed_bytes
 from ..errors import CheckpointError
 from ..text import add_row, bits_text, plain_table, printable, shape_text
 from . import hub
@@ -205,10 +205,7 @@ def describe(source: str, description: Mapping[str, Any], headers: list[Header])
         if name not in own and not quantizer.fullmatch(name)
     )
     rest = sum(tensor.bytes for tensor in kept)
-    inputs = sum(_size(*entry) for name, entry in header.tensors.items() if ".a_quant." in name)
-    scales = sum(_size(*entry) for name, entry in header.tensors.items() if name.endswith(".w_quant.scale"))
     total = sum(_size(*entry) for entry in header.tensors.values())
-    codes = sum(-(-layer.parameters * layer.weight_bits // 8) for layer in layers)
     return Inspection(
         source=source,
         library=library,
@@ -219,7 +216,7 @@ def describe(source: str, description: Mapping[str, Any], headers: list[Header])
         layers=layers,
         kept=kept,
         tensor_bytes=total,
-        packed_bytes=total if config.packed else rest + inputs + scales + codes,
+        packed_bytes=total if config.packed else _packed_bytes(layers, kept, header),
         float_bytes=rest + sum(layer.float_bytes for layer in layers),
         facts=header.facts,
     )
@@ -243,6 +240,22 @@ def _layer(name: str, bits: Mapping[str, int | None], header: Header, descriptio
     size = sum(_size(*part) for part in parts if part is not None)
     count = math.prod(shape)
     return InspectedLayer(name, shape, weight_bits, activation_bits, count, size, _size(dtype, shape))
+
+
+def _packed_bytes(layers: tuple[InspectedLayer, ...], kept: tuple[KeptTensor, ...], header: Header) -> int:
+    """The size of all tensors of a trainable file after packing."""
+    names = [header.names.get(layer.name, layer.name) for layer in layers]
+    gone = {(name, "gain") for name in names}  # of standardized convolutions, folded into the codes
+    total = sum(tensor.bytes for tensor in kept if tuple(tensor.name.rpartition(".")[::2]) not in gone)
+    total += sum(_size(*entry) for name, entry in header.tensors.items() if ".a_quant." in name)
+    for name, layer in zip(names, layers, strict=True):
+        scale = header.tensors.get(f"{name}.w_quant.scale", ("", (0,)))
+        total += packed_bytes(layer.parameters, layer.weight_bits, math.prod(scale[1]))
+        shift = header.tensors.get(f"{name}.w_quant.shift")
+        if shift is not None and f"{name}.bias" not in header.tensors:  # the bias that the correction becomes
+            dtype, _ = header.tensors.get(f"{name}.weight", ("F32", ()))
+            total += _size(dtype, shift[1])
+    return total
 
 
 def _checked_shape(name: str, header: Header) -> tuple[int, ...]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..config import DaqConfig, did_you_mean, pattern_matches
+from ..config import DaqConfig, did_you_mean, packed_bytes, pattern_matches
 from ..errors import ConfigError
 from ..nn.layers import LAYER_TYPES
-from .roles import bypassed_layers, outer_layers, tied_layers, weight_modules
+from ..text import add_row, as_text, bits_text, plain_table, shape_text
+from .roles import bypassed_layers, largest_weight, outer_layers, saved_tensors, tied_layers, weight_modules
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,16 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `apply_daq` would do, layer by layer. `print(plan)` shows it as a table."""
+    """What `apply_daq` would do, layer by layer. `print(plan)` shows it as a table.
+
+    layers: all modules with weights. parameters: how many numbers the model has. float_bytes, packed_bytes: size of all
+    parameters and persistent buffers, as they are and after `pack`.
+    """
 
     layers: tuple[PlannedLayer, ...]
+    parameters: int
+    float_bytes: int
+    packed_bytes: int
 
     @property
     def quantized(self) -> dict[str, PlannedLayer]:
@@ -45,23 +54,50 @@ class Plan:
     def kept(self) -> dict[str, PlannedLayer]:
         return {layer.name: layer for layer in self.layers if layer.weight_bits is None}
 
-    def __str__(self) -> str:
-        rows = [("layer", "type", "weight shape", "W", "A", "why")]
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Plain JSON types: numbers of layers and of parameters, and bytes of all parameters and persistent buffers, tied
+        ones once, of the float and of the packed model."""
+        return {
+            "layers_quantized": len(self.quantized),
+            "layers_kept": len(self.kept),
+            "layers_unsupported": len(self.unsupported),
+            "weights_quantized": sum(math.prod(layer.shape) for layer in self.quantized.values()),
+            "parameters": self.parameters,
+            "float_bytes": self.float_bytes,
+            "packed_bytes": self.packed_bytes,
+        }
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.text import Text
+
+        table = plain_table("layer", "type", "weight shape", "W", "A", "why")
         for layer in self.layers:
-            weight = "float" if layer.weight_bits is None else str(layer.weight_bits)
-            activation = "float" if layer.activation_bits is None else str(layer.activation_bits)
-            shape = "x".join(map(str, layer.shape))
-            rows.append((layer.name, layer.kind, shape, weight, activation, layer.reason))
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        lines = [
-            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[5]]) for row in rows
-        ]
-        lines.insert(1, "-" * max(map(len, lines)))
-        return "\n".join([*lines, f"{len(self.quantized)} layers quantized, {len(self.kept)} kept in full precision"])
+            style = "yellow" if layer.unsupported else "dim" if layer.weight_bits is None else ""
+            bits = map(bits_text, (layer.weight_bits, layer.activation_bits))
+            add_row(table, style, layer.name, layer.kind, shape_text(layer.shape), *bits, layer.reason)
+        return Group(table, Text(self._totals_text()))
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+    def _totals_text(self) -> str:
+        totals = self.totals
+        share = totals["weights_quantized"] / max(totals["parameters"], 1)
+        unsupported = f", {len(self.unsupported)} unsupported" if self.unsupported else ""
+        return (
+            f"{len(self.quantized)} layers quantized, {len(self.kept)} kept in full precision{unsupported}; "
+            f"{totals['weights_quantized']:,} of {totals['parameters']:,} parameters quantized ({share:.1%}); "
+            f"{totals['float_bytes'] / 1e6:.2f} MB in float, {totals['packed_bytes'] / 1e6:.2f} MB packed"
+        )
 
 
 def plan(model: nn.Module, config: DaqConfig | None = None, **kwargs: Any) -> Plan:
     """What `apply_daq(model, config)` would do, without doing it.
+
+        plan = hf_daq.plan(model, bits=3, first_last_bits=8)
+        print(plan)
 
     Args:
         model: a float model; may live on the meta device.
@@ -78,7 +114,10 @@ def plan(model: nn.Module, config: DaqConfig | None = None, **kwargs: Any) -> Pl
     else:
         _check_patterns(config, list(modules))
     outer = outer_layers(model)
-    return Plan(tuple(_plan_layer(name, module, config, outer, tied, bypassed) for name, module in modules.items()))
+    layers = tuple(_plan_layer(name, module, config, outer, tied, bypassed) for name, module in modules.items())
+    float_bytes = sum(value.nbytes for value in saved_tensors(model))
+    saved = sum(_saved_bytes(modules[row.name], row, config) for row in layers if row.weight_bits is not None)
+    return Plan(layers, sum(value.numel() for value in model.parameters()), float_bytes, float_bytes - saved)
 
 
 def config_from(config: DaqConfig | None, kwargs: dict[str, Any]) -> DaqConfig:
@@ -100,10 +139,7 @@ def _plan_layer(
     tied: dict[str, str],
     bypassed: dict[str, str],
 ) -> PlannedLayer:
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor):
-        weight = max(module.parameters(recurse=False), key=Tensor.numel)
-    shape = tuple(weight.shape)
+    shape = tuple(largest_weight(module).shape)
 
     def row(bits: tuple[int, int | None] | None, reason: str, unsupported: bool = False) -> PlannedLayer:
         weight_bits, activation_bits = bits or (None, None)
@@ -138,6 +174,19 @@ def _plan_layer(
             return row(None, outer[name])
         return row((bits, None if config.activation_bits is None else bits), f"{outer[name]}: first_last_bits")
     return row((config.weight_bits, config.activation_bits), "")
+
+
+def _saved_bytes(module: Any, row: PlannedLayer, config: DaqConfig) -> int:
+    """By how many bytes a layer gets smaller when it is packed."""
+    assert row.weight_bits is not None
+    shape = LAYER_TYPES[type(module)].weight_shape(module)
+    packed = packed_bytes(math.prod(shape), row.weight_bits, config.scale_count(shape))
+    if row.activation_bits is not None:
+        packed += 8  # bounds of the inputs, both in float32
+    if module.bias is None and config.bias_correction and isinstance(module, nn.Conv2d):
+        packed += shape[0] * module.weight.itemsize
+    own: int = sum(value.nbytes for name, value in module.named_parameters(recurse=False) if name != "bias")
+    return own - packed
 
 
 def _check_resolved(layers: Any, modules: dict[str, nn.Module], fixed: dict[str, str]) -> None:

@@ -190,6 +190,16 @@ def _flatten(value: Any) -> list[nn.Module]:
     return [module for item in value for module in _flatten(item)] if isinstance(value, (list, tuple)) else []
 
 
+def saved_tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters and persistent buffers, each once."""
+    found: dict[int, Tensor] = {id(value): value for value in model.parameters()}
+    for module in model.modules():
+        for name, value in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                found[id(value)] = value
+    return list(found.values())
+
+
 def largest_weight(module: nn.Module) -> Tensor:
     weight = getattr(module, "weight", None)
     return weight if isinstance(weight, Tensor) else max(module.parameters(recurse=False), key=Tensor.numel)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..config import packed_bytes
 from ..errors import ModelError
 from ..model.batch import examples_in, run
 from ..model.guards import ORDER
 from ..model.roles import largest_weight, weight_modules
-from ..nn.bitpack import packed_size
 from ..nn.layers import QuantizedLayer, evaluating, replaced_forwards
 from ..nn.packed import PackedLayer, daq_layers
 from ..nn.quantizers import Quantizer, is_shard, wide
@@ -161,7 +161,7 @@ class Measurement:
     @property
     def bytes(self) -> int:
         """Of codes and scales in a packed file."""
-        return packed_size(self.parameters, self.weight_bits) + 4 * self.scale.numel()
+        return packed_bytes(self.parameters, self.weight_bits, self.scale.numel())
 
 
 def usable(layer: Any) -> bool:

@@ -9,10 +9,10 @@ from typing import Any
 from rich import box
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import CalibrationError, ModelError
-from ..model.roles import largest_weight
+from ..model.roles import largest_weight, saved_tensors
 from ..nn.layers import LAYER_TYPES
 from ..nn.packed import PackedLayer, daq_layers
 from ..nn.quantizers import wide
@@ -83,8 +83,8 @@ class Summary:
 
     layers, kept: quantized layers, and layers with weights that stay in float, in the order of `named_modules`.
     totals: `weights` and `macs`, how many by "W4A4", "W4A32" (inputs in float32) and "float"; `other_parameters`, of
-        normalisation, biases and the like; `bytes_before` and `bytes_after`, of all parameters and buffers of the float
-        and of the packed model; `compression`, the first by the second; `macs_quantized`, share of all that are known.
+        normalisation, biases and the like; `bytes_before` and `bytes_after`, of all parameters and
+        persistent buffers of the float and of the packed model, tied ones once; `compression`, the first by the second; `macs_quantized`, share of all that are known.
         `macs` and `macs_quantized` are None without a batch. Products inside attention are not counted.
     """
 
@@ -198,8 +198,8 @@ def _totals(
     modules = kept_modules(model).values()
     in_float = {id(value): value for module in modules for value in module.parameters(recurse=False) if value.ndim >= 2}
     weights["float"] = sum(value.numel() for value in in_float.values())
-    inside = {id(value) for found in measured for value in _tensors(found.layer)}
-    outside = [value for value in _tensors(model) if id(value) not in inside]
+    inside = {id(value) for found in measured for value in saved_tensors(found.layer)}
+    outside = [value for value in saved_tensors(model) if id(value) not in inside]
     other = sum(value.numel() for value in model.parameters() if id(value) not in inside | in_float.keys())
     other += sum(found.shape[0] for found in measured if _has_bias(found.layer))
     sizes = [_sizes(found) for found in measured]
@@ -225,15 +225,11 @@ def _sizes(found: Measurement) -> tuple[int, int]:
     layer = found.layer
     if found.packed:
         before = (found.parameters + (found.shape[0] if layer.has_bias else 0)) * found.dtype.itemsize
-        return before, _size(_tensors(layer))
+        return before, _size(saved_tensors(layer))
     corrected = layer.bias is not None or layer.w_quant.shift is not None
     bias = found.shape[0] * found.dtype.itemsize if corrected else 0
-    bounds = 0 if found.a_quant is None else _size(_tensors(found.a_quant))
+    bounds = 0 if found.a_quant is None else _size(saved_tensors(found.a_quant))
     return _size(layer.parameters(recurse=False)), found.bytes + bias + bounds
-
-
-def _tensors(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
 
 
 def _size(tensors: Any) -> int:
