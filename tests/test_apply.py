@@ -6,10 +6,12 @@ import pytest
 import torch
 from models import images, small_net, small_timm
 from torch import nn
+from torch.nn.utils import prune
 
 import hf_daq
 from hf_daq import DaqConfig
 from hf_daq.errors import CalibrationError, ConfigError, ModelError
+from hf_daq.model.roles import computed_weights
 from hf_daq.nn.layers import DaqConv2d, DaqLinear, quantized_layers
 
 
@@ -83,6 +85,82 @@ def test_what_does_not_fit_is_refused_and_the_model_stays_as_it_was(arguments, e
     with pytest.raises(error, match=message):
         hf_daq.apply_daq(model, **arguments)
     assert (str(model), list(model.state_dict())) == before
+
+
+def spectral(layer):
+    return nn.utils.parametrizations.spectral_norm(layer)
+
+
+def parametrized(layer):
+    class Symmetric(nn.Module):
+        def forward(self, weight):
+            return weight.flip(0) + weight
+
+    nn.utils.parametrize.register_parametrization(layer, "weight", Symmetric())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize(
+    ("change", "call"),
+    [
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), r"utils.prune.remove\(layer, 'weight'\)"),
+        (lambda layer: prune.random_unstructured(layer, "bias", 2), r"utils.prune.remove\(layer, 'bias'\)"),
+        (nn.utils.weight_norm, r"utils.remove_weight_norm\(layer, 'weight'\)"),
+        (nn.utils.spectral_norm, r"utils.remove_spectral_norm\(layer, 'weight'\)"),
+        (nn.utils.parametrizations.weight_norm, "remove_parametrizations"),
+        (spectral, "remove_parametrizations"),
+        (nn.utils.parametrizations.orthogonal, "remove_parametrizations"),
+        (parametrized, "remove_parametrizations"),
+    ],
+)
+def test_a_weight_that_is_computed_from_others_is_refused_with_the_call_that_ends_it(change, call):
+    model = small_net()
+    change(model.hidden)
+    with pytest.raises(ModelError, match=f"layer 'hidden' computes its weight or bias.*{call}"):
+        hf_daq.apply_daq(model, bits=4)
+    assert not quantized_layers(model)
+    hf_daq.apply_daq(model, bits=4, modules_to_not_convert=["hidden"])
+    assert "hidden" not in model.daq_config.layers
+    exec(f"import torch; {computed_weights(model)['hidden']}", {"layer": model.hidden})
+    hf_daq.apply_daq(hf_daq.remove_daq(model), bits=4)
+    assert type(model.hidden) is DaqLinear
+
+
+def test_a_model_without_shapes_is_refused():
+    with pytest.raises(ModelError, match=r"'0.weight' has no shape yet; run one forward first"):
+        hf_daq.apply_daq(nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4)), bits=4)
+
+
+def test_what_was_frozen_before_stays_frozen():
+    model = small_net()
+    model.conv.requires_grad_(False)
+    model.hidden.bias.requires_grad_(False)
+    calibrated(model, bits=4)
+    assert not any(parameter.requires_grad for parameter in model.conv.parameters())
+    assert all(parameter.requires_grad for parameter in model.hidden.w_quant.parameters())
+
+
+@pytest.mark.parametrize("again", [lambda m: m.load_state_dict(m.state_dict()), copy.deepcopy], ids=["load", "copy"])
+@pytest.mark.parametrize("frozen", ["", "lower", "a_quant", "conv"])
+def test_what_the_user_froze_stays_frozen(again, frozen):
+    model = calibrated(small_net(), bits=4)
+    names = [name for name, _ in model.named_parameters() if frozen in name]
+    for name in names:
+        model.get_parameter(name).requires_grad_(False)
+    want = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    found = again(model)
+    found = found if isinstance(found, nn.Module) else model
+    assert {name: parameter.requires_grad for name, parameter in found.named_parameters()} == want
+
+
+def test_a_bound_that_was_fixed_at_zero_learns_once_it_is_not():
+    model = calibrated(small_net(), bits=4)
+    assert not model.conv.a_quant.lower.requires_grad
+    model.load_state_dict(model.state_dict() | {"conv.a_quant.lower": torch.tensor([-1.0])})
+    assert model.conv.a_quant.lower.requires_grad
+    model.load_state_dict(model.state_dict() | {"conv.a_quant.lower": torch.tensor([0.0])})
+    model.requires_grad_(False).load_state_dict(model.state_dict() | {"conv.a_quant.lower": torch.tensor([-1.0])})
+    assert not model.conv.a_quant.lower.requires_grad
 
 
 def test_tied_weights_stay_in_full_precision():

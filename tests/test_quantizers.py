@@ -166,3 +166,33 @@ def test_autocast_and_half_weights_are_computed_in_float32():
         half = quantizer(weight)
     assert half.dtype == torch.bfloat16
     assert torch.equal(half, quantizer(weight.float()).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("values", "calibrated"),
+    [
+        ((-1.0, 1.0, 0.5), True),
+        ((-1.0, 1.0, -0.5), False),
+        ((-1.0, 1.0, 0.0), False),
+        ((0.0, 0.0, 0.0), False),
+        ((-1.0, torch.inf, 1.0), False),
+    ],
+)
+def test_memory_that_nobody_has_set_is_no_calibration(values, calibrated):
+    with torch.device("meta"):
+        quantizer = WeightQuantizer(4, (6, 20))
+    quantizer.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter, value in zip((quantizer.lower, quantizer.upper, quantizer.scale), values, strict=True):
+            parameter.fill_(value)
+    assert quantizer.calibrated is calibrated
+    quantizer.load_state_dict({}, strict=False)
+    assert quantizer.calibrated is calibrated
+
+
+def test_a_scale_of_either_sign_loads():
+    quantizer = WeightQuantizer(4, (6, 20))
+    quantizer.load_state_dict(
+        {"lower": torch.tensor([-1.0]), "upper": torch.tensor([1.0]), "scale": torch.tensor([-1.0])}
+    )
+    assert quantizer.calibrated

@@ -147,6 +147,11 @@ def test_layer_types_without_a_quantized_form_are_reported():
     }
 
 
+@pytest.mark.parametrize("name", ["shvit_s1", "efficientvit_m0", "levit_128s", "test_vit"])
+def test_a_network_without_a_head_has_a_plan(name):
+    assert set(kept(on_meta(name, num_classes=0)).values()) >= {"first layer"}
+
+
 def layer_of(kind):
     torch.manual_seed(0)
     if issubclass(kind, nn.Linear):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError, CheckpointError
 from ..nn.layers import QuantizedLayer
+from ..nn.leaf import ONLOAD
 from ..nn.packed import PackedLayer, daq_layers, packed_layers
 from ..nn.quantizers import is_shard
 from ..version import __version__
@@ -123,6 +124,8 @@ def check_values(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
             "the model is sharded; gather its tensors on every rank and save them on the main one: state_dict = "
             "accelerator.get_state_dict(model), then save_pretrained(model, directory, state_dict=state_dict)"
         )
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise CheckpointError(f"the model is offloaded; {ONLOAD}")
     for name, layer in daq_layers(model).items():
         if isinstance(layer, QuantizedLayer) and not layer.calibrated:
             raise CalibrationError(f"layer {name!r} is not calibrated; run hf_daq.calibrate(model) before saving")

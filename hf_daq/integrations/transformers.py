@@ -292,7 +292,7 @@ def _check_loaded(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
         if problem:
             raise CheckpointError(problem)
         for quantizer in layer.quantizers.values():
-            quantizer.finish()
+            quantizer.finish(loaded=True)
 
 
 if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:

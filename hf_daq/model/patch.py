@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import DaqConfig
+from ..config import DaqConfig, pattern_matches
 from ..errors import CalibrationError, ModelError
 from ..nn.init import start_from_weight
 from ..nn.layers import QuantizedLayer, StandardizedConv, quantize_layer, quantized_layers, restore_layer
+from ..nn.leaf import ONLOAD
 from ..nn.packed import PackedLayer, daq_layers, pack_layer, packed_layers, unpack_layer
 from ..nn.quantizers import is_shard
 from .guards import ORDER, refuse_wrapped, watch
 from .plan import plan
+from .roles import computed_weights
 
 _WRAPPERS = (
     "DistributedDataParallel",
@@ -30,12 +33,17 @@ def patch(model: nn.Module, config: DaqConfig) -> None:
     """Give the planned layers their quantized classes (or packed ones), with quantizers without values, and keep
     the resolved config as `model.daq_config`. The model may be on the meta device. On an error it is left as it was."""
     _check_float_model(model)
+    _check_computed_weights(model, config)
     planned = plan(model, config)
     if not planned.quantized:
         raise ModelError(f"nothing to quantize in {type(model).__name__}:\n{planned}")
     for name, row in planned.quantized.items():
         assert row.weight_bits is not None
-        quantize_layer(model.get_submodule(name), name, config, row.weight_bits, row.activation_bits)
+        layer: Any = model.get_submodule(name)
+        quantize_layer(layer, name, config, row.weight_bits, row.activation_bits)
+        if not layer.weight.requires_grad:
+            for quantizer in layer.quantizers.values():
+                quantizer.requires_grad_(False)
     if config.packed:
         for layer in quantized_layers(model).values():
             pack_layer(layer, values=False)
@@ -112,6 +120,8 @@ def pack_layers(model: nn.Module) -> None:
             raise ModelError("the model is sharded; gather and save it, open it again, then pack it")
         if not layer.calibrated:
             raise CalibrationError(f"layer {name!r} is not calibrated: there are no codes yet")
+        if layer.weight.is_meta:
+            raise ModelError(f"the model is offloaded; {ONLOAD}")
     for layer in layers.values():
         pack_layer(layer)
     model.daq_config = config.replace(packed=True)
@@ -157,10 +167,29 @@ def _check_float_model(model: nn.Module) -> None:
     if daq_layers(model) or hasattr(model, "daq_config"):
         raise ModelError("the model is already quantized; hf_daq.remove_daq(model) first to choose other bits")
     for parameter_name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise ModelError(
+                f"parameter {parameter_name!r} has no shape yet; run one forward first: model(batch), then apply_daq"
+            )
         if type(parameter) is not nn.Parameter or is_shard(parameter):
             raise ModelError(
                 f"parameter {parameter_name!r} is a {type(parameter).__name__}: the model is sharded or already "
                 f"quantized by another library; apply_daq on the plain float model. The order is: {ORDER}"
+            )
+
+
+def _check_computed_weights(model: nn.Module, config: DaqConfig) -> None:
+    skipped = [*config.modules_to_not_convert, *(rule["pattern"] for rule in config.rules if rule.get("skip"))]
+    for name, call in computed_weights(model).items():
+        if config.layers is not None:
+            kept = name not in config.layers
+        else:
+            kept = any(pattern_matches(pattern, name) for pattern in skipped)
+        if not kept:
+            raise ModelError(
+                f"layer {name!r} computes its weight or bias from other parameters; before apply_daq write {call}, with "
+                f"layer = model.get_submodule({name!r}), or keep it in full precision: "
+                f"DaqConfig(..., modules_to_not_convert=[{name!r}])"
             )
 
 

@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..nn.layers import LAYER_TYPES
 
@@ -23,6 +24,9 @@ def weight_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules that own a weight of two or more dimensions: convolutions, linear layers, and all that resembles them,
     such as the experts of a mixture, which transformers keeps in parameters of three dimensions."""
     for name, module in model.named_modules():
+        if issubclass(type(module), tuple(LAYER_TYPES)) and parametrize.is_parametrized(module, "weight"):
+            yield name, module
+            continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim >= 2 and (
                 "weight" in parameter_name or (parameter.ndim >= 3 and min(parameter.shape) > 1)
@@ -59,7 +63,11 @@ def _outer_of_timm(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, 
     last = _below(names, _as_names(config.get("classifier")))
     get_classifier = getattr(model, "get_classifier", None)
     if callable(get_classifier):
-        heads = [id(module) for head in _flatten(get_classifier()) for module in head.modules()]
+        try:
+            found = get_classifier()
+        except AttributeError:  # what some networks of timm raise where they have no head
+            found = None
+        heads = [id(module) for head in _flatten(found) for module in head.modules()]
         last += [name for name, module in layers.items() if id(module) in heads and name not in last]
     elif not config:
         last = names[-1:]
@@ -127,6 +135,29 @@ def tied_layers(model: nn.Module) -> dict[str, str]:
             if one.endswith(".weight"):
                 tied[one.removesuffix(".weight")] = f"shares its weight with {other.removesuffix('.weight')}"
     return tied
+
+
+def computed_weights(model: nn.Module) -> dict[str, str]:
+    """Layers whose weight or bias is no Parameter but computed from others, as pruning and normalisation of weights do it, with
+    the call that makes it one again."""
+    found = {}
+    for name, module in model.named_modules():
+        if issubclass(type(module), tuple(LAYER_TYPES)):
+            for key in ("weight", "bias"):
+                if call := _call_to_undo(module, key):
+                    found[name] = call
+    return found
+
+
+def _call_to_undo(module: nn.Module, key: str) -> str | None:
+    if parametrize.is_parametrized(module, key):
+        return f"torch.nn.utils.parametrize.remove_parametrizations(layer, {key!r})"
+    if f"{key}_g" in module._parameters:
+        return f"torch.nn.utils.remove_weight_norm(layer, {key!r})"
+    if f"{key}_orig" not in module._parameters:
+        return None
+    pruned = f"{key}_mask" in module._buffers
+    return f"torch.nn.utils.{'prune.remove' if pruned else 'remove_spectral_norm'}(layer, {key!r})"
 
 
 def _read_directly(module: nn.Module) -> frozenset[str]:

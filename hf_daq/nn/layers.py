@@ -15,16 +15,18 @@ import timm.layers
 import torch
 import torch.nn.functional as F
 from timm.layers.padding import pad_same
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..config import DaqConfig
 from ..errors import CalibrationError
 from .functional import node_of, recomputed
+from .leaf import Leaf, traced
 from .quantizers import ActivationQuantizer, WeightQuantizer, is_shard
 
 
-class QuantizedLayer(nn.Module):
+class QuantizedLayer(Leaf):
     """Quantizes input and weight, then does what the float layer does.
 
     w_quant: `WeightQuantizer`. a_quant: `ActivationQuantizer`, or None for weights only. daq_name: the module's name in
@@ -73,6 +75,8 @@ class QuantizedLayer(nn.Module):
         return self.w_quant.calibrated and (self.a_quant is None or self.a_quant.calibrated)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, torch.fx.Proxy):
+            return traced(self, x)  # type: ignore[no-any-return]
         if not self.calibrated:
             raise CalibrationError(
                 f"layer {self.daq_name!r} is not calibrated; before the first forward write\n"
@@ -256,6 +260,7 @@ LAYER_TYPES: dict[type[nn.Module], type[QuantizedLayer]] = {
 }
 for _float_type, _quantized_type in LAYER_TYPES.items():
     _quantized_type.float_class = _float_type
+    register_notrace_module(_quantized_type)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

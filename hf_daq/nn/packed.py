@@ -7,16 +7,18 @@ import math
 from typing import Any, ClassVar
 
 import torch
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..config import DaqConfig
 from .bitpack import pack_bits, packed_size, unpack_bits
 from .functional import dequantize_weight
 from .layers import LAYER_TYPES, QuantizedLayer, quantize_layer
+from .leaf import Leaf, traced
 from .quantizers import ActivationQuantizer
 
 
-class PackedLayer(nn.Module):
+class PackedLayer(Leaf):
     """Quantizes its input, then does what the float layer does with the weight that its codes mean.
 
     weight_codes: uint8, shape (bytes,): the codes q of the weight, in C order, as `bitpack` lays them out.
@@ -41,6 +43,8 @@ class PackedLayer(nn.Module):
     daq_name: str
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, torch.fx.Proxy):
+            return traced(self, x)  # type: ignore[no-any-return]
         if self.a_quant is not None:
             x = self.a_quant(x)
         output: Tensor = self.quantized_class.compute(self, x, self.quantized_weight(x.dtype), self.bias)
@@ -84,6 +88,8 @@ def _packed_class(quantized_class: Any) -> type[PackedLayer]:
 
 
 PACKED_TYPES = {quantized: _packed_class(quantized) for quantized in LAYER_TYPES.values()}
+for _packed_type in PACKED_TYPES.values():
+    register_notrace_module(_packed_type)
 globals().update({packed.__name__: packed for packed in PACKED_TYPES.values()})
 
 

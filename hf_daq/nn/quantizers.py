@@ -62,16 +62,23 @@ class Quantizer(nn.Module):
             self.finish()
         return self._calibrated
 
-    def finish(self) -> None:
+    def finish(self, loaded: bool = False) -> None:
         """Take note of values that were just written to the parameters. Those of a sharded quantizer were noted before it
-        was sharded, and a look at them would wait for the other processes."""
+        was sharded, and a look at them would wait for the other processes.
+
+        Args:
+            loaded: the values come from a state dict, where training may have turned the sign of a scale, which means
+                nothing. In memory that nobody has set, as after `to_empty`, such a scale tells that it has no values.
+        """
         if not self.lower.is_meta and not is_shard(self.lower):
             values = torch.cat([parameter.detach().float() for parameter in self.parameters()])
-            self._calibrated = bool(values.isfinite().all() and (self.lower < self.upper).all())
+            scale = self._parameters.get("scale")
+            positive = scale is None or loaded or bool((scale > 0).all())
+            self._calibrated = positive and bool(values.isfinite().all() and (self.lower < self.upper).all())
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.finish()
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.finish(loaded=f"{prefix}scale" in state_dict)
 
     def result_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype of x; under autocast the one to which the layer would cast the result anyway."""
@@ -244,11 +251,16 @@ class ActivationQuantizer(Quantizer):
         super().__init__(bits, 1, rounding, gamma, sigma, temperature, device)
         self.signed = True
 
-    def finish(self) -> None:
-        super().finish()
+    def finish(self, loaded: bool = False) -> None:
+        super().finish(loaded)
         if self._calibrated and not is_shard(self.lower):
-            self.signed = bool(self.lower != 0)
-            self.lower.requires_grad_(self.signed)
+            was_fixed, self.signed = not self.signed, bool(self.lower != 0)
+            if not self.signed:
+                self.lower.requires_grad_(False)
+            elif (
+                was_fixed
+            ):  # a bound that was fixed at zero learns again if the other one does; what a user froze stays so
+                self.lower.requires_grad_(self.upper.requires_grad)
 
     @property
     def span(self) -> Tensor:

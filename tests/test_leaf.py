@@ -1,0 +1,66 @@
+"""Other tools see a quantized or packed layer as one leaf."""
+
+import accelerate
+import pytest
+import torch
+from models import images, quantized_timm
+from timm.models import get_notrace_modules
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import hf_daq
+from hf_daq.errors import CheckpointError, ModelError
+from hf_daq.nn.layers import LAYER_TYPES
+from hf_daq.nn.packed import PACKED_TYPES
+
+KINDS = {"quantized": lambda: quantized_timm(bits=8), "packed": lambda: hf_daq.pack(quantized_timm(bits=8))}
+
+
+def test_timm_does_not_trace_into_any_of_them():
+    assert {*LAYER_TYPES.values(), *PACKED_TYPES.values()} <= set(get_notrace_modules())
+
+
+@pytest.mark.parametrize("options", [{}, {"tracer_kwargs": {"leaf_modules": get_notrace_modules()}}])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_feature_extractor_gives_what_the_model_computes(kind, options):
+    model, seen = KINDS[kind](), []
+    model.layer2.register_forward_hook(lambda _, __, output: seen.append(output))
+    want = model(images(2, 64))
+    extractor = create_feature_extractor(model, ["layer2"], **options)
+    assert torch.equal(extractor(images(2, 64))["layer2"], seen[0])
+    graph = torch.fx.symbolic_trace(model)
+    assert torch.equal(graph(images(2, 64)), want)
+    assert "layer1.0.conv1" in {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+
+
+@pytest.mark.parametrize("limit", range(300, 1400, 100))
+@pytest.mark.filterwarnings("ignore")
+def test_the_parts_of_a_layer_stay_on_one_device(limit):
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
+    hf_daq.apply_daq(model, weight_bits=8, first_last_bits=8)
+    found = accelerate.infer_auto_device_map(model, max_memory={0: limit, "cpu": 10**6})
+    assert set(found) <= {"", "0", "1", "2"}
+    assert all(not child.training for child in model.eval().modules())
+    assert all(parameter.dtype == torch.float64 for parameter in model.double().parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_offloaded_layers_compute_what_they_did_and_are_refused_where_their_weights_are_needed(kind, tmp_path):
+    model = KINDS[kind]()
+    want = model(images(2, 64))
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with torch.no_grad():
+        assert torch.equal(model(images(2, 64)), want)
+    with pytest.raises(CheckpointError, match="remove_hook_from_submodules"):
+        hf_daq.save_pretrained(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    if kind == "quantized":
+        with pytest.raises(ModelError, match="remove_hook_from_submodules"):
+            hf_daq.pack(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
+def test_scripting_is_refused(kind):
+    with pytest.raises(ModelError, match=r"torch.jit.script cannot compile.*hf_daq.export_onnx"):
+        torch.jit.script(KINDS[kind]())
