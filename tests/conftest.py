@@ -12,13 +12,13 @@ import pytest
 @pytest.fixture
 def kernels(monkeypatch):
     """`kernels(True)`: compiled kernels for tensors of any size. `kernels(False)`: none."""
-    from hf_daq.nn import functional
+    from hf_daq.nn import kernels
 
     def choose(compiled):
-        monkeypatch.setattr(functional, "_FEW", 0)
-        monkeypatch.setattr(functional, "available", lambda device: compiled)
+        monkeypatch.setattr(kernels, "_FEW", 0)
+        monkeypatch.setattr(kernels, "available", lambda device: compiled)
 
     yield choose
-    for kernels in (functional._forward_kernels, functional._backward_kernels):
-        for kernel in kernels.found.values():
+    for compiled in (kernels._forward_kernels, kernels._backward_kernels):
+        for kernel in compiled.found.values():
             assert type(kernel) is not FunctionType, "compiling failed"

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_daq.nn import functional
-from hf_daq.nn.functional import quantize_activation, quantize_weight, round_half_down_
+from hf_daq.nn import kernels as compiling
+from hf_daq.nn.formula import round_half_down_
+from hf_daq.nn.functional import quantize_activation, quantize_weight
 
 SETTINGS = [(2.0, 1.0), (2.0, 2.0), (1.0, 0.5), (4.0, 5.0), (0.3, 1.3)]
 
@@ -253,9 +254,9 @@ def test_other_bits_gamma_and_sigma_need_no_other_kernel(kernels):
     kernels(True)
     bounds = torch.tensor([-1.0]), torch.tensor([1.0])
     quantize_activation(torch.randn(300).requires_grad_(), *bounds, bits=3).sum().backward()
-    before = [len(kernels_.found) for kernels_ in (functional._forward_kernels, functional._backward_kernels)]
+    before = [len(kernels_.found) for kernels_ in (compiling._forward_kernels, compiling._backward_kernels)]
     for bits, size, gamma in [(1, 7, 2.0), (8, 4001, 1.0), (5, 100000, 0.5)]:
         x = torch.randn(size).requires_grad_()
         quantize_activation(x, *bounds, bits=bits, gamma=gamma, sigma=gamma).sum().backward()
-    after = [len(kernels_.found) for kernels_ in (functional._forward_kernels, functional._backward_kernels)]
+    after = [len(kernels_.found) for kernels_ in (compiling._forward_kernels, compiling._backward_kernels)]
     assert after == before

@@ -84,15 +84,15 @@ def test_small_tensors_and_other_compilations_do_without(monkeypatch):
         raise AssertionError("compiled")
 
     monkeypatch.setattr(compiling.Kernels, "__call__", refuse)
-    monkeypatch.setattr(hf_daq.nn.functional, "available", lambda device: True)
+    monkeypatch.setattr(compiling, "available", lambda device: True)
     model = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 300), nn.Linear(300, 300))
     hf_daq.apply_daq(model, bits=3)
     x = torch.randn(4, 300)
     with pytest.raises(AssertionError, match="compiled"), hf_daq.calibrate(model):
         model(x)
-    monkeypatch.setattr(hf_daq.nn.functional, "_FEW", 10**6)
+    monkeypatch.setattr(compiling, "_FEW", 10**6)
     with hf_daq.calibrate(model):
         model(x)
     model(x).sum().backward()
-    monkeypatch.setattr(hf_daq.nn.functional, "_FEW", 0)
+    monkeypatch.setattr(compiling, "_FEW", 0)
     torch.compile(model, backend="eager", fullgraph=True)(x).sum().backward()

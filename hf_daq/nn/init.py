@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .functional import round_half_down_
+from .formula import round_half_down_
 from .quantizers import WeightQuantizer
 
 # Values outside the bounds get no gradient, so of all bounds whose squared error is within this share of the smallest,

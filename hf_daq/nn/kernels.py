@@ -1,4 +1,6 @@
-"""Kernels: functions of tensors compiled by torch's inductor, where there is a compiler."""
+"""Where and how the formula runs: compiled by torch's inductor, as one pass over memory; or eagerly, where nothing can be
+compiled or it does not pay. On the CPU both give the same values, bit for bit; gradients differ in the last bits.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .formula import Constants, Learned, Rows, Soft, gradients, quantize, rows_of
+
 logger = logging.getLogger("hf_daq")
+_FEW, _MANY = 2**16, 2**31  # elements between which tensors go to a compiled kernel
 _said: list[str] = []
 
 
@@ -85,3 +90,126 @@ def _say(text: str) -> None:
     if text not in _said and os.environ.get("LOCAL_RANK", "0") == "0":
         _said.append(text)
         logger.warning(text)
+
+
+def _forward(
+    x: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    scale: Any,
+    offset: Any,
+    unit: Any,
+    constants: Any,
+    soft: Soft,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The quantized tensor, and its `Rows` stacked for `_backward`."""
+    constants = _named(constants)
+    stack = torch.stack(rows_of(lower, upper, scale, offset, unit, constants))
+    return quantize(x, Rows(*_beside(stack, x).unbind()), constants, soft, dtype), stack
+
+
+def _backward(
+    x: Tensor, grad: Tensor, stack: Tensor, constants: Any, rounding: str, soft: Soft, needs_outer: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x, and `Learned` stacked."""
+    rows, wide = Rows(*stack.unbind()), Rows(*_beside(stack, x).unbind())
+    of_x, learned = gradients(x, grad, rows, wide, _named(constants), rounding, soft, needs_outer)
+    return of_x, torch.stack(learned)
+
+
+def _named(constants: Any) -> Constants:
+    """A compiled kernel gets them as one tensor."""
+    return Constants(*constants.unbind()) if isinstance(constants, Tensor) else constants
+
+
+def _beside(stack: Tensor, x: Tensor) -> Tensor:
+    """Each row, broadcastable to x."""
+    return stack if stack.shape[1] == 1 else stack.view(*stack.shape, *(1,) * (x.ndim - 1))
+
+
+_forward_kernels, _backward_kernels = Kernels(_forward), Kernels(_backward)
+
+
+def run_forward(
+    x: Tensor, values: tuple[Any, ...], constants: Constants, soft: Soft, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`_forward`, compiled where it pays. `values`: lower, upper, scale, offset, unit."""
+    if not _compiles(x, values[0], soft):
+        lower, upper, scale, offset, unit = values
+        return _forward(x, lower, upper, scale, offset, unit, constants, soft, dtype)
+    layout = _Layout(x, values[0])
+    absent = _on((1.0,), x.device)
+    present = (absent if value is None else value.detach() for value in values)
+    tensors = layout.flat(x), *present, _on(constants, x.device)
+    flat, stack = _forward_kernels(tensors, (None, dtype), layout.shapes("x", "row", "row", "row", "row", "row"))
+    return layout.unflat(flat), stack
+
+
+def run_backward(
+    x: Tensor, grad: Tensor, stack: Tensor, constants: Constants, rounding: str, soft: Soft, needs_outer: bool
+) -> tuple[Tensor, Learned]:
+    """`_backward`, compiled where it pays."""
+    if not _compiles(x, stack, soft):
+        of_x, learned = _backward(x, grad, stack, constants, rounding, soft, needs_outer)
+        return of_x, Learned(*learned.unbind())
+    layout = _Layout(x, stack[0])
+    tensors = layout.flat(x), layout.flat(grad), stack, _on(constants, x.device)
+    # The outer sum, wanted or not: it costs little in the same pass, and one kernel serves all.
+    flat, learned = _backward_kernels(tensors, (rounding, None, True), layout.shapes("x", "x", "rows"))
+    return layout.unflat(flat), Learned(*learned.unbind())
+
+
+def _compiles(x: Tensor, value: Tensor, soft: Soft) -> bool:
+    """Whether the compiled kernels serve: many elements and float32 arithmetic. In somebody else's compilation the eager
+    form fuses with its neighbours, and a trace shows it."""
+    return (
+        not torch.compiler.is_compiling()
+        and soft is None
+        and _FEW < x.numel() < _MANY
+        and value.dtype == torch.float32
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
+        and available(x.device.type)
+    )
+
+
+class _Layout:
+    """A dense tensor as its elements lie in memory: shape (numel,), or (rows, numel / rows) with bounds for each row."""
+
+    def __init__(self, x: Tensor, value: Tensor) -> None:
+        self.per_row = value.numel() > 1
+        self.shape = (len(x), -1) if self.per_row else (-1,)
+        self.order = None
+        self.ordered = x.shape
+        if not x.is_contiguous():
+            strides = x.stride()
+            self.order = sorted(range(x.ndim), key=lambda dim: (dim > 0 or not self.per_row, -strides[dim], dim))
+            self.ordered = torch.Size(x.shape[dim] for dim in self.order)
+
+    def flat(self, tensor: Tensor) -> Tensor:
+        """The elements in this order; copied if they lie in another one, or with gaps."""
+        tensor = tensor.detach()
+        return (tensor if self.order is None else tensor.permute(self.order)).reshape(self.shape).contiguous()
+
+    def unflat(self, flat: Tensor) -> Tensor:
+        tensor = flat.view(self.ordered)
+        if self.order is None:
+            return tensor
+        return tensor.permute(sorted(range(len(self.order)), key=self.order.__getitem__))
+
+    def shapes(self, *names: str) -> tuple[tuple[int, ...], ...]:
+        """Of tensors and the constants, to compile with: no two sizes by chance equal."""
+        shapes = _PER_ROW if self.per_row else _PER_TENSOR
+        return (*(shapes[name] for name in names), (len(Constants._fields),))
+
+
+_FIELDS = len(Rows._fields)
+_PER_TENSOR: dict[str, tuple[int, ...]] = {"x": (2**20 - 3,), "row": (1,), "rows": (_FIELDS, 1)}
+_PER_ROW: dict[str, tuple[int, ...]] = {"x": (521, 1031), "row": (521,), "rows": (_FIELDS, 521)}
+
+
+@cache
+def _on(values: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device)
