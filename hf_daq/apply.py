@@ -49,7 +49,7 @@ def remove_daq(model: nn.Module, weights: Literal["float", "quantized"] = "float
             of activations is lost.
 
     Raises:
-        ModelError: the model is not quantized, or a layer standardises its weight in the forward, so that quantized
+        ModelError: the model is not quantized, or a layer standardizes its weight in the forward, so that quantized
             values cannot be stored in it.
         CalibrationError: `weights="quantized"` before calibration.
     """
@@ -83,7 +83,7 @@ def unpack(model: nn.Module) -> nn.Module:
     """Inverse of `pack`, in place: a model that can be trained, whose float weights are the values they were rounded to.
 
     Raises:
-        ModelError: not packed, or a layer standardises its weight in the forward, so that its codes are no weights to
+        ModelError: not packed, or a layer standardizes its weight in the forward, so that its codes are no weights to
         train. The model is then left as it was.
     """
     unpack_layers(model)

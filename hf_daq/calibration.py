@@ -46,7 +46,7 @@ def calibrate(model: nn.Module, *, check: bool = True) -> Iterator[nn.Module]:
     is reached on some rank. The inputs given to the model are kept until the end. If the body raises, the quantizers
     stay as they were.
 
-    Batch normalisation uses its running statistics here. A network that was never trained has none worth the name: give
+    Batch normalization uses its running statistics here. A network that was never trained has none worth the name: give
     it some forwards in training mode first.
 
     Args:

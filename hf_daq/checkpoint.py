@@ -26,8 +26,8 @@ from .files.header import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     described_config,
-    is_of_timm,
-    is_of_transformers,
+    describes_timm_model,
+    describes_transformers_model,
     read_agreeing_header,
     read_description,
     read_header,
@@ -202,7 +202,7 @@ def from_pretrained(
         options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         directory = hub.download(str(path_or_repo), **options)
     description = read_description(directory)
-    if model is None and is_of_transformers(description):
+    if model is None and describes_transformers_model(description):
         from .integrations import transformers as hub_transformers
 
         return hub_transformers.open_checkpoint(directory, description, **kwargs)
@@ -210,7 +210,7 @@ def from_pretrained(
     weights = directory / WEIGHTS_NAME
     if model is not None:
         return _load_into(model, config, weights)
-    if not is_of_timm(description):
+    if not describes_timm_model(description):
         raise CheckpointError(
             f"{directory} holds a {description.get('architecture')}, which is neither a timm nor a transformers model; "
             "build it and write hf_daq.from_pretrained(path, model=model)"

@@ -175,7 +175,7 @@ class DaqConfig:
 
     @classmethod
     def paper(cls, bits: int | None = None, **kwargs: Any) -> DaqConfig:
-        """The settings of the paper: standardised weights with bounds at +-3, activation bounds at 3 standard
+        """The settings of the paper: standardized weights with bounds at +-3, activation bounds at 3 standard
         deviations, per tensor, no bias correction, gamma 2, sigma 1 for weights and 2 for activations. Arguments as
         `DaqConfig`."""
         inits = {"weight_normalization": "standardize", "weight_init": "3std", "activation_init": "3std"}

@@ -19,7 +19,7 @@ from .config import check_bits, did_you_mean
 from .errors import CalibrationError, ConfigError, ModelError
 from .nn.functional import quantize_activation
 from .nn.packed import daq_layers
-from .report.histograms import BIN_WIDTH, Histogram, bin_edges, of_inputs, of_weight
+from .report.histograms import BIN_WIDTH, Histogram, bin_edges, input_histograms, weight_histogram
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 _MOST_PANELS = 12
 _MOST_DRAWN_BITS = 5  # up to which single codes and thresholds can be told apart
 _ROUNDINGS = ("daq", "ste", "soft")
-# The colours of Okabe and Ito, which all kinds of eyes tell apart.
+# The colors of Okabe and Ito, which all kinds of eyes tell apart.
 _BLUE, _RED, _GREEN, _ORANGE, _PURPLE, _SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
-_BLACK, _DARK, _GREY, _LIGHT, _PALE_BLUE = "#000000", "#555555", "#8C8C8C", "#E5E5E5", "#BFD7EA"
+_BLACK, _DARK, _GRAY, _LIGHT, _PALE_BLUE = "#000000", "#555555", "#8C8C8C", "#E5E5E5", "#BFD7EA"
 _SMALL, _TEXT, _TITLE = 8, 9, 11  # points
 
 
@@ -57,7 +57,7 @@ def weight_histogram(model: nn.Module, layers: Iterable[str] | str | None = None
     """
     everything = daq_layers(model)
     names = _chosen(everything, layers, columns, "weight_histogram", "quantized layer")
-    panels = [of_weight(name, everything[name]) for name in names]
+    panels = [weight_histogram(name, everything[name]) for name in names]
     what = "Codes of packed weights" if all(panel.bins is None for panel in panels) else "Float weights and their codes"
     return _histograms(panels, f"{what}, {_share(names, everything)}", "weights", columns, log=False)
 
@@ -84,7 +84,7 @@ def input_histogram(
     if quantized and not everything:
         raise ModelError("input_histogram: all inputs are in float here; DaqConfig(activation_bits=8) quantizes them")
     names = _chosen(everything, layers, columns, "input_histogram", "layer with a quantized input")
-    panels = of_inputs(model, batch, {name: everything[name] for name in names})
+    panels = input_histograms(model, batch, {name: everything[name] for name in names})
     title = f"Layer inputs and their codes, {_share(names, everything)}"
     return _histograms(panels, title, "inputs", columns, log=True)
 
@@ -153,14 +153,21 @@ def _draw_histogram(axis: Axes, panel: Histogram, what: str, log: bool) -> None:
     if panel.bits <= _MOST_DRAWN_BITS:
         for code in range(largest if panel.bins is not None else 0):
             threshold = panel.position(code + 0.5)
-            axis.axvline(threshold, color=_GREY, linewidth=0.7, linestyle=(0, (3, 2)), label="thresholds", zorder=2)
+            axis.axvline(threshold, color=_GRAY, linewidth=0.7, linestyle=(0, (3, 2)), label="thresholds", zorder=2)
         shares = np.where(panel.codes > 0, 100 * panel.codes / total, np.nan if log else 0.0)
-        axis.vlines(panel.levels, 0, shares, color=_BLUE, linewidth=1.5, zorder=3)
-        axis.plot(panel.levels, shares, "o", color=_BLUE, markersize=3.5, label="value and share of a code", zorder=3)
-        shown += [panel.levels[0], panel.levels[-1]]
+        axis.vlines(panel.code_values, 0, shares, color=_BLUE, linewidth=1.5, zorder=3)
+        axis.plot(
+            panel.code_values, shares, "o", color=_BLUE, markersize=3.5, label="value and share of a code", zorder=3
+        )
+        shown += [panel.code_values[0], panel.code_values[-1]]
     elif panel.bins is None:
         axis.plot(
-            panel.levels, 100 * panel.codes / total, ".", color=_BLUE, markersize=2, label="value and share of a code"
+            panel.code_values,
+            100 * panel.codes / total,
+            ".",
+            color=_BLUE,
+            markersize=2,
+            label="value and share of a code",
         )
     if panel.zero is not None:
         axis.axvline(panel.zero, color=_BLACK, linewidth=1.2, linestyle=":", label="zero point", zorder=4)
@@ -239,16 +246,16 @@ def _curves(
     if "daq" in chosen:
         styles = itertools.product(("-", ":", (0, (6, 1))), (_BLUE, _RED, _ORANGE, _PURPLE, _SKY))
         pairs = itertools.product(gammas, sigmas)
-        for (gamma, sigma), (line, colour) in zip(pairs, itertools.cycle(styles), strict=False):
+        for (gamma, sigma), (line, color) in zip(pairs, itertools.cycle(styles), strict=False):
             label = rf"daq, $\gamma$ = {gamma:g}, $\sigma$ = {sigma:g}"
-            yield label, {"rounding": "daq", "gamma": gamma, "sigma": sigma}, {"color": colour, "linestyle": line}
+            yield label, {"rounding": "daq", "gamma": gamma, "sigma": sigma}, {"color": color, "linestyle": line}
     if "ste" in chosen:
         yield "ste", {"rounding": "ste"}, {"color": _DARK, "linestyle": "--"}
     if "soft" in chosen:
-        for sigma, colour in zip(sigmas, itertools.cycle((_GREEN, _PURPLE, _ORANGE, _SKY)), strict=False):
+        for sigma, color in zip(sigmas, itertools.cycle((_GREEN, _PURPLE, _ORANGE, _SKY)), strict=False):
             label = rf"soft, $\sigma$ = {sigma:g}, temperature {temperature:g}"
             options = {"rounding": "soft", "sigma": sigma, "temperature": temperature}
-            yield label, options, {"color": colour, "linestyle": "-."}
+            yield label, options, {"color": color, "linestyle": "-."}
 
 
 def _evaluated(v: Tensor, bits: int, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -289,18 +296,18 @@ def by_depth(summary: Any) -> Figure:
     figure = _figure("Bits and quantization noise by depth", 4.8)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
     depth = np.arange(len(rows))
-    for shift, name, key, colour in (
+    for shift, name, key, color in (
         (-0.2, "weights", "weight_bits", _BLUE),
         (0.2, "inputs", "activation_bits", _ORANGE),
     ):
         bits = [getattr(row, key) or 0 for row in rows]
         if any(bits):
-            upper.bar(depth + shift, bits, width=0.38, color=colour, label=f"bits of {name}")
+            upper.bar(depth + shift, bits, width=0.38, color=color, label=f"bits of {name}")
     upper.set_ylabel("bits", fontsize=_TEXT)
     upper.margins(y=0.15)
     _whole_ticks(upper.yaxis)
-    for name, key, style, colour in (("weights", "weight_sqnr", "o-", _BLUE), ("outputs", "output_sqnr", "s--", _RED)):
-        _draw_decibels(lower, [getattr(row, key) for row in rows], name, style, colour)
+    for name, key, style, color in (("weights", "weight_sqnr", "o-", _BLUE), ("outputs", "output_sqnr", "s--", _RED)):
+        _draw_decibels(lower, [getattr(row, key) for row in rows], name, style, color)
     lower.set_ylabel("signal to quantization\nnoise (dB)", fontsize=_TEXT)
     lower.set_xlim(-0.6, len(rows) - 0.4)
     shown = depth[:: math.ceil(len(rows) / 30)]
@@ -311,20 +318,20 @@ def by_depth(summary: Any) -> Figure:
     return figure
 
 
-def _draw_decibels(axis: Axes, values: list[float | None], name: str, style: str, colour: str) -> None:
+def _draw_decibels(axis: Axes, values: list[float | None], name: str, style: str, color: str) -> None:
     decibels = np.array([math.nan if value is None else value for value in values], dtype=float)
     finite = np.where(np.isfinite(decibels), decibels, math.nan)
     if np.isfinite(finite).any():
-        axis.plot(finite, style, color=colour, markersize=4, linewidth=1.2, label=f"SQNR of {name}")
+        axis.plot(finite, style, color=color, markersize=4, linewidth=1.2, label=f"SQNR of {name}")
     (exact,) = np.isposinf(decibels).nonzero()
     if len(exact):
         at_top: dict[str, Any] = {"transform": axis.get_xaxis_transform(), "clip_on": False}
         label = f"{name}: exact"
-        axis.plot(exact, np.ones(len(exact)), "^", color=colour, markersize=6, label=label, **at_top)
+        axis.plot(exact, np.ones(len(exact)), "^", color=color, markersize=6, label=label, **at_top)
 
 
 def flip_rate(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """Over the steps of training, for each layer, coloured by depth, and for their mean: the share of weights whose code
+    """Over the steps of training, for each layer, colored by depth, and for their mean: the share of weights whose code
     changed, and the share of weights that oscillate between codes.
 
     Args:
@@ -340,14 +347,14 @@ def flip_rate(history: Sequence[Mapping[str, Any]]) -> Figure:
         raise ConfigError("flip_rate: the history is empty; train some steps first, then draw")
     figure = _figure("Codes of weights in training", 4.8)
     axes = figure.subplots(2, 1, sharex=True)
-    colours = _depth_bar(figure, axes, names)
+    colors = _depth_bar(figure, axes, names)
     steps = [entry["step"] for entry in entries]
     parts = (("flip_rate", "weights that changed\ntheir code (%)"), ("oscillating", "weights that\noscillate (%)"))
     for axis, (key, label) in zip(axes, parts, strict=True):
         values = [[entry["layers"].get(name, {}).get(key) for entry in entries] for name in names]
         percent = 100 * np.array(values, dtype=float)  # None becomes NaN
         for number, line in enumerate(percent):
-            axis.plot(steps, line, color=colours(number / max(len(names) - 1, 1)), linewidth=0.8)
+            axis.plot(steps, line, color=colors(number / max(len(names) - 1, 1)), linewidth=0.8)
         known = np.isfinite(percent)
         mean = np.where(known, percent, 0).sum(0) / np.where(known.any(0), known.sum(0), math.nan)
         axis.plot(steps, mean, color=_BLACK, linewidth=2.4, label="mean of layers")
@@ -360,17 +367,17 @@ def flip_rate(history: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _depth_bar(figure: Figure, axes: Any, names: list[str]) -> Any:
-    """A colour bar from the first layer to the last, and its colours."""
+    """A color bar from the first layer to the last, and its colors."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap
 
-    colours = ListedColormap(colormaps["viridis"](np.linspace(0, 0.9, 256)))
-    bar = figure.colorbar(ScalarMappable(cmap=colours), ax=list(axes), aspect=40, pad=0.015)
+    colors = ListedColormap(colormaps["viridis"](np.linspace(0, 0.9, 256)))
+    bar = figure.colorbar(ScalarMappable(cmap=colors), ax=list(axes), aspect=40, pad=0.015)
     bar.set_ticks([0, 1], labels=[_short(names[0], 20), _short(names[-1], 20)])
     bar.ax.tick_params(labelsize=_SMALL, length=0)
     bar.set_label("depth", fontsize=_TEXT, labelpad=-20)
-    return colours
+    return colors
 
 
 # ------------------------------------------------------------------------------------------------------------ shared

@@ -41,7 +41,7 @@ def name_cell(name: str) -> Text:
 
 
 def as_text(renderable: RenderableType, width: int = 0) -> str:
-    """Plain text without colour, as wide as the content, or `width` wide with long cells folded."""
+    """Plain text without color, as wide as the content, or `width` wide with long cells folded."""
     from rich.console import Console
 
     console = Console(file=io.StringIO(), color_system=None, force_terminal=False, legacy_windows=False, width=10_000)

@@ -277,7 +277,7 @@ def test_remove_with_quantized_weights_is_in_the_units_of_the_float_layer():
 
 def test_remove_refuses_what_it_cannot_store():
     model = hf_daq.apply_daq(small_timm("test_nfnet"), bits=4)
-    with pytest.raises(ModelError, match="standardises its weight"):
+    with pytest.raises(ModelError, match="standardizes its weight"):
         hf_daq.remove_daq(model, weights="quantized")
     with pytest.raises(ModelError, match="must be 'float' or 'quantized'"):
         hf_daq.remove_daq(model, weights="codes")

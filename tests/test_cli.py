@@ -84,7 +84,7 @@ def on_terminal(columns, *args):
     return written.decode(), os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def without_colour(text):
+def without_color(text):
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
 
 
@@ -353,7 +353,7 @@ def test_names_from_a_file_are_text(tmp_path):
     shown, code = on_terminal(200, "inspect", folder, "--layers")
     assert code == 0
     assert "\x1b]0;" not in shown
-    assert "[bold red]evil[/]" in without_colour(shown)
+    assert "[bold red]evil[/]" in without_color(shown)
 
 
 def test_messages_have_no_control_characters(tmp_path):
@@ -369,9 +369,9 @@ def test_messages_have_no_control_characters(tmp_path):
 @pytest.mark.parametrize("columns", [80, 160])
 def test_terminal_shows_names_and_figures_whole(folders, columns):
     shown, code = on_terminal(columns, "inspect", folders / "bert", "--layers")
-    lines = re.split(r"[\r\n]+", without_colour(shown))  # a spinner goes back to the start of its line
+    lines = re.split(r"[\r\n]+", without_color(shown))  # a spinner goes back to the start of its line
     assert code == 0
-    assert "\x1b[1m" in shown, "in colour"
+    assert "\x1b[1m" in shown, "in color"
     assert max(len(line.rstrip()) for line in lines) <= columns
     assert not [line for line in lines if "…" in line]
     names = "".join(line.split()[0] for line in lines if line.strip())
@@ -385,13 +385,13 @@ def test_terminal_shows_names_and_figures_whole(folders, columns):
 def test_narrow_terminal_cuts_no_figures(folders, columns):
     shown, _ = on_terminal(columns, "inspect", folders / "timm")
     wide, _ = run("inspect", folders / "timm")
-    rows = [line.split() for line in without_colour(shown).splitlines()]
+    rows = [line.split() for line in without_color(shown).splitlines()]
     for line in wide.splitlines():
         if line.startswith(("layers ", "conv*", "fc.weight")):
             assert line.split() in rows
 
 
-def test_pipes_get_neither_colour_nor_spinner_nor_cut_names(folders):
+def test_pipes_get_neither_color_nor_spinner_nor_cut_names(folders):
     result = in_process("plan", folders / "float_bert", "--bits", 3, COLUMNS="40")
     assert result.returncode == 0
     assert result.stderr == ""

@@ -236,14 +236,14 @@ def test_an_average_of_weights_averages_the_quantizers_too():
     assert quantized_layers(model)
 
 
-def test_batch_normalisation_is_synchronised_in_quantized_models_too():
+def test_batch_normalization_is_synchronized_in_quantized_models_too():
     model = hf_daq.apply_daq(timm.create_model("test_resnet", num_classes=3), bits=3)
-    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    assert any(isinstance(module, nn.SyncBatchNorm) for module in synchronised.modules())
-    assert len(quantized_layers(synchronised)) == len(synchronised.daq_config.layers)
-    with hf_daq.calibrate(synchronised):
-        synchronised(batches(0))
-    assert synchronised.eval()(batches(0)).isfinite().all()
+    synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in synchronized.modules())
+    assert len(quantized_layers(synchronized)) == len(synchronized.daq_config.layers)
+    with hf_daq.calibrate(synchronized):
+        synchronized(batches(0))
+    assert synchronized.eval()(batches(0)).isfinite().all()
 
 
 def test_channels_last_gives_the_same_gradients():

@@ -45,7 +45,7 @@ def reference_activation(x, lower, upper, *, bits, **options):
 
 
 def reference_weight(weight, lower, upper, scale, offset, unit, *, bits, **options):
-    """The paper's definition of the standardised weight, times the output scale."""
+    """The paper's definition of the standardized weight, times the output scale."""
     levels = 2**bits - 1
     weight = (weight - offset) / unit
     return scale.abs() * oracle.quantize(weight, lower, upper, levels / 2, 2 / levels, bits=bits, **options)
@@ -70,7 +70,7 @@ def assert_same(arguments, twins, options, names, functions, rtol):
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_activations_equal_the_papers_definition(bits, gamma, sigma, rounding):
     options = {"bits": bits, "gamma": gamma, "sigma": sigma, "rounding": rounding, "temperature": 3.0}
-    # Bounds at which normalising is exact, so that planted thresholds are thresholds in both evaluations.
+    # Bounds at which normalizing is exact, so that planted thresholds are thresholds in both evaluations.
     levels = 2**bits - 1
     for zero_point, unit in [(0, 1.0), (levels // 2 + 1, 0.25)]:
         lower = -zero_point * unit

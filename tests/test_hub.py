@@ -107,7 +107,7 @@ def test_push_writes_weights_config_and_card_as_one_commit(hub, small):
     assert sum(method == "POST" and "/commit/" in path for method, path in hub.requests) == 1
 
 
-def test_the_licence_of_the_base_model_is_looked_up(hub, small):
+def test_the_license_of_the_base_model_is_looked_up(hub, small):
     hub.put("timm/small", {"README.md": b"---\nlicense: mit\n---\n"})
     hf_daq.push_to_hub(small[0], REPO, card=hf_daq.CardFacts(base_model="timm/small"))
     assert huggingface_hub.ModelCard(hub.files(REPO)["README.md"].decode()).data.license == "mit"

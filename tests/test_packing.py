@@ -238,11 +238,11 @@ def test_what_cannot_be_packed_or_unpacked_is_refused_and_left_as_it_was():
     assert type(model.conv) is nn.Conv2d
 
 
-def test_weights_that_the_forward_standardises_are_packed_but_not_unpacked():
+def test_weights_that_the_forward_standardizes_are_packed_but_not_unpacked():
     model, probe, want = trained("test_nfnet", {"weight_bits": 4})
     hf_daq.pack(model)
     assert torch.equal(model(probe), want)
-    with pytest.raises(ModelError, match="standardises its weight"):
+    with pytest.raises(ModelError, match="standardizes its weight"):
         hf_daq.unpack(model)
     assert torch.equal(model(probe), want)
 

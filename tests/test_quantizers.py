@@ -50,7 +50,7 @@ def test_weights_equal_the_definition_with_statistics_that_are_constants(bits, p
         offset, unit = torch.zeros(len(rows), dtype=torch.float64), rows.square().mean(1).sqrt()
     x = (w - offset.view(-1, 1, 1, 1)) / unit.view(-1, 1, 1, 1)
     levels = 2**bits - 1
-    code = oracle.dasr(oracle.normalise(x, lower.expand_as(x), upper.expand_as(x), levels), 2.0, 1.0, None)
+    code = oracle.dasr(oracle.normalize(x, lower.expand_as(x), upper.expand_as(x), levels), 2.0, 1.0, None)
     expected = scale.abs() * (2 * code - levels) / levels
 
     output = quantizer(weight)
@@ -82,7 +82,7 @@ def test_unsigned_inputs_are_the_papers(bits):
         torch.tensor([1.7], dtype=torch.float32).double().requires_grad_(),
     )
     levels = 2**bits - 1
-    expected = oracle.dasr(oracle.normalise(twin, torch.zeros(1).double(), upper, levels), 2.0, 2.0, None) / levels
+    expected = oracle.dasr(oracle.normalize(twin, torch.zeros(1).double(), upper, levels), 2.0, 2.0, None) / levels
     output = quantizer(x)
     torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
     assert quantizer(torch.zeros(3).double()).eq(0).all()
@@ -105,7 +105,7 @@ def test_signed_inputs_hold_the_real_zero_and_both_bounds_learn_through_the_zero
     scale = (upper - lower) / levels
     exact = -lower / scale
     zero_point = exact + (exact.round() - exact).detach()
-    v = oracle.normalise(
+    v = oracle.normalize(
         twin / scale + zero_point, torch.zeros(1).double(), torch.full((1,), float(levels)).double(), levels
     )
     expected = (oracle.dasr(v, 2.0, 2.0, None) - zero_point) / levels

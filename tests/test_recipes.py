@@ -59,7 +59,7 @@ def run(*args, module=recipe) -> dict:
 
 @pytest.fixture(scope="module")
 def parquet(tmp_path_factory) -> Path:
-    """A folder in the layout of a Hub data set: 10 classes of 32x32 images, told apart by their colour."""
+    """A folder in the layout of a Hub data set: 10 classes of 32x32 images, told apart by their color."""
     folder = tmp_path_factory.mktemp("parquet")
     generator = np.random.default_rng(0)
     for split, count in (("train", 40), ("test", 20)):

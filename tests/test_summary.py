@@ -213,7 +213,7 @@ def test_totals_are_the_bytes_and_weights_of_the_float_and_of_the_packed_model(n
     assert totals["bytes_before"] == packed_bytes(float_model)
     parameters = sum(value.numel() for value in float_model.parameters())
     assert sum(totals["weights"].values()) == sum(row.parameters for row in [*before.layers, *before.kept])
-    # A gain is folded into the codes of its standardised convolution.
+    # A gain is folded into the codes of its standardized convolution.
     gains = sum(layer.gain.numel() for layer in quantized_layers(model).values() if hasattr(layer, "gain"))
     assert sum(totals["weights"].values()) + totals["other_parameters"] + gains == parameters
     hf_daq.pack(model)

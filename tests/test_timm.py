@@ -62,7 +62,7 @@ def kept(model):
         ("tresnet_m", ["body.conv1.conv"], ["head.fc"]),
         # All of a classifier with a hidden layer.
         ("caformer_s18", ["stem.conv"], ["head.fc.fc1", "head.fc.fc2"]),
-        # Reads a discrete cosine transform of the image, one convolution a colour channel.
+        # Reads a discrete cosine transform of the image, one convolution a color channel.
         ("csatv2", ["stem_dct.conv_y", "stem_dct.conv_cb", "stem_dct.conv_cr"], ["head.fc"]),
         # No classifier: the last layer is one like any other.
         ("vit_small_patch14_dinov2", ["patch_embed.proj"], []),

@@ -182,7 +182,7 @@ def test_modules_to_not_convert_and_the_resolved_layers_are_saved(float_dir, tmp
 
 
 def test_weights_that_the_checkpoint_lacks_get_quantizers_too(tmp_path):
-    """A head or pooler that transformers initialises itself does not pass through the loading of weights."""
+    """A head or pooler that transformers initializes itself does not pass through the loading of weights."""
     model = transformers.BertModel(tiny_bert().config, add_pooling_layer=False)
     model.save_pretrained(tmp_path)
     loaded, info = AutoModel.from_pretrained(tmp_path, quantization_config=DaqConfig(4), output_loading_info=True)
@@ -210,7 +210,7 @@ class RemoteModel(transformers.PreTrainedModel):
         return self.head(self.body(x))
 
 
-def test_initialisation_of_a_custom_model_does_not_overwrite_its_weights(tmp_path):
+def test_initialization_of_a_custom_model_does_not_overwrite_its_weights(tmp_path):
     model = RemoteModel(BertConfig())
     nn.init.normal_(model.body[0].weight)
     model.save_pretrained(tmp_path)

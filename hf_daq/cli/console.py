@@ -58,7 +58,7 @@ class _Name:
 
 def show(renderable: Any) -> None:
     """Print to stdout. A terminal gets long names and reasons folded, and figures whole; else all is in full width, without
-    colour."""
+    color."""
     console = Console(highlight=False)
     if console.is_terminal:
         columns = console.width

@@ -16,7 +16,7 @@ from ..errors import CheckpointError, ExportError, ModelError
 from ..files.inspect import every_layer
 from ..text import printable
 from .console import show, show_json, show_warnings, working
-from .options import Commands, Debug, Folder, Inputs, Json, OutFolder, Revision, Runtime, Target, Version, config_of
+from .options import Commands, Debug, Folder, Inputs, Json, OutFolder, Revision, Runtime, Target, Version, merged_config
 
 EXAMPLES = """Examples:
 
@@ -96,7 +96,7 @@ def plan_command(
         raise typer.BadParameter(
             "how many bits? Give --bits 3, or --weight-bits 2 --activation-bits 4, or --config FILE"
         )
-    chosen = config_of(config, given)
+    chosen = merged_config(config, given)
     with working(f"building {model} without weights"):
         from ..integrations.build import skeleton
         from ..model.plan import plan

@@ -66,7 +66,7 @@ Inputs = Annotated[
 ]
 
 
-def config_of(path: Path | None, given: dict[str, Any]) -> DaqConfig:
+def merged_config(path: Path | None, given: dict[str, Any]) -> DaqConfig:
     """The config of a file and of options, which are stronger."""
     values = dict(_config_values(path)) if path else {}
     if given.keys() & {"bits", "weight_bits", "activation_bits"}:

@@ -207,7 +207,7 @@ def _kept(inspection: Inspection) -> list[str]:
     ]
     vectors = [tensor for tensor in inspection.kept if len(tensor.shape) < 2]
     count = sum(math.prod(tensor.shape) for tensor in vectors)
-    rest = f"Biases, normalisation and other vectors: {len(vectors)} tensors, {count:,} numbers."
+    rest = f"Biases, normalization and other vectors: {len(vectors)} tensors, {count:,} numbers."
     return [_table(("weights", "dtype", "number", "numbers"), rows), rest] if rows else [rest]
 
 

@@ -58,20 +58,22 @@ def read_description(directory: Path) -> dict[str, Any]:
     return description
 
 
-def is_of_transformers(description: Mapping[str, Any]) -> bool:
+def describes_transformers_model(description: Mapping[str, Any]) -> bool:
     """True for a config.json of a DAQ model that transformers saved."""
     config = description.get("quantization_config")
     return isinstance(config, dict) and config.get("quant_method") == QUANT_METHOD and "model_type" in description
 
 
-def is_of_timm(description: Mapping[str, Any]) -> bool:
+def describes_timm_model(description: Mapping[str, Any]) -> bool:
     """True for a config.json of a DAQ model of timm."""
     return description.get("architecture") == ARCHITECTURE and isinstance(description.get("model_args"), dict)
 
 
 def described_config(description: Mapping[str, Any], path: Any) -> DaqConfig:
     """The quantization config of a config.json."""
-    values = (description["model_args"] if is_of_timm(description) else description).get("quantization_config")
+    values = (description["model_args"] if describes_timm_model(description) else description).get(
+        "quantization_config"
+    )
     if not isinstance(values, dict) or values.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(f"{path} has no DAQ quantization config: it is not a checkpoint of hf_daq")
     try:

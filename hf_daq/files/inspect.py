@@ -25,8 +25,8 @@ from .header import (
     Header,
     check_agreement,
     described_config,
-    is_of_timm,
-    is_of_transformers,
+    describes_timm_model,
+    describes_transformers_model,
     joined,
     parse_header,
     read_description,
@@ -194,7 +194,13 @@ def describe(source: str, description: Mapping[str, Any], headers: list[Header])
     header = joined(headers)
     config = described_config(description, source)
     check_agreement(header, config, f"the weights of {source}")
-    library = "timm" if is_of_timm(description) else "transformers" if is_of_transformers(description) else "torch"
+    library = (
+        "timm"
+        if describes_timm_model(description)
+        else "transformers"
+        if describes_transformers_model(description)
+        else "torch"
+    )
     layers = tuple(_layer(name, bits, header, description) for name, bits in (config.layers or {}).items())
     keys = ("weight", "weight_codes", "weight_scale")
     own = {f"{header.names.get(layer.name, layer.name)}.{key}" for layer in layers for key in keys}

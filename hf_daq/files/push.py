@@ -42,7 +42,7 @@ def push_folder(
         card = own
     else:
         base, known = inspection.facts.base_model, inspection.facts.license
-        card = render(inspection, repo_id, licence_of(base, token) if base and not known else None)
+        card = render(inspection, repo_id, license_of(base, token) if base and not known else None)
     if there is not None and there != card and is_edited(there) and not overwrite_card:
         logger.warning(
             "the model card of %s was edited, so it is kept; pass overwrite_card=True to replace it", repo_id
@@ -79,8 +79,8 @@ def remote_card(repo_id: str, revision: str | None = None, token: str | bool | N
     return Path(path).read_text(encoding="utf-8", errors="surrogateescape")
 
 
-def licence_of(repo_id: str, token: str | bool | None = None) -> str | None:
-    """The licence in the card of a repository; None where it is not known."""
+def license_of(repo_id: str, token: str | bool | None = None) -> str | None:
+    """The license in the card of a repository; None where it is not known."""
     from huggingface_hub import model_info
     from huggingface_hub.errors import HfHubHTTPError
 

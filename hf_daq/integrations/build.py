@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from ..config import did_you_mean
 from ..errors import CheckpointError, DaqError, ModelError
 from ..files import hub
-from ..files.header import CONFIG_NAME, is_of_timm, read_description
+from ..files.header import CONFIG_NAME, describes_timm_model, read_description
 
 _ROOM = 100_000  # parameters of a model, which a configuration from a stranger may ask for
 
@@ -66,18 +66,18 @@ def _downloaded(repo_id: str, revision: str | None) -> Path:
 def _from_folder(directory: Path, name: str) -> nn.Module:
     description = read_description(directory)
     method = description.get("quantization_config")
-    if is_of_timm(description) or method is not None:
+    if describes_timm_model(description) or method is not None:
         method = method.get("quant_method") if isinstance(method, dict) else "daq"
         hint = f"; `hf-daq inspect {name}` shows what is in it" if method == "daq" else ""
         raise CheckpointError(f"{name} is quantized already ({method}); a plan is for a float model{hint}")
     if "model_type" in description:
-        return _of_transformers(directory, description, name)
+        return _transformers_skeleton(directory, description, name)
     if "architecture" in description:
         return _built(lambda: timm.create_model(f"local-dir:{directory}", pretrained=False), "timm", name)
     raise CheckpointError(f"{CONFIG_NAME} of {name} names neither a model of timm nor one of transformers")
 
 
-def _of_transformers(directory: Path, description: dict[str, Any], name: str) -> nn.Module:
+def _transformers_skeleton(directory: Path, description: dict[str, Any], name: str) -> nn.Module:
     import transformers
 
     of_class = model_class(description, name)

@@ -71,7 +71,7 @@ class DaqHfQuantizer(HfQuantizer):
         config = self.quantization_config
         if self.pre_quantized:
             _check_headers(kwargs.get("checkpoint_files") or (), config)
-            config = config.replace(layers=_layers_of(model, config))
+            config = config.replace(layers=_resolved_layers(model, config))
         elif config.packed:
             raise ModelError(
                 "packed=True is written by hf_daq.pack; quantize without it, calibrate or train, then pack"
@@ -243,7 +243,7 @@ def _transformers_parts(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if is_transformers_model(module)]
 
 
-def _layers_of(model: Any, config: DaqConfig) -> dict[str, Any]:
+def _resolved_layers(model: Any, config: DaqConfig) -> dict[str, Any]:
     """The resolved layers under their names in this model, which may be the base model of the one that was saved, or
     have another head."""
     if config.layers is None:

@@ -135,7 +135,7 @@ def unpack_layers(model: nn.Module) -> None:
     for name, layer in layers.items():
         if issubclass(layer.quantized_class, StandardizedConv):
             raise ModelError(
-                f"layer {name!r} standardises its weight in every forward, so its codes are no weights to train; "
+                f"layer {name!r} standardizes its weight in every forward, so its codes are no weights to train; "
                 "keep the checkpoint from before packing to train on"
             )
     model.daq_config = config = config.replace(packed=False)
@@ -147,7 +147,7 @@ def unpack_layers(model: nn.Module) -> None:
 def _dequantized_weight(name: str, layer: QuantizedLayer) -> Tensor:
     if isinstance(layer, StandardizedConv):
         raise ModelError(
-            f"layer {name!r} ({layer.float_class.__name__}) standardises its weight in every forward, so quantized "
+            f"layer {name!r} ({layer.float_class.__name__}) standardizes its weight in every forward, so quantized "
             "values cannot be stored in it; use remove_daq(model, weights='float')"
         )
     if not layer.calibrated:

@@ -48,15 +48,15 @@ def outer_layers(model: nn.Module) -> dict[str, str]:
     """
     layers = dict(weight_modules(model))
     if is_transformers_model(model):
-        return _outer_of_transformers(model, layers)
-    return _outer_of_timm(model, layers)
+        return _outer_layers_of_transformers(model, layers)
+    return _outer_layers_of_timm(model, layers)
 
 
 def is_transformers_model(model: Any) -> bool:
     return hasattr(model, "base_model_prefix") and hasattr(model, "get_output_embeddings") and hasattr(model, "config")
 
 
-def _outer_of_timm(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, str]:
+def _outer_layers_of_timm(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, str]:
     names = list(layers)
     config = getattr(model, "pretrained_cfg", None) or {}
     first = _below(names, _as_names(config.get("first_conv"))) or _first_convolutions(layers) or names[:1]
@@ -74,7 +74,7 @@ def _outer_of_timm(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, 
     return {**dict.fromkeys(last, "classifier"), **dict.fromkeys(first, "first layer")}
 
 
-def _outer_of_transformers(model: Any, layers: dict[str, nn.Module]) -> dict[str, str]:
+def _outer_layers_of_transformers(model: Any, layers: dict[str, nn.Module]) -> dict[str, str]:
     base = model.base_model_prefix
     if isinstance(getattr(model, base, None), nn.Module):
         heads = [name for name in layers if not name.startswith(base + ".")]
@@ -93,7 +93,7 @@ def _outer_of_transformers(model: Any, layers: dict[str, nn.Module]) -> dict[str
     outer |= dict.fromkeys(first, "first layer")
     for name, module in model.named_modules():
         if name and getattr(module, "pretrained_cfg", None):  # a timm model in a transformers one
-            inside = _outer_of_timm(module, dict(weight_modules(module)))
+            inside = _outer_layers_of_timm(module, dict(weight_modules(module)))
             outer |= {f"{name}.{key}": reason for key, reason in inside.items()}
     return outer
 

@@ -29,8 +29,8 @@ class Histogram:
     bins: counts between the edges of `bin_edges(bits)`; None where there is no float weight.
     codes: counts of each code, shape (2**bits,).
     clipped: share of the values outside of the bounds, 0 to 1; None where there is no float weight.
-    origin, step: where code 0 lies on the axis, and how far apart its neighbours; bounds are the codes 0 and R.
-    levels: where the values that codes stand for lie on the axis, shape (2**bits,).
+    origin, step: where code 0 lies on the axis, and how far apart its neighbors; bounds are the codes 0 and R.
+    code_values: where the values that codes stand for lie on the axis, shape (2**bits,).
     unit: of the axis.
     zero: where the zero point lies; None for weights.
     """
@@ -42,7 +42,7 @@ class Histogram:
     clipped: float | None
     origin: float
     step: float
-    levels: np.ndarray
+    code_values: np.ndarray
     unit: str
     zero: float | None = None
 
@@ -60,27 +60,27 @@ def bin_edges(bits: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def of_weight(name: str, layer: Any) -> Histogram:
+def weight_histogram(name: str, layer: Any) -> Histogram:
     """The float weights of a quantized layer, in their own units, or with bounds for each channel or group in units of
-    these: -1 and 1 are the bounds, and levels are the median. Of a packed layer the codes, in units of the scale."""
+    these: -1 and 1 are the bounds, and code_values are the median. Of a packed layer the codes, in units of the scale."""
     packed = isinstance(layer, PackedLayer)
     bits = layer.bits if packed else layer.w_quant.bits
     largest = 2**bits - 1
-    levels = np.arange(-largest, largest + 1, 2) / largest
+    code_values = np.arange(-largest, largest + 1, 2) / largest
     if packed:
         codes = _code_counts(layer.codes(), bits)
-        return Histogram(name, bits, None, codes, None, -1.0, 2 / largest, levels, "weight / scale")
+        return Histogram(name, bits, None, codes, None, -1.0, 2 / largest, code_values, "weight / scale")
     quantizer, weight = layer.w_quant, wide(layer.float_weight())
     (start, end), v = quantizer.bounds(weight), quantizer.positions(weight)
     scale = quantizer.scale.abs() if layer.a_quant is None else quantizer.scale.abs() / layer.a_quant.span
     origin, step, axis = -1.0, 2 / largest, f"weight, {quantizer.granularity} bounds at ±1"
     if quantizer.granularity == "tensor":
         origin, step, axis = start.item(), (end - start).item() / largest, "weight"
-        levels = levels * scale.item()
+        code_values = code_values * scale.item()
     else:
         half, middle = (end - start).flatten() / 2, (end + start).flatten() / 2
         slope, shift = (np.median((value / half).cpu().numpy()) for value in (scale, middle))
-        levels = levels * slope - shift
+        code_values = code_values * slope - shift
     codes = _code_counts(quantizer.codes(weight), bits)
     return Histogram(
         name,
@@ -90,12 +90,12 @@ def of_weight(name: str, layer: Any) -> Histogram:
         int(quantizer.outside(v).count_nonzero()) / v.numel(),
         origin,
         step,
-        levels,
+        code_values,
         axis,
     )
 
 
-def of_inputs(model: nn.Module, batch: Any, layers: Mapping[str, Any]) -> list[Histogram]:
+def input_histograms(model: nn.Module, batch: Any, layers: Mapping[str, Any]) -> list[Histogram]:
     """The inputs that layers of the model get in a forward in evaluation mode; each has a quantized input.
 
     Args:
@@ -138,9 +138,11 @@ class _Inputs:
 
     def histogram(self, name: str) -> Histogram:
         origin = -self.zero_point * self.step
-        levels = origin + self.step * np.arange(2**self.bits)
+        code_values = origin + self.step * np.arange(2**self.bits)
         clipped = self.clipped / self.codes.sum()
-        return Histogram(name, self.bits, self.bins, self.codes, clipped, origin, self.step, levels, "input", zero=0.0)
+        return Histogram(
+            name, self.bits, self.bins, self.codes, clipped, origin, self.step, code_values, "input", zero=0.0
+        )
 
 
 def _counts(v: Tensor, bits: int) -> np.ndarray:

@@ -79,11 +79,11 @@ class KeptLayer:
 
 @dataclass(frozen=True)
 class Summary:
-    """What quantization does to a model. `print(summary)` shows it as a table, rich prints it in colour.
+    """What quantization does to a model. `print(summary)` shows it as a table, rich prints it in color.
 
     layers, kept: quantized layers, and layers with weights that stay in float, in the order of `named_modules`.
     totals: `weights` and `macs`, how many by "W4A4", "W4A32" (inputs in float32) and "float"; `other_parameters`, of
-        normalisation, biases and the like; `bytes_before` and `bytes_after`, of all parameters and
+        normalization, biases and the like; `bytes_before` and `bytes_after`, of all parameters and
         persistent buffers of the float and of the packed model, tied ones once; `compression`, the first by the second; `macs_quantized`, share of all that are known.
         `macs` and `macs_quantized` are None without a batch. Products inside attention are not counted.
     """

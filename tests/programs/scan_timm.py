@@ -143,7 +143,7 @@ ARCHITECTURES: dict[str, tuple[int, dict[str, Any]]] = {
 def build(name: str) -> tuple[nn.Module, Tensor]:
     """A model as if it had been trained, with random weights and ten classes, and four images.
 
-    What starts at zero is moved: biases a little, and branches (LayerScale, the last normalisation of a block) are
+    What starts at zero is moved: biases a little, and branches (LayerScale, the last normalization of a block) are
     opened, since no gradient goes through a closed one. Running statistics are those of the images: calibration is in
     evaluation mode, and initial statistics have nothing to do with what training sees.
     """
@@ -255,7 +255,7 @@ def _gradient_problems(model: nn.Module, batch: Tensor) -> Iterator[str]:
                 yield f"{name}: {kind} has no gradient"
             elif not parameter.grad.isfinite().all():
                 yield f"{name}: the gradient of {kind} is not finite"
-            # Batch normalisation undoes scale and shift of what it reads: their gradients are rounding noise.
+            # Batch normalization undoes scale and shift of what it reads: their gradients are rounding noise.
             elif not parameter.grad.any() and kind not in ("w_quant.scale", "w_quant.shift"):
                 zero.append(f"{name}: {kind}")
     if zero:

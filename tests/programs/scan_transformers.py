@@ -193,8 +193,8 @@ def check_reach(case: Case) -> Iterator[str]:
             yield f"{name} is not called"
         old = layer.w_quant.scale.clone()
         layer.w_quant.scale.mul_(1.5)
-        normalised = hasattr(model.get_submodule(name.rpartition(".")[0]), f"{name.rpartition('.')[2][0]}_norm")
-        if torch.equal(case.outputs(model), expected) and not normalised:  # as queries and keys of Qwen 3 are
+        normalized = hasattr(model.get_submodule(name.rpartition(".")[0]), f"{name.rpartition('.')[2][0]}_norm")
+        if torch.equal(case.outputs(model), expected) and not normalized:  # as queries and keys of Qwen 3 are
             yield f"{name}: its scale does not matter"
         layer.w_quant.scale.copy_(old)
     # Bounds are in units of the root mean square: twice the weight has the same codes.
@@ -267,7 +267,7 @@ def check_train(case: Case) -> Iterator[str]:
             name = f"{layer_name}.{kind}"
             if not parameter.requires_grad:
                 continue
-            # A bias of keys changes nothing, and normalisation undoes what it can.
+            # A bias of keys changes nothing, and normalization undoes what it can.
             if kind not in ("bias", "w_quant.shift") and torch.equal(parameter, before[name]):
                 zero.append(name)
     if zero:

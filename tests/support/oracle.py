@@ -37,7 +37,7 @@ class _InclusiveClip(torch.autograd.Function):
         return torch.where(inside, grad, 0.0), None, None
 
 
-def normalise(x: Tensor, lower: Tensor, upper: Tensor, levels: int) -> Tensor:
+def normalize(x: Tensor, lower: Tensor, upper: Tensor, levels: int) -> Tensor:
     """Section 1: v in [0, R]; outside the bounds there is no gradient to x, lower or upper."""
     inside = (x >= lower) & (x <= upper)
     v = (_InclusiveClip.apply(x, lower.detach(), upper.detach()) - lower) / (upper - lower) * levels
@@ -46,7 +46,7 @@ def normalise(x: Tensor, lower: Tensor, upper: Tensor, levels: int) -> Tensor:
 
 
 def dasr(v: Tensor, gamma: float, sigma: float, temperature: float | None) -> Tensor:
-    """Sections 2 and 3: soft assignment to the two neighbours; `temperature=None` is the adaptive one."""
+    """Sections 2 and 3: soft assignment to the two neighbors; `temperature=None` is the adaptive one."""
     codes = torch.stack([v.detach().floor(), v.detach().floor() + 1])
     scores = torch.exp(-_AbsDistance.apply(v - codes[0])), torch.exp(-_AbsDistance.apply(codes[1] - v))
     distance = torch.stack(scores)
@@ -65,7 +65,7 @@ def dasr(v: Tensor, gamma: float, sigma: float, temperature: float | None) -> Te
 def quantize(x, lower, upper, center, step, *, bits, gamma, sigma, rounding="daq", temperature=4.0):
     """`(Q(v) - center) * step`."""
     levels = 2**bits - 1
-    v = normalise(x, lower, upper, levels)
+    v = normalize(x, lower, upper, levels)
     if rounding == "daq":
         code = dasr(v, gamma, sigma, None)
     elif rounding == "soft":
