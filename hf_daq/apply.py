@@ -17,6 +17,9 @@ from .nn.packed import shared_copy
 def apply_daq(model: nn.Module, config: DaqConfig | None = None, **kwargs: Any) -> nn.Module:
     """Quantize the layers of a float model in place and return it.
 
+        hf_daq.apply_daq(model, weight_bits=2, activation_bits=4, first_last_bits=8)
+        print(model.daq_config.layers)  # the bits of each quantized layer
+
     Float weights keep their Parameter objects and names; every quantized layer gains child modules `w_quant` and
     `a_quant` with the learnable bounds and scales. Those of the weights start from the float weights, those of the layer
     inputs are set by `calibrate` or by loading a state dict. The resolved config is kept as `model.daq_config`. A
@@ -57,9 +60,9 @@ def remove_daq(model: nn.Module, weights: Literal["float", "quantized"] = "float
         raise ModelError(f"weights={weights!r} must be 'float' or 'quantized'")
     unpatch(model, quantized=weights == "quantized")
     if is_transformers_model(model):
-        from .integrations import transformers as hub_transformers
+        from .integrations.transformers import detach
 
-        hub_transformers.detach(model)
+        detach(model)
     return model
 
 
@@ -98,6 +101,6 @@ def packed_copy(model: nn.Module) -> nn.Module:
 
 def _tell_transformers(model: nn.Module) -> None:
     if is_transformers_model(model):
-        from .integrations import transformers as hub_transformers
+        from .integrations.transformers import attach
 
-        hub_transformers.attach(model)
+        attach(model)

@@ -18,10 +18,9 @@ from .apply import packed_copy
 from .config import DaqConfig
 from .errors import CheckpointError, ConfigError, DaqError, ModelError
 from .files import hub
-from .files import weights_file as fileformat
 from .files.atomic import temporary_folder
 from .files.card import write_card
-from .files.facts import CardFacts, with_versions
+from .files.facts import CardFacts
 from .files.header import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -33,8 +32,8 @@ from .files.header import (
     read_header,
 )
 from .files.push import push_folder
-from .files.weights_file import PROBE_NAME
-from .integrations import timm as hub_timm
+from .files.weights_file import PROBE_NAME, check_values, load_weights, write_checkpoint
+from .integrations.timm import describe, is_timm_model
 from .model.patch import patch
 from .model.roles import is_transformers_model
 from .nn.layers import evaluating
@@ -54,6 +53,9 @@ def save_pretrained(
     """Write `model.safetensors` and `config.json` of a quantized model, both with its quantization config, and its model
     card `README.md`.
 
+        hf_daq.save_pretrained(model, "out", packed=True)
+        model = hf_daq.from_pretrained("out")
+
     A timm model is opened again by `timm.create_model("local-dir:...", pretrained=True)` after `import hf_daq`, a
     transformers model by `AutoModel....from_pretrained`, any model by `hf_daq.from_pretrained`. An interrupted save
     leaves the files that were there.
@@ -61,12 +63,12 @@ def save_pretrained(
     Args:
         model: a quantized, calibrated model, not wrapped (`accelerator.unwrap_model(model)`), or a packed one.
         save_directory: created if needed.
-        packed: write codes of a few bits instead of float weights, as of `pack(model)`; the model itself stays trainable.
+        packed: write codes of a few bits instead of float weights, as `pack(model)` makes them; the model itself stays trainable.
         probe: a batch of inputs, a tensor or a mapping of tensors. The folder is opened again before it takes its place,
-            and its outputs for the batch must be the model's, bit for bit; both are kept in `probe.safetensors`.
+            and its outputs for the batch must be the model's, bit for bit; both are saved in `probe.safetensors`.
         state_dict: the tensors to write instead of `model.state_dict()`, e.g. gathered from sharded ranks.
-        card: what the card cannot know from the model: base model, data, results. A card that was edited is not overwritten.
-        **kwargs: of the `save_pretrained` of a transformers model, e.g. `max_shard_size`.
+        card: what the card cannot know from the model: base model, data, results. An edited card is not replaced.
+        **kwargs: arguments of a transformers model's own `save_pretrained`, e.g. `max_shard_size`.
 
     Raises:
         ModelError: not a quantized model. CalibrationError: not calibrated. CheckpointError: bounds that are not finite
@@ -112,10 +114,10 @@ def push_to_hub(
     interrupted upload changes nothing in it.
 
     Args:
-        model, packed, probe, card, **kwargs: as of `save_pretrained`.
+        model, packed, probe, card, **kwargs: as in `save_pretrained`.
         repo_id: "user/name", or "name" for the user whom the token names.
         commit_message, commit_description, private, token, revision, create_pr: as in huggingface_hub.
-        overwrite_card: replace the repository's card also where a person edited it; else that is kept, with a warning.
+        overwrite_card: replace the repository's card even if it was edited; else an edited card stays, with a warning.
 
     Returns:
         `huggingface_hub.CommitInfo`, also a text: the address of the commit.
@@ -146,20 +148,20 @@ def _write(
     kwargs: dict[str, Any],
 ) -> None:
     if is_transformers_model(model):
-        from .integrations import transformers as hub_transformers
+        from .integrations.transformers import save_checkpoint
 
-        hub_transformers.save(model, directory, state_dict, card, **kwargs)
+        save_checkpoint(model, directory, state_dict, card, **kwargs)
         return
     if kwargs:
         raise ModelError(f"{next(iter(kwargs))!r} is an argument for transformers models only")
     tensors = model.state_dict() if state_dict is None else state_dict
-    fileformat.check_values(tensors, model)
+    check_values(tensors, model)
     config: Any = model.daq_config
-    if hub_timm.is_timm_model(model):
-        description = hub_timm.describe(model, config)
+    if is_timm_model(model):
+        description = describe(model, config)
     else:
         description = {"architecture": type(model).__name__, "quantization_config": config.to_dict()}
-    fileformat.write(directory, tensors, model, description, with_versions(card))
+    write_checkpoint(directory, tensors, model, description, (card or CardFacts()).with_versions())
 
 
 def from_pretrained(
@@ -173,6 +175,9 @@ def from_pretrained(
     **kwargs: Any,
 ) -> nn.Module:
     """Open a checkpoint of `save_pretrained`: a folder, or a repository of the Hub.
+
+        model = hf_daq.from_pretrained("out")
+        logits = model(images)
 
     Args:
         path_or_repo: folder, or "user/name".
@@ -203,9 +208,9 @@ def from_pretrained(
         directory = hub.download(str(path_or_repo), **options)
     description = read_description(directory)
     if model is None and describes_transformers_model(description):
-        from .integrations import transformers as hub_transformers
+        from .integrations.transformers import open_checkpoint
 
-        return hub_transformers.open_checkpoint(directory, description, **kwargs)
+        return open_checkpoint(directory, description, **kwargs)
     config = described_config(description, directory / CONFIG_NAME)
     weights = directory / WEIGHTS_NAME
     if model is not None:
@@ -229,7 +234,7 @@ def _load_into(model: nn.Module, config: DaqConfig, weights: Path) -> nn.Module:
     before = [(module, type(module), _copied(vars(module))) for module in model.modules()]
     try:
         patch(model, config)
-        fileformat.load(model, header, weights)
+        load_weights(model, header, weights)
     except BaseException as error:
         for module, kind, state in before:
             module.__class__, module.__dict__ = kind, state
@@ -247,14 +252,14 @@ def _copied(state: dict[str, Any]) -> dict[str, Any]:
 def _opened(model: nn.Module, directory: Path) -> nn.Module:
     """What is saved in a folder, as others will open it, on the device of the model."""
     device = next(model.parameters()).device
-    if is_transformers_model(model) or hub_timm.is_timm_model(model):
+    if is_transformers_model(model) or is_timm_model(model):
         return from_pretrained(directory).to(device)
     opened = copy.deepcopy(model)
     with torch.no_grad():
         for tensor in opened.state_dict().values():
             tensor.zero_()
     path = directory / WEIGHTS_NAME
-    fileformat.load(opened, read_header(path), path)
+    load_weights(opened, read_header(path), path)
     return opened
 
 

@@ -59,9 +59,9 @@ class DaqConfig:
         hf_daq.apply_daq(model, config)
 
     Args:
-        bits: short for the same number of weight and activation bits.
-        weight_bits: bits of the weights, 1 to 8.
-        activation_bits: bits of the layer inputs, 1 to 8; None quantizes weights only.
+        bits: number of bits for both weights and layer inputs, 1 to 8.
+        weight_bits: number of bits for weights, 1 to 8.
+        activation_bits: number of bits for layer inputs, 1 to 8; None quantizes weights only.
         rounding: gradient of rounding. "daq": follows the distance to the codes (paper, equation of section 3);
             "ste": straight-through, the identity; "soft": the soft assignment at a fixed `temperature` in training,
             rounding in evaluation. The forward of "daq" and "ste" is the same exact rounding.
@@ -79,7 +79,7 @@ class DaqConfig:
         bias_correction: give every quantized convolution, and every linear layer with a bias, a learnable shift of its
             output channels, started so that their mean is that of the float layer (Nagel et al., ICCV 2019). Free at run
             time; the paper does without.
-        first_last_bits: bits of the first convolution (or patch embedding) and the classifier; None keeps them in
+        first_last_bits: number of bits for the first convolution (or patch embedding) and the classifier; None keeps them in
             full precision.
         rules: exceptions, e.g. `[{"pattern": "layer1.*", "weight_bits": 8}, {"pattern": "re:.*downsample.*",
             "skip": True}]`. A pattern is a glob, or a regular expression after "re:", over module names; it also

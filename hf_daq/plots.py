@@ -19,7 +19,7 @@ from .config import check_bits, did_you_mean
 from .errors import CalibrationError, ConfigError, ModelError
 from .nn.functional import quantize_activation
 from .nn.packed import daq_layers
-from .report.histograms import BIN_WIDTH, Histogram, bin_edges, input_histograms, weight_histogram
+from .report.histograms import BIN_WIDTH, Histogram, bin_edges, histogram_of_weights, histograms_of_inputs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,7 +57,7 @@ def weight_histogram(model: nn.Module, layers: Iterable[str] | str | None = None
     """
     everything = daq_layers(model)
     names = _chosen(everything, layers, columns, "weight_histogram", "quantized layer")
-    panels = [weight_histogram(name, everything[name]) for name in names]
+    panels = [histogram_of_weights(name, everything[name]) for name in names]
     what = "Codes of packed weights" if all(panel.bins is None for panel in panels) else "Float weights and their codes"
     return _histograms(panels, f"{what}, {_share(names, everything)}", "weights", columns, log=False)
 
@@ -84,7 +84,7 @@ def input_histogram(
     if quantized and not everything:
         raise ModelError("input_histogram: all inputs are in float here; DaqConfig(activation_bits=8) quantizes them")
     names = _chosen(everything, layers, columns, "input_histogram", "layer with a quantized input")
-    panels = input_histograms(model, batch, {name: everything[name] for name in names})
+    panels = histograms_of_inputs(model, batch, {name: everything[name] for name in names})
     title = f"Layer inputs and their codes, {_share(names, everything)}"
     return _histograms(panels, title, "inputs", columns, log=True)
 
@@ -197,9 +197,10 @@ def transfer_curve(
 
     Args:
         bits: 1 to 8.
-        gamma, sigma: of the gradient of "daq", sigma of "soft" too; above 0 and at most 100. Several: a curve for each pair.
+        gamma, sigma: settings of the gradient of "daq", sigma of "soft" too; above 0 and at most 100. A list draws a
+            curve for each pair.
         rounding: one or several of "daq", "ste", "soft".
-        temperature: of "soft".
+        temperature: temperature of "soft".
 
     Raises:
         ConfigError: a value out of range.

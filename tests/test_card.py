@@ -150,7 +150,7 @@ def test_a_card_that_was_edited_is_kept_with_a_warning(model, tmp_path, caplog):
     path.write_text(path.read_text().replace("## Size", "## My sizes"))
     with caplog.at_level(logging.WARNING, "hf_daq"):
         hf_daq.save_pretrained(model, tmp_path, card=FACTS, probe=images(1, 64))
-    assert "was edited, so it is kept as it is" in caplog.text
+    assert "was edited, so it is not replaced" in caplog.text
     assert "## My sizes" in path.read_text()
     hf_daq.update_card(tmp_path, FACTS)
     assert "## My sizes" in path.read_text()

@@ -11,12 +11,13 @@ import pytest
 import timm
 import torch
 from models import images, quantized_timm, small_net, small_timm
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import hf_daq
 from hf_daq import DaqConfig
 from hf_daq.errors import CalibrationError, CheckpointError, DaqError, ModelError
-from hf_daq.files import weights_file as fileformat
+from hf_daq.files import weights_file
 from hf_daq.files.header import read_header
 
 SIZE = 64
@@ -159,7 +160,7 @@ def test_an_interrupted_save_leaves_the_old_files(folder, monkeypatch):
         assert path.exists()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fileformat, "save_file", die)
+    monkeypatch.setattr(weights_file, "save_file", die)
     with pytest.raises(KeyboardInterrupt):
         hf_daq.save_pretrained(quantized_timm(bits=2), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -175,7 +176,7 @@ def test_a_save_cut_between_its_two_files_is_noticed(folder, tmp_path):
 
 def edit_tensors(folder, change):
     path = folder / "model.safetensors"
-    with fileformat.safe_open(path, "pt") as file:
+    with safe_open(path, "pt") as file:
         metadata = file.metadata()
     tensors = load_file(path)
     change(tensors)
@@ -185,7 +186,7 @@ def edit_tensors(folder, change):
 def edit_metadata(folder, change):
     """Change the quantization config in both files, as a hostile author would."""
     path = folder / "model.safetensors"
-    with fileformat.safe_open(path, "pt") as file:
+    with safe_open(path, "pt") as file:
         metadata = file.metadata()
     content = json.loads(metadata["hf_daq"])
     change(content["quantization_config"])

@@ -459,7 +459,7 @@ def test_card(folders, tmp_path):
     printed, _ = run("card", folder, "--print", "--repo-id", "user/model")
     assert printed == card.read_text() == run_json("card", folder, "--print", "--repo-id", "user/model")["card"]
     card.write_text(card.read_text() + "Mine.\n")
-    assert "was edited, so it is kept" in run("card", folder, code=1)[1]
+    assert "was edited, so it is not replaced" in run("card", folder, code=1)[1]
     assert card.read_text().endswith("Mine.\n")
     assert run_json("card", folder, "--overwrite") == {"path": str(card)}
     assert "Mine." not in card.read_text()

@@ -153,8 +153,8 @@ FAULTS = [
     (weights_of_nan, "non-finite-weights", HIDDEN, r"0\.52% of its weights are NaN.*earlier checkpoint"),
     (inputs_of_nan, "non-finite-inputs", "conv", r"12\.50% of its inputs are NaN.*first layer of the pass"),
     (outputs_of_nan, "non-finite-outputs", HIDDEN, r"100\.00% of its outputs are NaN.*range of float32"),
-    (weights_not_quantized, "unquantized-weights", HIDDEN, r"768 weight levels.*4 bits have 16.*apply_daq again"),
-    (inputs_not_quantized, "unquantized-inputs", HIDDEN, r"2\d\d input levels.*4 bits have 16"),
+    (weights_not_quantized, "unquantized-weights", HIDDEN, r"768 distinct weights.*4 bits have 16.*apply_daq again"),
+    (inputs_not_quantized, "unquantized-inputs", HIDDEN, r"2\d\d distinct inputs.*4 bits have 16"),
     (layer_not_quantized, "unquantized-outputs", HIDDEN, r"its output is that of the float layer \(SQNR inf dB\)"),
 ]
 

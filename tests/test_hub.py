@@ -316,7 +316,7 @@ def test_a_card_that_was_edited_on_the_hub_is_kept(hub, small, caplog):
     hub.put(REPO, {"README.md": edited})
     with caplog.at_level(logging.WARNING, "hf_daq"):
         hf_daq.push_to_hub(small[0], REPO, packed=True)
-    assert "the model card of user/model was edited, so it is kept" in caplog.text
+    assert "the model card of user/model was edited, so it is not replaced" in caplog.text
     assert hub.files(REPO)["README.md"] == edited
     hf_daq.push_to_hub(small[0], REPO, packed=True, overwrite_card=True)
     assert b"# My model" not in hub.files(REPO)["README.md"]

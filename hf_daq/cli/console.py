@@ -66,11 +66,11 @@ def show(renderable: Any) -> None:
             console.width = _width(part, columns)
             console.print(_Printable(part))
         return
-    wide = Console(file=StringIO(), width=_WIDEST, color_system=None, highlight=False, legacy_windows=False)
+    unlimited = Console(file=StringIO(), width=_WIDEST, color_system=None, highlight=False, legacy_windows=False)
     for part in _parts(renderable):
-        width = max(1, wide.measure(part).maximum)
-        with wide.capture() as captured:
-            wide.print(_Printable(part), width=width)
+        width = max(1, unlimited.measure(part).maximum)
+        with unlimited.capture() as captured:
+            unlimited.print(_Printable(part), width=width)
         print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
@@ -95,7 +95,7 @@ def _folding(table: Table) -> Table:
 
 
 def _width(part: Any, columns: int) -> int:
-    """How wide to print on a terminal with so many columns: a table whose figures it would cut gets all it wants."""
+    """The width to print with on a terminal of so many columns. A table gets more if its figures would be cut."""
     wanted = Console(width=_WIDEST).measure(part)
     return wanted.maximum if isinstance(part, Table) and wanted.minimum > columns else columns
 

@@ -53,11 +53,14 @@ def _options(version: Version = False, debug: Debug = False) -> None:
 @app.command("plan")
 def plan_command(
     model: Annotated[str, typer.Argument(help="A timm model, a folder of a float model, or its repository.")],
-    bits: Annotated[int | None, typer.Option(min=1, max=8, help="Of weights and layer inputs.")] = None,
-    weight_bits: Annotated[int | None, typer.Option(min=1, max=8, help="Of weights.")] = None,
-    activation_bits: Annotated[int | None, typer.Option(min=1, max=8, help="Of inputs; default: float.")] = None,
+    bits: Annotated[int | None, typer.Option(min=1, max=8, help="Number of bits for weights and layer inputs.")] = None,
+    weight_bits: Annotated[int | None, typer.Option(min=1, max=8, help="Number of bits for weights.")] = None,
+    activation_bits: Annotated[
+        int | None, typer.Option(min=1, max=8, help="Number of bits for layer inputs; default: float.")
+    ] = None,
     first_last_bits: Annotated[
-        int | None, typer.Option(min=1, max=8, help="Of the first layer and the classifier; default: float.")
+        int | None,
+        typer.Option(min=1, max=8, help="Number of bits for the first layer and the classifier; default: float."),
     ] = None,
     granularity: Annotated[Granularity | None, typer.Option(help="Weights that share a scale.")] = None,
     group_size: Annotated[int | None, typer.Option(min=2, help="Columns that share a scale.")] = None,
@@ -148,9 +151,11 @@ def inspect_command(
 @app.command("card")
 def card_command(
     folder: Folder,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Also a card that was edited.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the card even if it was edited.")] = False,
     print_it: Annotated[bool, typer.Option("--print", help="Print the card, write nothing.")] = False,
-    repo_id: Annotated[str | None, typer.Option(help="Where it will be, user/name; the card loads from there.")] = None,
+    repo_id: Annotated[
+        str | None, typer.Option(help="Repository of the card, user/name; the card loads from there.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -169,7 +174,7 @@ def card_command(
         return
     path = folder / CARD_NAME
     if not overwrite and has_edited_card(folder):
-        raise CheckpointError(f"{path} was edited, so it is kept as it is; --overwrite writes it anew")
+        raise CheckpointError(f"{path} was edited, so it is not replaced; --overwrite replaces it")
     write_card(folder, repo_id, overwrite)
     show_json({"path": path}) if as_json else show(Text(f"wrote {path}"))
 
@@ -177,14 +182,16 @@ def card_command(
 @app.command("push")
 def push_command(
     folder: Folder,
-    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="The repository; made if it is not there.")],
-    private: Annotated[bool | None, typer.Option("--private/--public", help="Of a new repository.")] = None,
-    revision: Annotated[str | None, typer.Option(help="The branch; made if it is not there.")] = None,
+    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="The repository; created if needed.")],
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Who can see a new repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help="The branch; created if needed.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the commit as a pull request.")] = False,
-    token: Annotated[str | None, typer.Option(help="Default: HF_TOKEN, or that of `hf auth login`.")] = None,
-    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    token: Annotated[
+        str | None, typer.Option(help="Access token; default: HF_TOKEN, or that of `hf auth login`.")
+    ] = None,
+    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
     overwrite_card: Annotated[
-        bool, typer.Option("--overwrite-card", help="Also the repository's card that was edited.")
+        bool, typer.Option("--overwrite-card", help="Replace the repository's card even if it was edited.")
     ] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -297,7 +304,9 @@ def export_command(
     folder: Folder,
     out: Annotated[Path, typer.Argument(help="The file to write for onnx, the folder for compressed-tensors.")],
     to: Annotated[Target, typer.Option(help="The format.")],
-    runtime: Annotated[Runtime | None, typer.Option(help="Of an ONNX file; default: onnxruntime.")] = None,
+    runtime: Annotated[
+        Runtime | None, typer.Option(help="Runtime that the ONNX file is written for; default: onnxruntime.")
+    ] = None,
     inputs: Inputs = None,
     as_json: Json = False,
     debug: Debug = False,

@@ -41,7 +41,7 @@ class Container:
 
     layout: "pack-quantized" (`width` bits a weight, dense, in int32) or "int-quantized" (an int8 a weight).
     group_size: input columns that share a scale; None for one scale an output channel.
-    input_bits: of the layer's input; None where it is not quantized.
+    input_bits: number of bits for the layer's input; None where it is not quantized.
     """
 
     bits: int
@@ -216,7 +216,7 @@ def _tensors(found: Integers, container: Container, dtype: torch.dtype) -> dict[
 @torch.no_grad()
 def _compress(model: Any, widths: Sequence[int]) -> dict[str, Container]:
     """Turn a copy into what is saved: its quantized layers hold only the tensors of the format."""
-    from ..integrations import transformers as hub_transformers
+    from ..integrations.transformers import detach
 
     names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     containers = {}
@@ -230,7 +230,7 @@ def _compress(model: Any, widths: Sequence[int]) -> dict[str, Container]:
         if found.bias is not None:
             stored.register_buffer("bias", found.bias)
         model.set_submodule(name, stored)
-    hub_transformers.detach(model)
+    detach(model)
     linear = {name: containers.get(name) for name in names}
     model.config.quantization_config = _quantization_config(linear, model.base_model_prefix)
     return containers

@@ -43,6 +43,9 @@ def export_onnx(
 ) -> Report:
     """Write a calibrated, trained or packed model as an ONNX file, and compare the file with the model.
 
+        report = hf_daq.export_onnx(model, "model.onnx", images)
+        print(report)
+
     Layers are written as QuantizeLinear and DequantizeLinear around convolutions and matrix products, with unsigned codes
     of 8 bits for inputs and signed integers for weights; runtimes turn these into integer kernels, whose sums are exact.
     Weights of 1 to 7 bits are held as they are. Of 8 bits, odd integers up to 255 do not fit int8: held are `q - 128`,
@@ -54,7 +57,7 @@ def export_onnx(
 
     Args:
         model: in float32. It is traced in evaluation and left as it was.
-        path: of the file; replaced once everything has passed.
+        path: the file to write; replaced once everything has passed.
         inputs: real data, float32 images or integer tokens: a tensor, a tuple or a mapping, each tensor with the same
             number of rows, 2 at least. Two rows are traced; the number of rows stays free in the file, and the length
             of token sequences too where the model allows. All are used to verify and for the ranges of `int8_outputs`;

@@ -1,11 +1,10 @@
-"""The model card, README.md of a checkpoint: what its files say, what whoever trained it knows, and nothing else.
+"""The model card, README.md of a checkpoint: what its files say, the facts that were given, and nothing else.
 
-A card has a line with its own digest, so that one which a person edited is told from one that was only generated.
+A card has a line with its own digest. It tells an edited card from one that is as it was generated.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -32,20 +31,21 @@ _TASKS = {
 
 
 def write_card(directory: Path, repo_id: str | None = None, overwrite: bool = False) -> None:
-    """Write the card of the checkpoint in a folder. One that a person edited is kept, with a warning, unless `overwrite`."""
+    """Write the card of the checkpoint in a folder. An edited card stays as it is, with a warning, unless `overwrite`."""
     path = directory / CARD_NAME
     if not overwrite and has_edited_card(directory):
         logger.warning(
-            "%s was edited, so it is kept as it is; `hf-daq card %s --overwrite` writes it anew", path, directory
+            "%s was edited, so it is not replaced; `hf-daq card %s --overwrite` replaces it", path, directory
         )
         return
     path.write_text(render(inspect(directory), repo_id), encoding="utf-8")
 
 
 def update_card(directory: str | Path, facts: CardFacts, overwrite: bool = False) -> None:
-    """Give a checkpoint that is saved already the facts of its card: results are mostly measured after saving. They take the
-    place of earlier ones in the header of its weights files, and README.md is written anew; one that a person edited is
-    kept, with a warning, unless `overwrite`.
+    """Give the facts of its card to a checkpoint that is already saved, since results are mostly measured after saving.
+
+    They replace earlier facts in the header of the weights files, and README.md is written again. An edited README.md
+    stays as it is, with a warning, unless `overwrite`.
 
     Raises:
         CheckpointError: the folder holds no checkpoint of hf_daq.
@@ -53,7 +53,7 @@ def update_card(directory: str | Path, facts: CardFacts, overwrite: bool = False
     directory = Path(directory)
     before = inspect(directory).facts
     for path in weights_files(directory):
-        write_facts(path, facts if facts.versions else dataclasses.replace(facts, versions=before.versions))
+        write_facts(path, facts.with_versions(before.versions))
     write_card(directory, overwrite=overwrite)
 
 
@@ -83,8 +83,8 @@ def render(inspection: Inspection, repo_id: str | None = None, license: str | No
     """The text of the card.
 
     Args:
-        repo_id: where it will be; the card shows how to load from there.
-        license: of the base model, where the facts name none.
+        repo_id: repository of the card, which shows how to load from there.
+        license: license of the base model, used where the facts name none.
     """
     facts, config = inspection.facts, inspection.config
     widths = sorted({_width(layer.weight_bits, layer.activation_bits) for layer in inspection.layers})

@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..version import __version__
 
+_LIBRARIES = ("torch", "timm", "transformers", "safetensors")
 _LONGEST = 2**16  # characters of text in a file from a stranger
 
 
@@ -21,11 +22,11 @@ class Result:
     """One measured number.
 
     Args:
-        metric: as the Hub names it, e.g. "accuracy", "perplexity".
-        value: of the quantized model, in percent where the metric is a share.
-        float_value: of the float model, measured in the same way.
-        dataset: a Hub id, or a few words.
-        split: e.g. "test".
+        metric: name of the metric on the Hub, e.g. "accuracy", "perplexity".
+        value: result of the quantized model; shares are in percent.
+        float_value: result of the float model, measured in the same way.
+        dataset: Hub id of the data, or a few words.
+        split: part of the data, e.g. "test".
     """
 
     metric: str
@@ -37,19 +38,21 @@ class Result:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What whoever trained a model knows of it, for its card. It is kept in the header of the weights file, so that a file
-    that is packed or pushed later has the same card. What is left out the card does not mention.
+    """What the model card says beside what the files tell: where the model comes from, data, results.
+
+    The facts are written to the header of the weights file, so that a checkpoint that is packed or pushed later has the
+    same card. The card does not mention what is left out.
 
     Args:
         base_model: Hub id of the float model.
-        license: of the weights, as the Hub names it, e.g. "apache-2.0".
+        license: license of the weights, as the Hub names it, e.g. "apache-2.0".
         datasets: training data, Hub ids or a few words each.
         calibration: what the inputs of `calibrate` were, in a few words.
         results: measured numbers.
         command: the line that gives the results again.
         recipe: the settings of the run.
-        seed: of the run.
-        versions: library -> version, of the run.
+        seed: random seed.
+        versions: library -> version; by default those that run when the model is saved.
     """
 
     base_model: str | None = None
@@ -68,6 +71,10 @@ class CardFacts:
         values["datasets"] = list(values["datasets"])
         values["results"] = [{k: v for k, v in result.items() if v is not None} for result in values["results"]]
         return {key: value for key, value in values.items() if value not in (None, [], {})}
+
+    def with_versions(self, versions: Mapping[str, str] | None = None) -> CardFacts:
+        """Facts that name versions: these, or else the given ones, or else those of Python and the libraries that run now."""
+        return self if self.versions else dataclasses.replace(self, versions=versions or _running_versions())
 
     @classmethod
     def from_dict(cls, values: Any) -> CardFacts:
@@ -109,15 +116,6 @@ def _result(entry: Any) -> Result:
         if not fits:
             raise CheckpointError(f"a result of the model card has a wrong {key}: {str(value)[:200]}")
     return Result(**entry)
-
-
-_LIBRARIES = ("torch", "timm", "transformers", "safetensors")
-
-
-def with_versions(facts: CardFacts | None) -> CardFacts:
-    """The facts, with the versions of Python and the libraries that run now where they name none."""
-    facts = facts or CardFacts()
-    return facts if facts.versions else dataclasses.replace(facts, versions=_running_versions())
 
 
 def _running_versions() -> dict[str, str]:

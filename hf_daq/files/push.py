@@ -24,8 +24,8 @@ def push_folder(
     commit_description: str | None = None,
     overwrite_card: bool = False,
 ) -> Any:
-    """Upload a checkpoint folder as one commit. Its card is written anew, for this repository; an edited one in the folder
-    is uploaded as it is, and an edited one in the repository is kept, with a warning, unless `overwrite_card`.
+    """Upload a checkpoint folder as one commit. Its card is written for this repository. An edited card in the folder is
+    uploaded as it is; an edited card in the repository stays, with a warning, unless `overwrite_card`.
 
     Returns:
         `huggingface_hub.CommitInfo`.
@@ -45,7 +45,7 @@ def push_folder(
         card = render(inspection, repo_id, license_of(base, token) if base and not known else None)
     if there is not None and there != card and is_edited(there) and not overwrite_card:
         logger.warning(
-            "the model card of %s was edited, so it is kept; pass overwrite_card=True to replace it", repo_id
+            "the model card of %s was edited, so it is not replaced; pass overwrite_card=True to replace it", repo_id
         )
         card = None
     return upload(

@@ -29,7 +29,9 @@ from .header import BYTES, CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME, Header, weig
 PROBE_NAME = "probe.safetensors"
 
 
-def metadata(model: Any, facts: CardFacts | None = None, names: Mapping[str, str] | None = None) -> dict[str, str]:
+def header_metadata(
+    model: Any, facts: CardFacts | None = None, names: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """What the header of a weights file says of the quantization, and what its card says beside it.
 
     Args:
@@ -45,7 +47,7 @@ def metadata(model: Any, facts: CardFacts | None = None, names: Mapping[str, str
     return {METADATA_KEY: json.dumps(content, sort_keys=True)}
 
 
-def write(
+def write_checkpoint(
     directory: Path,
     tensors: Mapping[str, Tensor],
     model: nn.Module,
@@ -69,7 +71,7 @@ def write(
         # A module that is in the model twice has two names; the file holds it under both.
         contents[name] = tensor.clone() if address in storages else tensor
         storages.add(address)
-    header = {"format": "pt", **metadata(model, facts)}
+    header = {"format": "pt", **header_metadata(model, facts)}
     replace_file(directory / WEIGHTS_NAME, lambda path: save_file(contents, path, metadata=header))
     replace_file(directory / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -102,7 +104,7 @@ def check_fits(model: nn.Module, header: Header, path: Path) -> None:
         raise CheckpointError(f"{path} does not fit the model: " + "; ".join(problems[:8]))
 
 
-def load(model: nn.Module, header: Header, path: Path) -> None:
+def load_weights(model: nn.Module, header: Header, path: Path) -> None:
     """Load a weights file into a quantized model, after all checks; on an error the model is left as it was."""
     check_fits(model, header, path)
     try:

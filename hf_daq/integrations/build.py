@@ -26,9 +26,9 @@ def skeleton(name: str, revision: str | None = None) -> nn.Module:
     """A float model without weights. No code of a repository is run, and of one only config.json is downloaded.
 
     Args:
-        name: of a timm model, e.g. "resnet18"; a folder of a float model of timm or transformers; or its repository,
+        name: name of a timm model, e.g. "resnet18"; a folder of a float model of timm or transformers; or its repository,
             "user/name", also as "hf-hub:user/name".
-        revision: of the repository.
+        revision: branch, tag or commit of the repository.
 
     Raises:
         ModelError: an unknown name, or a model that its library cannot build. CheckpointError: no configuration of a float

@@ -47,14 +47,14 @@ def _register_with_timm() -> None:
 
 
 def hf_daq(*args: Any, **kwargs: Any) -> Any:
-    """The architecture of timm's factory that rebuilds saved models: `hub_timm.build`."""
-    from . import timm as hub_timm
+    """The architecture of timm's factory that rebuilds saved models: `integrations.timm.build`."""
+    from .timm import build
 
-    return hub_timm.build(*args, **kwargs)
+    return build(*args, **kwargs)
 
 
 def _register_with_transformers() -> None:
-    from . import transformers as hub_transformers  # noqa: F401
+    from . import transformers  # noqa: F401
 
 
 for _name, _register in (

@@ -19,8 +19,8 @@ from torch import nn
 
 from ..config import DaqConfig
 from ..errors import CheckpointError, ConfigError
-from ..files import weights_file as fileformat
 from ..files.header import ARCHITECTURE, WEIGHTS_NAME, read_agreeing_header
+from ..files.weights_file import check_fits, load_weights
 from ..model.patch import patch, start_weights
 from ..nn.packed import daq_layers
 from .build import building
@@ -111,9 +111,9 @@ def build(
         room = 2 * len(header.tensors) + 1000
         with torch.device("meta"), building(room):  # no memory for a model that the file does not fit
             described = build()
-        fileformat.check_fits(described, header, path)
+        check_fits(described, header, path)
         model = build()
-        fileformat.load(model, header, path)
+        load_weights(model, header, path)
         model.eval()
     else:
         model = build()

@@ -23,12 +23,12 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..config import QUANT_METHOD, DaqConfig
 from ..errors import CheckpointError, DaqError, ModelError
-from ..files import weights_file as fileformat
 from ..files.atomic import temporary_folder
 from ..files.card import write_card
-from ..files.facts import CardFacts, with_versions
+from ..files.facts import CardFacts
 from ..files.header import METADATA_KEY, check_agreement, parse_header, weights_files
 from ..files.push import push_folder
+from ..files.weights_file import check_values, header_metadata, layer_problem
 from ..model.patch import patch, start_weights, unpatch
 from ..model.roles import is_transformers_model
 from ..nn.layers import quantized_layers
@@ -112,8 +112,8 @@ class DaqHfQuantizer(HfQuantizer):
             tied = model.all_tied_weights_keys.items()
             state_dict = state_dict | {one: state_dict[other] for one, other in tied if other in state_dict}
         if state_dict != {}:  # which ranks have that do not write
-            fileformat.check_values(model.state_dict() if state_dict is None else state_dict, model)
-        return state_dict, fileformat.metadata(model, self.__dict__.pop("facts", None), _names_in_file(model))
+            check_values(model.state_dict() if state_dict is None else state_dict, model)
+        return state_dict, header_metadata(model, self.__dict__.pop("facts", None), _names_in_file(model))
 
 
 def _names_in_file(model: Any) -> dict[str, str]:
@@ -160,7 +160,7 @@ _save_pretrained.__name__, _push_to_hub.__name__ = "save_pretrained", "push_to_h
 
 def _with_origin(model: Any, facts: CardFacts | None) -> CardFacts:
     """The facts with what transformers knows of where the model comes from."""
-    facts = with_versions(facts)
+    facts = (facts or CardFacts()).with_versions()
     origin = model.config.name_or_path if getattr(model.config, "_commit_hash", None) else None  # of the Hub
     if facts.base_model is None and origin and not model.hf_quantizer.pre_quantized:
         return dataclasses.replace(facts, base_model=origin)
@@ -195,7 +195,7 @@ def detach(model: Any) -> None:
             part.config.__dict__.pop(name, None)
 
 
-def save(
+def save_checkpoint(
     model: Any, directory: Path, state_dict: Mapping[str, Any] | None, facts: CardFacts | None, **kwargs: Any
 ) -> None:
     """`model.save_pretrained` into a temporary folder whose files are then renamed: an interrupted save leaves the old
@@ -288,7 +288,7 @@ def _check_loaded(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
                 raise CheckpointError(f"the checkpoint has no {full}, but its config quantizes {name!r}")
             if shape != shapes[full]:
                 raise CheckpointError(f"mismatch: {full} has shape {shape}, its config means {shapes[full]}")
-        problem = fileformat.layer_problem(name, layer, tensors)
+        problem = layer_problem(name, layer, tensors)
         if problem:
             raise CheckpointError(problem)
         for quantizer in layer.quantizers.values():

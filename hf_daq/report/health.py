@@ -88,7 +88,7 @@ def health(model: nn.Module, batch: Any) -> Health:
 
         print(hf_daq.health(model, images))
 
-    For models that are not well: layers without usable bounds compute in float, so that those behind them are seen too.
+    A layer without usable bounds computes in float, so that the layers behind it are examined too.
     Of values that are not finite only the layers where they first appear are named. The model computes in evaluation
     mode, without gradients, and is left as it was.
 
@@ -124,7 +124,9 @@ def _findings(found: Measurement, origin: bool, medians: dict[str, float]) -> _F
 
 def _origins(measured: list[Measurement]) -> set[Measurement]:
     """Layers where values that are not finite come up in this pass: before any other layer had such inputs or outputs."""
-    reached = sorted((found for found in measured if found.order is not None), key=lambda found: found.order or 0)
+    reached = sorted(
+        (found for found in measured if found.first_call is not None), key=lambda found: found.first_call or 0
+    )
     for found in reached:
         if found.bad_inputs or found.bad_outputs:
             return {found}
@@ -152,7 +154,7 @@ def _without_values(found: Measurement, origin: bool) -> _Found:
             f"{share:.2%} of its weights are NaN or infinite: go back to an earlier checkpoint, then train with a smaller "
             "learning rate or with gradients clipped",
         )
-    if found.order is None:
+    if found.first_call is None:
         yield (
             "not-reached",
             0.0,
@@ -205,20 +207,20 @@ def _unusable(found: Measurement) -> tuple[str, float, str]:
 
 
 def _bypassed(found: Measurement) -> _Found:
-    """What the layer computes with has more levels than its quantizers give: something replaced or went around them."""
+    """What the layer computes with has more distinct values than its quantizers give: something replaced or bypassed them."""
     again = "something goes around its quantizer: a replaced forward, a hook, another library; remove_daq and apply_daq again"
-    if found.weight_levels > 2**found.weight_bits:
+    if found.distinct_weights > 2**found.weight_bits:
         yield (
             "unquantized-weights",
-            float(found.weight_levels),
-            f"it computes with {found.weight_levels} weight levels or more under one scale, {found.weight_bits} bits have "
+            float(found.distinct_weights),
+            f"it computes with {found.distinct_weights} distinct weights or more under one scale, {found.weight_bits} bits have "
             f"{2**found.weight_bits}: {again}",
         )
-    if found.input_bits is not None and found.input_levels > 2**found.input_bits:
+    if found.input_bits is not None and found.distinct_inputs > 2**found.input_bits:
         yield (
             "unquantized-inputs",
-            float(found.input_levels),
-            f"it computes with {found.input_levels} input levels or more, {found.input_bits} bits have "
+            float(found.distinct_inputs),
+            f"it computes with {found.distinct_inputs} distinct inputs or more, {found.input_bits} bits have "
             f"{2**found.input_bits}: {again}",
         )
     output, weight = found.output_sqnr, found.weight_sqnr

@@ -25,13 +25,13 @@ BIN_WIDTH = {1: 1 / 41, 2: 1 / 15, 3: 1 / 7, 4: 1 / 5, 5: 1 / 3, 6: 1, 7: 3, 8: 
 class Histogram:
     """Values of one layer.
 
-    name, bits: of the layer; its codes go from 0 to `2**bits - 1`.
+    name, bits: name of the layer and its number of bits; its codes go from 0 to `2**bits - 1`.
     bins: counts between the edges of `bin_edges(bits)`; None where there is no float weight.
     codes: counts of each code, shape (2**bits,).
     clipped: share of the values outside of the bounds, 0 to 1; None where there is no float weight.
     origin, step: where code 0 lies on the axis, and how far apart its neighbors; bounds are the codes 0 and R.
     code_values: where the values that codes stand for lie on the axis, shape (2**bits,).
-    unit: of the axis.
+    unit: label of the axis.
     zero: where the zero point lies; None for weights.
     """
 
@@ -60,9 +60,9 @@ def bin_edges(bits: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def weight_histogram(name: str, layer: Any) -> Histogram:
+def histogram_of_weights(name: str, layer: Any) -> Histogram:
     """The float weights of a quantized layer, in their own units, or with bounds for each channel or group in units of
-    these: -1 and 1 are the bounds, and code_values are the median. Of a packed layer the codes, in units of the scale."""
+    these: -1 and 1 are the bounds, and code_values are their medians. Of a packed layer the codes, in units of the scale."""
     packed = isinstance(layer, PackedLayer)
     bits = layer.bits if packed else layer.w_quant.bits
     largest = 2**bits - 1
@@ -95,7 +95,7 @@ def weight_histogram(name: str, layer: Any) -> Histogram:
     )
 
 
-def input_histograms(model: nn.Module, batch: Any, layers: Mapping[str, Any]) -> list[Histogram]:
+def histograms_of_inputs(model: nn.Module, batch: Any, layers: Mapping[str, Any]) -> list[Histogram]:
     """The inputs that layers of the model get in a forward in evaluation mode; each has a quantized input.
 
     Args:

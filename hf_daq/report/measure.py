@@ -26,8 +26,8 @@ _SAMPLES = 2**16
 @torch.no_grad()
 def measure(model: nn.Module, batch: Any = None) -> tuple[list[Measurement], dict[str, int]]:
     """Figures of all quantized layers from one pass of the batch, and the multiply-accumulates for one example of layers
-    that stay in float. Also for models that are not well: layers without usable bounds compute in float, so that those
-    behind them still get inputs. Of a model that `check_quantized` has passed."""
+    that stay in float. A layer without usable bounds computes in float, so that the layers behind it still get
+    inputs. The model has passed `check_quantized`."""
     macs: dict[str, int] = {}
     with ExitStack() as stack:
         stack.enter_context(_left_as_it_was(model))
@@ -56,12 +56,12 @@ def kept_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 class Measurement:
-    """Figures of one layer. Those of its inputs and outputs are sums over calls; `order` is the number of its first call
-    in the pass, None if there was none.
+    """Figures of one layer. Those of its inputs and outputs are sums over calls; `first_call` is its place among the
+    first calls of all layers, None if there was none.
 
     signal, noise: sums of squares of the float layer's output, and of its difference to the quantized one's; energy: of
         the inputs.
-    weight_levels, input_levels: distinct values the layer computes with, the most under one scale, and in one call.
+    distinct_weights, distinct_inputs: distinct values the layer computes with, the most under one scale, and in one call.
     bad_weights, bad_inputs, bad_outputs: how many are NaN or infinite.
     """
 
@@ -78,9 +78,11 @@ class Measurement:
         self.scale: Tensor = layer.weight_scale if self.packed else layer.w_quant.scale.detach()
         self.usable = usable(layer)
         self.in_float: Callable[[Tensor], Tensor] | None = None if self.usable or self.packed else self._float_output
-        self.order: int | None = None
+        self.first_call: int | None = None
         self.macs = self.inputs = self.outputs = self.bad_inputs = self.bad_outputs = self.bad_weights = 0
-        self.clipped_inputs = self.negative_inputs = self.weight_levels = self.input_levels = self.weight_codes = 0
+        self.clipped_inputs = self.negative_inputs = self.distinct_weights = self.distinct_inputs = (
+            self.weight_codes
+        ) = 0
         self.signal = self.noise = self.energy = 0.0
         self.weight_lower: float | None = None
         self.weight_upper: float | None = None
@@ -99,7 +101,7 @@ class Measurement:
         codes = layer.codes() if self.packed else layer.w_quant.codes(layer.float_weight())
         self.weight_codes = int((torch.bincount(codes.flatten()) > 0).sum())
         quantized = layer.quantized_weight(self.dtype) if self.packed else layer.quantized_weight()
-        self.weight_levels = _distinct(self._rows_of_scales(quantized))
+        self.distinct_weights = _distinct(self._rows_of_scales(quantized))
         if not self.packed:
             lower, upper = layer.w_quant.bounds(weight)
             self.weight_lower, self.weight_upper = float(lower.min()), float(upper.max())
@@ -141,11 +143,10 @@ class Measurement:
             self.noise += _squares(reference - wide(output))
 
     def _look_at_inputs(self, a_quant: Any, x: Tensor) -> None:
-        levels = 2**a_quant.bits - 1
-        self.input_counts += torch.bincount(a_quant.codes(x).flatten(), minlength=levels + 1)
+        self.input_counts += torch.bincount(a_quant.codes(x).flatten(), minlength=2**a_quant.bits)
         self.clipped_inputs += int(a_quant.outside(a_quant.positions(x)).count_nonzero())
         self.negative_inputs += int((x < 0).sum())
-        self.input_levels = max(self.input_levels, _distinct(a_quant(_sample(x.reshape(1, -1)))))
+        self.distinct_inputs = max(self.distinct_inputs, _distinct(a_quant(_sample(x.reshape(1, -1)))))
 
     @property
     def output_sqnr(self) -> float | None:
@@ -193,16 +194,16 @@ def check_quantized(model: nn.Module, function: str) -> None:
 
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while, and hooks are called in compiled models too; random numbers and the weights that layers
-    keep are not touched."""
+    """Evaluation mode for a while, and hooks are called in compiled models too. Random numbers, and the weights that layers
+    hold for their next call, are not touched."""
     layers = [layer for layer in daq_layers(model).values() if isinstance(layer, QuantizedLayer)]
-    kept = [vars(layer).get("_kept") for layer in layers]
+    cached = [vars(layer).get("_kept") for layer in layers]
     devices = {value.device.index for value in model.parameters() if value.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=sorted(devices)), evaluating(model), _uncompiled(model):
             yield
     finally:
-        for layer, weight in zip(layers, kept, strict=True):
+        for layer, weight in zip(layers, cached, strict=True):
             vars(layer).pop("_kept", None)
             if weight is not None:
                 vars(layer)["_kept"] = weight
@@ -219,7 +220,7 @@ def _observing(found: Measurement, calls: Iterator[int]) -> Callable[..., None]:
     def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         x = args[0].to(found.scale.device)  # Accelerate moves inputs inside of the forward
         if x.numel() > 0:
-            found.order = next(calls) if found.order is None else found.order
+            found.first_call = next(calls) if found.first_call is None else found.first_call
             found.observe(x, output.to(x.device))
 
     return hook

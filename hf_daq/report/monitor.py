@@ -50,7 +50,7 @@ class Monitor:
         per_layer: whether `step` returns the numbers of each layer too, or only the shares of the whole model.
 
     Attributes:
-        history: of every result, `{"step": int, "layers": {name: {"flip_rate": float, ...}}}`, with all names above.
+        history: list of all results, `{"step": int, "layers": {name: {"flip_rate": float, ...}}}`, with all names above.
         steps: optimizer steps so far; set it where training goes on from a checkpoint.
 
     Raises:

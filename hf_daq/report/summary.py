@@ -37,7 +37,7 @@ class LayerSummary:
     weight_sqnr: signal to quantization noise of the weight in dB, `10 log10(sum w^2 / sum (w - quantized w)^2)`.
     output_sqnr: the same of outputs, float layer against quantized layer, both on the inputs the layer gets in the
         quantized network; inf where they are equal.
-    float_bytes, bytes: of the weight in its dtype, and packed: dense codes with scales in float32.
+    float_bytes, bytes: size of the weight in its dtype, and packed: dense codes with scales in float32.
     macs: multiply-accumulates for one example, of all calls of the layer.
     """
 
@@ -146,7 +146,7 @@ def summary(model: nn.Module, batch: Any = None) -> Summary:
 
 
 def _row(found: Measurement) -> LayerSummary:
-    a_quant, reached = found.a_quant, found.order is not None
+    a_quant, reached = found.a_quant, found.first_call is not None
     seen = reached and a_quant is not None and not found.bad_inputs
     return LayerSummary(
         name=found.name,
