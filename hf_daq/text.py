@@ -33,11 +33,11 @@ def plain(value: Any) -> Any:
     return value
 
 
-def name_cell(name: str) -> Text:
-    """A name from a file, in which nothing is markup, an escape sequence or a new line."""
+def cell(text: str, style: str = "") -> Text:
+    """Text of one line, in which nothing is markup: `printable`, with a space for a new line."""
     from rich.text import Text
 
-    return Text("".join(sign if sign.isprintable() else "?" for sign in name))
+    return Text(printable(text).replace("\n", " "), style=style)
 
 
 def as_text(renderable: RenderableType, width: int = 0) -> str:
@@ -52,20 +52,18 @@ def as_text(renderable: RenderableType, width: int = 0) -> str:
 
 
 def plain_table(*names: str) -> Table:
-    """A table without lines; columns of sizes are aligned on the right."""
+    """A table without lines; columns of numbers are aligned on the right."""
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in names:
-        table.add_column(name, justify="right" if name.endswith("MB") else "left")
+        table.add_column(name, justify="right" if name.endswith("MB") or name in ("number", "weights") else "left")
     return table
 
 
 def add_row(table: Table, style: str, *cells: str) -> None:
     """Add a row of plain text, in which nothing is markup."""
-    from rich.text import Text
-
-    table.add_row(*map(Text, cells), style=style)
+    table.add_row(*map(cell, cells), style=style)
 
 
 def shape_text(shape: tuple[int, ...]) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..text import printable
 from .facts import CardFacts
 from .header import CARD_NAME, weights_files, write_facts
 from .inspect import Inspection, grouped, inspect
@@ -270,7 +271,7 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
 
 def _text(value: str) -> str:
     """Words of somebody else, on one line and without Markdown tables or HTML."""
-    return " ".join(value.split()).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+    return " ".join(printable(value).split()).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
 
 
 def _code(language: str, text: str) -> str:

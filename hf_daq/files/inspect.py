@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from rich.table import Table
 
 from ..config import DaqConfig, packed_bytes
 from ..errors import CheckpointError
-from ..text import add_row, bits_text, plain_table, printable, shape_text
+from ..text import add_row, as_text, bits_text, cell, plain_table, shape_text
 from . import hub
 from .facts import CardFacts
 from .header import (
@@ -87,49 +86,28 @@ class Inspection:
         return values
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        text = StringIO()
-        Console(file=text, width=1000, no_color=True).print(self)
-        return text.getvalue().rstrip()
+        return as_text(self)
 
     def __rich__(self) -> Any:
         from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
 
         kind = "packed" if self.packed else "trainable"
         title = f"{self.source}: {self.architecture} of {self.library}, {kind}, hf_daq {self.version}"
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for name in ("layers", "W", "A"):
-            table.add_column(name)
-        for name in ("number", "weights", "float MB", "in this file MB"):
-            table.add_column(name, justify="right")
+        table = plain_table("layers", "W", "A", "number", "weights", "float MB", "in this file MB")
         for group, layers in grouped(self.layers, lambda layer: (layer.weight_bits, layer.activation_bits)).items():
-            activation = bits_text(layers[0].activation_bits)
-            sizes = [sum(layer.parameters for layer in layers)]
-            megabytes = [sum(layer.float_bytes for layer in layers), sum(layer.bytes for layer in layers)]
-            cells = [str(layers[0].weight_bits), activation, str(len(layers)), f"{sizes[0]:,}"]
-            table.add_row(Text(printable(group)), *cells, *(f"{value / 1e6:.3f}" for value in megabytes))
+            count = sum(layer.parameters for layer in layers)
+            sizes = [sum(layer.float_bytes for layer in layers), sum(layer.bytes for layer in layers)]
+            bits = map(bits_text, (layers[0].weight_bits, layers[0].activation_bits))
+            add_row(table, "", group, *bits, str(len(layers)), f"{count:,}", *(f"{size / 1e6:.3f}" for size in sizes))
         for group, tensors in grouped(self.matrices, lambda tensor: (tensor.dtype,)).items():
             count = sum(math.prod(tensor.shape) for tensor in tensors)
             size = f"{sum(tensor.bytes for tensor in tensors) / 1e6:.3f}"
-            table.add_row(
-                Text(printable(group)),
-                Text(printable(tensors[0].dtype.lower())),
-                "float",
-                str(len(tensors)),
-                f"{count:,}",
-                size,
-                size,
-            )
-        lines: list[Any] = [Text(printable(title), style="bold"), table, Text(self._sizes())]
+            add_row(table, "", group, tensors[0].dtype.lower(), "float", str(len(tensors)), f"{count:,}", size, size)
+        lines: list[Any] = [cell(title, "bold"), table, cell(self._sizes())]
         for result in self.facts.results:
             before = "" if result.float_value is None else f" (float {result.float_value:g})"
             where = " ".join(filter(None, (result.dataset, result.split)))
-            lines.append(
-                Text(printable(f"{result.metric} {result.value:g}{before}" + (f" on {where}" if where else "")))
-            )
+            lines.append(cell(f"{result.metric} {result.value:g}{before}" + (f" on {where}" if where else "")))
         return Group(*lines)
 
     def _sizes(self) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 from ..config import DaqConfig, did_you_mean, packed_bytes, pattern_matches
 from ..errors import ConfigError
 from ..nn.layers import LAYER_TYPES
-from ..text import add_row, as_text, bits_text, plain_table, shape_text
+from ..text import add_row, as_text, bits_text, cell, plain_table, shape_text
 from .roles import bypassed_layers, largest_weight, outer_layers, saved_tensors, tied_layers, weight_modules
 
 
@@ -70,14 +70,13 @@ class Plan:
 
     def __rich__(self) -> Any:
         from rich.console import Group
-        from rich.text import Text
 
         table = plain_table("layer", "type", "weight shape", "W", "A", "why")
         for layer in self.layers:
             style = "yellow" if layer.unsupported else "dim" if layer.weight_bits is None else ""
             bits = map(bits_text, (layer.weight_bits, layer.activation_bits))
             add_row(table, style, layer.name, layer.kind, shape_text(layer.shape), *bits, layer.reason)
-        return Group(table, Text(self._totals_text()))
+        return Group(table, cell(self._totals_text()))
 
     def __str__(self) -> str:
         return as_text(self)

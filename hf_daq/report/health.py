@@ -15,7 +15,7 @@ from rich.text import Text
 from torch import nn
 
 from ..model.batch import examples_in
-from ..text import as_text, name_cell, plain
+from ..text import as_text, cell, plain
 from .measure import Measurement, check_quantized, count_bad, measure
 
 # Chosen so that trained networks pass: those looked at used at least 30 % of their codes at 8 bits and 75 % at up to 4,
@@ -76,7 +76,7 @@ class Health:
         table.add_column("problem", no_wrap=True)
         table.add_column("what was found, and what to try", overflow="fold", ratio=5)
         for finding in self.findings:
-            table.add_row(name_cell(finding.layer), finding.problem, name_cell(finding.message))
+            table.add_row(cell(finding.layer), finding.problem, cell(finding.message))
         return table
 
     def __str__(self) -> str:

@@ -16,7 +16,7 @@ from ..model.roles import largest_weight, saved_tensors
 from ..nn.layers import LAYER_TYPES
 from ..nn.packed import PackedLayer, daq_layers
 from ..nn.quantizers import wide
-from ..text import as_text, bits_text, name_cell, plain, shape_text
+from ..text import as_text, bits_text, cell, plain, shape_text
 from .measure import Measurement, check_quantized, kept_modules, measure, usable
 
 
@@ -278,7 +278,7 @@ def _table(summary: Summary) -> Table:
 
 
 def _first_cells(layer: LayerSummary | KeptLayer) -> tuple[Text | str, ...]:
-    return name_cell(layer.name), Text(layer.kind), shape_text(layer.shape), f"{layer.parameters:,}"
+    return cell(layer.name), cell(layer.kind), shape_text(layer.shape), f"{layer.parameters:,}"
 
 
 def _caption(totals: dict[str, Any]) -> Text:
