@@ -1,6 +1,6 @@
 """The quantizer and its gradients as in the paper (Kim, Lee, Ham, "Distance-aware Quantization", ICCV 2021).
 
-With `b` bits and `R = 2**b - 1`, values are normalised to
+With `b` bits and `R = 2**b - 1`, values are normalized to
 
     v = (clip(x, start, end) - start) / (end - start) * R
 
@@ -129,11 +129,11 @@ def rows_of(lower: Tensor, upper: Tensor, scale: Any, offset: Any, unit: Any, co
 
 def quantize(x: Tensor, rows: Rows, constants: Constants, soft: Soft, dtype: torch.dtype) -> Tensor:
     """`(Q(v) - center) * step`. The rows broadcast to x."""
-    code = _round_(normalise(x, rows, constants), soft)
+    code = _round_(normalize(x, rows, constants), soft)
     return code.sub_(rows.center).mul_(rows.step).to(dtype)
 
 
-def normalise(x: Tensor, rows: Rows, constants: Constants) -> Tensor:
+def normalize(x: Tensor, rows: Rows, constants: Constants) -> Tensor:
     """v, from 0 to R."""
     return torch.sub(x, rows.start).mul_(rows.inverse).clamp_(constants.zero, constants.levels)
 
@@ -147,7 +147,7 @@ def gradients(
     x: Tensor,
     grad: Tensor,
     rows: Rows,
-    wide: Rows,
+    broadcast: Rows,
     constants: Constants,
     rounding: str,
     soft: Soft,
@@ -156,28 +156,30 @@ def gradients(
     """The gradient of x, and those of the bounds and the scale.
 
     Args:
-        rows, wide: the rows in shape (rows,), and as they broadcast to x.
+        rows, broadcast: the rows in shape (rows,), and as they broadcast to x.
         rounding: "daq", "ste" or "soft".
         needs_outer: whether the lower bound of activations or the scale of weights needs a gradient.
     """
     grad = grad.to(rows.start.dtype)
-    v = normalise(x, wide, constants)
-    outer = _sums(_outer(v, grad, wide, constants, soft), wide) if needs_outer else torch.zeros_like(rows.start)
+    v = normalize(x, broadcast, constants)
+    outer = (
+        _sums(_outer(v, grad, broadcast, constants, soft), broadcast) if needs_outer else torch.zeros_like(rows.start)
+    )
     if rounding == "daq":
         gradient = daq_gradient_(v.clone(), constants).mul_(grad)
     else:
         gradient = grad.clone() if soft is None else _soft_gradient_(v.clone(), *soft).mul_(grad)
     # Values outside the bounds get no gradient; the bounds themselves are inside. A comparison with the
-    # bounds rather than with 0 and R, since normalising may round either way.
-    inside = (x >= wide.start) & (x <= wide.end)
+    # bounds rather than with 0 and R, since normalizing may round either way.
+    inside = (x >= broadcast.start) & (x <= broadcast.end)
     inner = torch.where(inside, gradient, 0.0)
-    sums = Sums(rows.step * _sums(inner, wide), rows.step * _sums(v.mul_(inner), wide), outer)
+    sums = Sums(rows.step * _sums(inner, broadcast), rows.step * _sums(v.mul_(inner), broadcast), outer)
     learned = _either(
         constants,
         lambda: _activation_gradients(sums, rows, constants),
         lambda: _weight_gradients(sums, rows, constants),
     )
-    return inner.mul_(wide.inverse * wide.step).to(x.dtype), learned
+    return inner.mul_(broadcast.inverse * broadcast.step).to(x.dtype), learned
 
 
 def daq_gradient_(v: Tensor, constants: Constants) -> Tensor:
@@ -209,19 +211,19 @@ def _weight_gradients(sums: Sums, rows: Rows, constants: Constants) -> Learned:
     return Learned(lower, -sums.weighted * per_unit, scale)
 
 
-def _outer(v: Tensor, grad: Tensor, wide: Rows, constants: Constants, soft: Soft) -> Tensor:
+def _outer(v: Tensor, grad: Tensor, broadcast: Rows, constants: Constants, soft: Soft) -> Tensor:
     """The gradient of the output, for weights times `Q(v) - center`."""
     activation = constants.activation
     if not isinstance(activation, Tensor) and activation:
         return grad
     code = _round_(v.clone(), soft)
     if isinstance(activation, Tensor):
-        return grad * (code * (1 - activation) + torch.where(activation > 0, 1.0, -wide.center))
-    return code.sub_(wide.center).mul_(grad)
+        return grad * (code * (1 - activation) + torch.where(activation > 0, 1.0, -broadcast.center))
+    return code.sub_(broadcast.center).mul_(grad)
 
 
-def _sums(values: Tensor, wide: Rows) -> Tensor:
-    sums = values.sum_to_size(wide.start.shape).view(-1)
+def _sums(values: Tensor, broadcast: Rows) -> Tensor:
+    sums = values.sum_to_size(broadcast.start.shape).view(-1)
     return sums.clone() if sums.numel() == values.numel() else sums
 
 

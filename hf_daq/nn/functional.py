@@ -89,10 +89,10 @@ def quantize_activation(
     Returns:
         A tensor of the shape of `x`. Gradients reach every tensor argument, once: there is no second derivative.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide_dtype = torch.promote_types(x.dtype, torch.float32)
     options = _options(True, bits, rounding, gamma, sigma, temperature)
     result: Tensor = _Quantize.apply(  # type: ignore[no-untyped-call]
-        x, lower.to(wide), upper.to(wide), None, None, None, *options, dtype or x.dtype
+        x, lower.to(wide_dtype), upper.to(wide_dtype), None, None, None, *options, dtype or x.dtype
     )
     return result
 
@@ -121,9 +121,9 @@ def quantize_weight(
 
     The other arguments and the result are as for `quantize_activation`.
     """
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    wide_dtype = torch.promote_types(weight.dtype, torch.float32)
     options = _options(False, bits, rounding, gamma, sigma, temperature)
-    values = (value.to(wide) for value in (lower, upper, scale, offset, unit))
+    values = (value.to(wide_dtype) for value in (lower, upper, scale, offset, unit))
     result: Tensor = _Quantize.apply(weight, *values, *options, dtype or weight.dtype)  # type: ignore[no-untyped-call]
     return result
 
@@ -141,14 +141,14 @@ def dequantize_weight(
         dtype: of the result.
     """
     last = levels(bits)
-    wide = torch.promote_types(dtype, torch.float32)
-    step = scale.to(wide).abs() * (2 / last)
+    wide_dtype = torch.promote_types(dtype, torch.float32)
+    step = scale.to(wide_dtype).abs() * (2 / last)
     rows, missing = codes, 0
     if group_size is not None:
         missing = -(codes.numel() // len(codes)) % group_size
         rows = torch.nn.functional.pad(codes.flatten(1), (0, missing)).view(-1, group_size)
     step = step if len(step) == 1 else step.view(-1, *(1,) * (rows.ndim - 1))
-    weight = rows.to(wide).sub_(last / 2).mul_(step).to(dtype)
+    weight = rows.to(wide_dtype).sub_(last / 2).mul_(step).to(dtype)
     if missing:
         weight = weight.view(len(codes), -1)[:, :-missing]
     return weight.reshape(codes.shape)

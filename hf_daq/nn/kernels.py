@@ -113,8 +113,8 @@ def _backward(
     x: Tensor, grad: Tensor, stack: Tensor, constants: Any, rounding: str, soft: Soft, needs_outer: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x, and `Learned` stacked."""
-    rows, wide = Rows(*stack.unbind()), Rows(*_beside(stack, x).unbind())
-    of_x, learned = gradients(x, grad, rows, wide, _named(constants), rounding, soft, needs_outer)
+    rows, broadcast = Rows(*stack.unbind()), Rows(*_beside(stack, x).unbind())
+    of_x, learned = gradients(x, grad, rows, broadcast, _named(constants), rounding, soft, needs_outer)
     return of_x, torch.stack(learned)
 
 

@@ -213,7 +213,7 @@ class DaqConv2dSame(_TimmConv, timm.layers.Conv2dSame):
 
 
 class StandardizedConv(_TimmConv):
-    """timm's weight-standardised convolutions: the standardised weight is what gets quantized."""
+    """timm's weight-standardized convolutions: the standardized weight is what gets quantized."""
 
     eps: float
     gain: nn.Parameter

@@ -32,10 +32,10 @@ def is_shard(tensor: Tensor) -> bool:
 
 def _norm(rows: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Euclidean norm over `dims`, kept. Over all of them it goes by rows first, for speed and accuracy."""
-    wide = torch.promote_types(rows.dtype, torch.float32)
+    wide_dtype = torch.promote_types(rows.dtype, torch.float32)
     if len(dims) == rows.ndim:
-        rows = torch.linalg.vector_norm(rows, dim=dims[1:] or None, keepdim=True, dtype=wide)
-    norm: Tensor = torch.linalg.vector_norm(rows, dim=dims, keepdim=True, dtype=wide)
+        rows = torch.linalg.vector_norm(rows, dim=dims[1:] or None, keepdim=True, dtype=wide_dtype)
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=dims, keepdim=True, dtype=wide_dtype)
     return norm
 
 
@@ -188,10 +188,10 @@ class WeightQuantizer(Quantizer):
             sizes = torch.full((self.groups, 1), float(self.group_size), device=rows.device)
             sizes[-1] -= self.padding
             count = sizes.repeat(len(rows) // self.groups, 1)
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        offset = torch.zeros((len(self.lower),) + (1,) * (rows.ndim - 1), device=rows.device, dtype=wide)
+        wide_dtype = torch.promote_types(rows.dtype, torch.float32)
+        offset = torch.zeros((len(self.lower),) + (1,) * (rows.ndim - 1), device=rows.device, dtype=wide_dtype)
         if self.normalization == "standardize":
-            offset = rows.sum(dims, keepdim=True, dtype=wide) / count
+            offset = rows.sum(dims, keepdim=True, dtype=wide_dtype) / count
             valid = self.valid(rows.device)
             rows = rows - offset if valid is None else (rows - offset) * valid
             count = torch.clamp(count - 1, min=1) if isinstance(count, Tensor) else max(count - 1, 1)

@@ -200,7 +200,7 @@ def files(
     row: dict[str, Any] = {
         "trainable": weights_size(folder / "trainable") / 1e6,
         "packed": weights_size(folder / "packed") / 1e6,
-        "ideal": ideal_size(model),
+        "ideal": hf_daq.summary(model).totals["bytes_after"] / 1e6,
         "integers": error(integers, expected),
     }
     double = copy.deepcopy(model).double()
@@ -228,20 +228,6 @@ def files(
 
 def row_bits(model: Any) -> int:
     return model.daq_config.weight_bits
-
-
-def ideal_size(model: Any) -> float:
-    """Weights x bits / 8, and what stays in float: MB."""
-    total = 0.0
-    layers = model.daq_config.layers
-    state = model.state_dict()
-    for name, tensor in unshared(state).items():
-        layer, _, key = name.rpartition(".")
-        if layer in layers and key == "weight":
-            total += tensor.numel() * layers[layer]["weight_bits"] / 8
-        elif "w_quant" not in name or key == "scale" or (key == "shift" and f"{layer[:-8]}.bias" not in state):
-            total += tensor.nbytes
-    return total / 1e6
 
 
 def unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
