@@ -1,6 +1,7 @@
 """Each wing imports only from the wings named here, so that it can be read without the others."""
 
 import ast
+import re
 from pathlib import Path
 
 import hf_daq
@@ -43,3 +44,12 @@ def test_every_wing_imports_only_what_it_may():
             assert own == other or other in MAY_IMPORT[own].split(), (
                 f"{path.relative_to(FOLDER)} imports {target.relative_to(FOLDER)}"
             )
+
+
+def test_the_page_of_the_house_has_the_same_table():
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `?(\w+)`? \| (.*) \| (.*)\|$", text, re.MULTILINE)[1:]
+    assert {name: wings.strip() for name, _, wings in rows} == MAY_IMPORT
+    what = {name: cell for name, cell, _ in rows}
+    for name, files in (("ground", GROUND), ("front", FRONT)):
+        assert re.findall(r"`(\w+)\.py`", what[name]) == list(files)
