@@ -19,6 +19,7 @@ Accuracy is top-1 on `eval_split`, by default the test split. `quantized_last` i
 
 import contextlib
 import copy
+import difflib
 import itertools
 import json
 import random
@@ -43,12 +44,11 @@ from torch.utils.data import DataLoader, Dataset
 
 import hf_daq
 import networks.cifar_resnet  # noqa: F401  registers resnet20_cifar and resnet8_cifar with timm
-from shared import exporting, finish, loop
+from shared import finish, loop, options
+from shared.data import eval_name, load_splits, split_pair
+from shared.distillation import Distillation, distill
 from shared.loop import (
-    Distillation,
     EpochShuffle,
-    daq_config,
-    distill,
     find_checkpoint,
     prepare,
     seed_of,
@@ -56,76 +56,86 @@ from shared.loop import (
     train_phase,
     write_results,
 )
+from shared.options import LoopOptions, daq_config
 
 # ---------------------------------------------------------------------------------------------------------- knobs
 
 
 @dataclass
-class Config:
+class Config(LoopOptions):
     """The defaults are the digits experiment (configs/digits_w3a3.yaml)."""
 
-    # data: "digits", a Hub id, a folder of images or of parquet files
     dataset: str = "digits"
+    """`digits`, a Hub id, or a folder of images or of parquet files."""
     dataset_config: str | None = None
+    """Configuration of the data set on the Hub."""
     train_split: str = "train"
+    """Split to train on."""
     eval_split: str = "test"
-    image_column: str | None = None  # None: found by the type of the columns
+    """Split to evaluate on."""
+    eval_fraction: float | None = None
+    """Share of each class of the training split to evaluate on, for a data set without `eval_split`."""
+    image_column: str | None = None
+    """Column of images; null finds it by its type."""
     label_column: str | None = None
-    # "memory": decoded once, crop and flip of whole batches; "timm": timm's transforms
+    """Column of classes; null finds it by its type."""
     pipeline: Literal["auto", "memory", "timm"] = "auto"
-    image_size: int | None = None  # None: that of the images (memory) or of the model (timm)
-    crop_padding: int = 1  # memory pipeline
+    """`memory` decodes images once, and crops and flips whole batches; `timm` uses timm's transforms."""
+    image_size: int | None = None
+    """Pixels; null for those of the images (memory) or of the model (timm)."""
+    crop_padding: int = 1
+    """Pixels around an image of which it is cropped again (memory pipeline)."""
     hflip: float = 0.0
-    transform_kwargs: dict = field(default_factory=dict)  # timm pipeline: more arguments of create_transform, training
-    num_workers: int = 4  # of the timm pipeline
+    """Probability that an image is flipped."""
+    transform_kwargs: dict[str, Any] = field(default_factory=dict)
+    """More arguments of timm.data.create_transform in training (timm pipeline)."""
+    num_workers: int = 4
+    """Processes that read images (timm pipeline)."""
 
-    # model
     model: str = "resnet8_cifar"
-    model_kwargs: dict = field(default_factory=dict)
+    """Name of a timm model."""
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    """More arguments of timm.create_model."""
     pretrained: bool = False
-    checkpoint: str | None = None  # folder with config.json, or weights file
+    """Whether to start from timm's pretrained weights."""
+    checkpoint: str | None = None
+    """Weights to start from: a folder with config.json, or a weights file."""
 
-    # float phase
     float_epochs: int = 12
+    """Epochs of the float phase."""
     float_lr: float = 0.1
+    """Learning rate of the float phase."""
     float_weight_decay: float = 5e-4
+    """Weight decay of the float phase."""
 
-    # DAQ phase; `daq` holds the fields of hf_daq.DaqConfig, or `preset: paper` and those of DaqConfig.paper
-    daq: dict = field(default_factory=lambda: {"weight_bits": 3, "activation_bits": 3})
+    daq: dict[str, Any] = field(default_factory=lambda: {"weight_bits": 3, "activation_bits": 3})
+    """Fields of hf_daq.DaqConfig (daq.bits, daq.rounding, ...), or `preset: paper` and those of DaqConfig.paper."""
     epochs: int = 12
+    """Epochs of the DAQ phase."""
     lr: float = 0.005
+    """Learning rate of weights in the DAQ phase."""
     weight_decay: float = 1e-4
+    """Weight decay of the DAQ phase."""
     quantizer_lr: float = 1e-3
+    """Learning rate of bounds and scales."""
     calibration_batches: int = 4
+    """Training batches to calibrate on, in each process."""
     distillation: Distillation = field(default_factory=Distillation)
 
-    # both phases
     optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Optimizer of weights; fp16, FSDP and DeepSpeed take adamw alone."""
     momentum: float = 0.9
+    """Momentum of sgd."""
     nesterov: bool = True
-    warmup_epochs: float = 1.0
-    batch_size: int = 64  # per process
-    accumulation: int = 1  # batches per update
-    clip_grad: float | None = None
+    """Whether it is Nesterov's."""
     label_smoothing: float = 0.0
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # fp16, FSDP and DeepSpeed with adamw alone
+    """Label smoothing of the cross-entropy."""
     channels_last: bool = False
-    compile: bool = False
-    max_steps: int | None = None  # updates per phase, for a quick look
-
-    # run
-    seed: int = 0
-    output_dir: str = "output"
-    export: str | None = None  # of packed, onnx, compressed-tensors, separated by commas: written after the last epoch
-    checkpoint_every: int = 0  # updates; 0: none
-    resume: bool = False
-    tracker: Literal["none", "tensorboard", "trackio"] = "none"
-    log_every: int = 50
-    monitor_every: int = 0  # updates of the DAQ phase from one look of hf_daq.Monitor to the next; 0: none
+    """Whether images and weights lie in memory channels last."""
 
 
 def parse(argv: list[str]) -> Config:
-    return loop.parse(Config, argv, __doc__)
+    return options.parse(Config, argv, __doc__)
 
 
 # ----------------------------------------------------------------------------------------------------------- data
@@ -143,20 +153,18 @@ class Images:
 
 
 def read_images(cfg: Config) -> Images:
-    splits = digits() if cfg.dataset == "digits" else datasets.load_dataset(cfg.dataset, cfg.dataset_config)
-    for split in (cfg.train_split, cfg.eval_split):
-        if split not in splits:
-            raise SystemExit(f"{cfg.dataset} has no split {split!r}; it has {', '.join(splits)}")
-    features = splits[cfg.train_split].features
+    splits = load_splits(cfg, {"digits": digits})
+    features = next(iter(splits.values())).features
     image = column(features, cfg.image_column, datasets.Image, "image_column")
     label = column(features, cfg.label_column, (datasets.ClassLabel, datasets.Value), "label_column")
+    train, evaluation = split_pair(splits, cfg, label)
     if isinstance(features[label], datasets.ClassLabel):
         names = features[label].names
     elif features[label].dtype.startswith("int"):
-        names = [str(i) for i in range(max(splits[cfg.train_split][label]) + 1)]
+        names = [str(i) for i in range(max(train[label]) + 1)]
     else:
         raise SystemExit(f"label column {label!r} holds {features[label].dtype}; integers or a ClassLabel are wanted")
-    return Images(splits[cfg.train_split], splits[cfg.eval_split], image, label, names)
+    return Images(train, evaluation, image, label, names)
 
 
 def column(features: datasets.Features, name: str | None, kinds: type | tuple, option: str) -> str:
@@ -181,6 +189,11 @@ def digits() -> datasets.DatasetDict:
     return whole.train_test_split(test_size=0.2, seed=0, stratify_by_column="label")
 
 
+# What timm calls the preprocessing of MemoryImages: the whole image, stretched to a square.
+WHOLE = {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bicubic"}
+BICUBIC = 3
+
+
 class MemoryImages(Dataset):
     """A small data set decoded once; a batch is cropped, flipped and normalised as one tensor.
 
@@ -189,7 +202,7 @@ class MemoryImages(Dataset):
 
     def __init__(self, split: datasets.Dataset, images: Images, size: int, mean: tuple, std: tuple, cfg: Config | None):
         decoded = (row[images.image_column].convert("RGB") for row in split)
-        resized = (image if image.size == (size, size) else image.resize((size, size), 3) for image in decoded)
+        resized = (image if image.size == (size, size) else image.resize((size, size), BICUBIC) for image in decoded)
         self.pixels = torch.from_numpy(np.stack([np.asarray(image) for image in resized]))
         self.labels = torch.tensor(split[images.label_column])
         self.mean, self.std = torch.tensor(mean) * 255, torch.tensor(std) * 255
@@ -270,38 +283,50 @@ def make_loaders(images: Images, cfg: Config, data_config: dict, in_memory: bool
         raise SystemExit(f"batch_size is {cfg.batch_size}, but the training split has only {len(train)} images")
     # A loader draws a seed for its workers when an epoch begins. From a generator of its own, or else a continued run,
     # which begins its epoch once more, would be one number ahead in the global one.
-    options = {
+    arguments = {
         "batch_size": cfg.batch_size,
         "collate_fn": train.collate,
         "num_workers": 0 if in_memory else cfg.num_workers,
         "generator": torch.Generator(),
     }
     shuffle = EpochShuffle(len(train), cfg.seed)
-    return DataLoader(train, sampler=shuffle, drop_last=True, **options), DataLoader(test, **options)
+    return DataLoader(train, sampler=shuffle, drop_last=True, **arguments), DataLoader(test, **arguments)
 
 
 # ------------------------------------------------------------------------------------------- model and optimizers
 
 
-def create_float_model(cfg: Config, images: Images, size: int | None, checkpoint: str | None) -> nn.Module:
-    """The timm model with the weights of `checkpoint` (or `pretrained`), which knows image size and label names."""
-    overlay: dict[str, Any] = {"label_names": images.label_names}
-    if size:
-        overlay["input_size"] = (3, size, size)
-    options = {"num_classes": len(images.label_names), **cfg.model_kwargs}
+# Entries of timm's description of a network that tell where pretrained weights come from.
+SOURCES = ("tag", "url", "file", "hf_hub_id", "hf_hub_filename", "source", "origin_url", "paper_name", "paper_ids")
+SOURCES += ("license", "notes")
+
+
+def create_float_model(cfg: Config, images: Images, preprocessing: dict, checkpoint: str | None) -> nn.Module:
+    """The timm model with the weights of `checkpoint` (or `pretrained`), which knows preprocessing and label names."""
+    arguments = {"num_classes": len(images.label_names), **cfg.model_kwargs}
     loop.refuse_missing(checkpoint)
     path = Path(checkpoint) if checkpoint else None
     if path and path.is_dir():
         saved = json.loads((path / "config.json").read_text())["architecture"]
         if saved != cfg.model.partition(".")[0]:
             raise SystemExit(f"checkpoint {path} holds a {saved}, and --model is {cfg.model}")
-        model = timm.create_model(f"local-dir:{path}", pretrained=True, **options)
+        model = timm.create_model(f"local-dir:{path}", pretrained=True, **arguments)
     else:
-        model = timm.create_model(cfg.model, pretrained=cfg.pretrained and not path, **options)
+        model = timm.create_model(cfg.model, pretrained=cfg.pretrained and not path, **arguments)
         if path:
             timm.models.load_checkpoint(model, str(path))
-    model.pretrained_cfg.update(overlay)
+        if path or not cfg.pretrained:
+            for key in SOURCES:
+                model.pretrained_cfg.pop(key, None)
+    model.pretrained_cfg.update(preprocessing, label_names=images.label_names)
     return model.to(memory_format=torch.channels_last) if cfg.channels_last else model
+
+
+def refuse_unknown_model(name: str) -> None:
+    known = name.partition(".")[0]
+    if ":" not in name and not timm.is_model(known):
+        closest = difflib.get_close_matches(known, timm.list_models(), n=1, cutoff=0.0)[0]
+        raise SystemExit(f"timm has no model {known!r}; the closest is {closest!r}")
 
 
 def origin(cfg: Config) -> tuple[str | None, str | None]:
@@ -373,7 +398,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         raise SystemExit(
             "sgd comes with an Adam for bounds and scales, and fp16 has one loss scale: take bf16 or adamw"
         )
-    quantization, exports = daq_config(cfg.daq), exporting.formats(cfg.export)
+    refuse_unknown_model(cfg.model)
+    quantization, exports = daq_config(cfg.daq), finish.formats(cfg.export)
     checkpoint, progress = find_checkpoint(cfg)
     accelerator = start_accelerator(cfg, checkpoint)
     if accelerator.distributed_type in ("FSDP", "DEEPSPEED") and cfg.optimizer != "adamw":
@@ -385,7 +411,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     small = max(width, height) <= 64 and (len(images.train) + len(images.eval)) * width * height * 3 < 2**31
     in_memory = cfg.pipeline == "memory" or (cfg.pipeline == "auto" and small)
     size = cfg.image_size or (max(width, height) if in_memory else None)
-    model = create_float_model(cfg, images, size, cfg.checkpoint)
+    preprocessing: dict[str, Any] = {"input_size": (3, size, size)} if size else {}
+    if in_memory:
+        preprocessing |= WHOLE
+    model = create_float_model(cfg, images, preprocessing, cfg.checkpoint)
     loaders = make_loaders(images, cfg, resolve_data_config({}, model=model), in_memory)
     train_set, shuffle = loaders[0].dataset, loaders[0].sampler
     run = Run(cfg, accelerator, progress, *accelerator.prepare(*loaders), train_set, shuffle)
@@ -402,7 +431,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if progress.phase == "float":
             progress.start_phase("quantized")
         start = f"{cfg.output_dir}/float" if cfg.float_epochs else cfg.checkpoint
-        model = create_float_model(cfg, images, size, start).to(accelerator.device)
+        model = create_float_model(cfg, images, preprocessing, start).to(accelerator.device)
         teacher = copy.deepcopy(model).eval().requires_grad_(False) if cfg.distillation.alpha else None
         if checkpoint is None:
             results["float"] = run.evaluate(model)
@@ -430,13 +459,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if cfg.epochs:
             base, license = origin(cfg)
             folder = run.output / "quantized"
-            finish.write(
-                folder, __file__, arguments, cfg, run.metric, results, versions, base_model=base, license=license
+            finish.write_card(
+                folder, __file__, arguments, cfg, run.metric, results, versions, eval_name(cfg), base, license
             )
         print(", ".join(f"{key} {value:.2f}" for key, value in results.items()))
         if exports and cfg.epochs:
             batches = itertools.islice(loaders[1], max(1, 256 // cfg.batch_size))
-            exporting.export(exports, run.output, torch.cat([batch for batch, _ in batches]))
+            finish.export(exports, run.output, torch.cat([batch for batch, _ in batches]))
     accelerator.end_training()
     return results
 

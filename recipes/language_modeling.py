@@ -19,12 +19,13 @@ predicted without what precedes it. `quantized_last` is of the last epoch; `quan
 picked on the very text they are measured on.
 """
 
+import dataclasses
 import itertools
 import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import accelerate
 import datasets
@@ -45,12 +46,11 @@ from transformers import (
 )
 
 import hf_daq
-from shared import exporting, finish, loop
+from shared import finish, loop, options
+from shared.data import closest_name, load_splits
+from shared.distillation import Distillation, distill
 from shared.loop import (
-    Distillation,
     EpochShuffle,
-    daq_config,
-    distill,
     find_checkpoint,
     prepare,
     seed_of,
@@ -58,29 +58,37 @@ from shared.loop import (
     train_phase,
     write_results,
 )
+from shared.options import LoopOptions, daq_config
 
 # ---------------------------------------------------------------------------------------------------------- knobs
 
 
 @dataclass
-class Config:
+class Config(LoopOptions):
     """The defaults are the Python documentation experiment (configs/python_docs_llama_w4.yaml)."""
 
-    # data: "python_docs", a Hub id, a text file, or a folder of text files; rows of a data set are joined by `separator`
     dataset: str = "python_docs"
+    """`python_docs`, a Hub id, a text file, or a folder of text files."""
     dataset_config: str | None = None
-    dataset_kwargs: dict = field(default_factory=dict)  # more arguments of load_dataset
+    """Configuration of the data set on the Hub."""
+    dataset_kwargs: dict[str, Any] = field(default_factory=dict)
+    """More arguments of load_dataset."""
     train_split: str = "train"
-    eval_split: str | None = None  # None: the end of the training text
-    eval_fraction: float = 0.1  # of the training text, without eval_split
+    """Split to train on."""
+    eval_split: str | None = None
+    """Split to evaluate on; null for the end of the training text."""
+    eval_fraction: float = 0.1
+    """Share of the training text that is its end, without eval_split."""
     text_column: str = "text"
+    """Column of texts."""
     separator: str = "\n"
-    block_size: int = 128  # tokens
+    """What joins the rows of a data set."""
+    block_size: int = 128
+    """Tokens of an example."""
 
-    # model: a folder or Hub id, or `model_config`, the arguments of a transformers config, trained from scratch with a
-    # byte-level BPE of `vocab_size` tokens; `checkpoint`: output_dir/float of an earlier run
     model: str | None = None
-    model_config: dict = field(
+    """A folder or Hub id of a transformers checkpoint; null trains `model_config` from scratch."""
+    model_config: dict[str, Any] = field(
         default_factory=lambda: {
             "model_type": "llama",
             "hidden_size": 128,
@@ -90,49 +98,45 @@ class Config:
             "tie_word_embeddings": True,
         }
     )
+    """Arguments of the transformers config of a network from scratch."""
     vocab_size: int = 512
+    """Tokens of the byte-level BPE of a network from scratch."""
     checkpoint: str | None = None
+    """output_dir/float of an earlier run to start from."""
 
-    # float phase
     float_epochs: int = 2
+    """Epochs of the float phase."""
     float_lr: float = 3e-3
+    """Learning rate of the float phase."""
 
-    # DAQ phase; `daq` holds the fields of hf_daq.DaqConfig, or `preset: paper` and those of DaqConfig.paper
-    daq: dict = field(default_factory=lambda: {"weight_bits": 4, "group_size": 64})
+    daq: dict[str, Any] = field(default_factory=lambda: {"weight_bits": 4, "group_size": 64})
+    """Fields of hf_daq.DaqConfig (daq.bits, daq.rounding, ...), or `preset: paper` and those of DaqConfig.paper."""
     epochs: int = 1
+    """Epochs of the DAQ phase."""
     lr: float = 1e-3
+    """Learning rate of weights in the DAQ phase."""
     quantizer_lr: float = 1e-3
+    """Learning rate of bounds and scales."""
     calibration_batches: int = 8
+    """Training batches to calibrate on, in each process."""
     distillation: Distillation = field(default_factory=Distillation)
-
-    # both phases
     weight_decay: float = 0.1
+    """Weight decay of both phases."""
+
     warmup_epochs: float = 0.2
-    batch_size: int = 16  # blocks, per process
-    accumulation: int = 1  # batches per update
+    batch_size: int = 16
     clip_grad: float | None = 1.0
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    compile: bool = False
-    max_steps: int | None = None  # updates per phase, for a quick look
 
-    # text written at the end of a phase
     prompt: str = "The "
+    """Beginning of the text that each network writes."""
     sample_tokens: int = 100
+    """Tokens of that text."""
     sample_temperature: float = 0.8
-
-    # run
-    seed: int = 0
-    output_dir: str = "output"
-    export: str | None = None  # of packed, onnx, compressed-tensors, separated by commas: written after the last epoch
-    checkpoint_every: int = 0  # updates; 0: none
-    resume: bool = False
-    tracker: Literal["none", "tensorboard", "trackio"] = "none"
-    log_every: int = 50
-    monitor_every: int = 0  # updates of the DAQ phase from one look of hf_daq.Monitor to the next; 0: none
+    """Temperature of that text."""
 
 
 def parse(argv: list[str]) -> Config:
-    return loop.parse(Config, argv, __doc__)
+    return options.parse(Config, argv, __doc__)
 
 
 # ----------------------------------------------------------------------------------------------------------- data
@@ -147,7 +151,9 @@ class Texts:
 
 
 def read_texts(cfg: Config) -> Texts:
-    splits = python_docs() if cfg.dataset == "python_docs" else load(cfg)
+    kind = {"data_files": cfg.dataset} if Path(cfg.dataset).is_file() else {}
+    source = dataclasses.replace(cfg, dataset="text") if kind else cfg
+    splits = load_splits(source, {"python_docs": python_docs}, **kind, **cfg.dataset_kwargs)
     for split in (cfg.train_split, cfg.eval_split or cfg.train_split):
         if split not in splits:
             raise SystemExit(f"{cfg.dataset} has no split {split!r}; it has {', '.join(splits)}")
@@ -161,12 +167,6 @@ def read_texts(cfg: Config) -> Texts:
         count = math.ceil(len(train) * cfg.eval_fraction)
         train, evaluation = train[:-count], train[-count:]
     return Texts(join(train, cfg.separator), join(evaluation, cfg.separator))
-
-
-def load(cfg: Config) -> datasets.DatasetDict:
-    if Path(cfg.dataset).is_file():
-        return datasets.load_dataset("text", data_files=cfg.dataset, **cfg.dataset_kwargs)
-    return datasets.load_dataset(cfg.dataset, cfg.dataset_config, **cfg.dataset_kwargs)
 
 
 def python_docs() -> datasets.DatasetDict:
@@ -212,9 +212,9 @@ def make_loaders(texts: Texts, tokenizer: PreTrainedTokenizerBase, cfg: Config) 
         )
     # A loader draws a seed when an epoch begins. From a generator of its own, or else a continued run, which begins its
     # epoch once more, would be one number ahead in the global one.
-    options = {"batch_size": cfg.batch_size, "generator": torch.Generator()}
+    arguments = {"batch_size": cfg.batch_size, "generator": torch.Generator()}
     shuffle = EpochShuffle(len(train), cfg.seed)
-    return DataLoader(train, sampler=shuffle, drop_last=True, **options), DataLoader(evaluation, **options)
+    return DataLoader(train, sampler=shuffle, drop_last=True, **arguments), DataLoader(evaluation, **arguments)
 
 
 # ---------------------------------------------------------------------------------------------- model and tokenizer
@@ -223,7 +223,11 @@ def make_loaders(texts: Texts, tokenizer: PreTrainedTokenizerBase, cfg: Config) 
 def make_tokenizer(texts: Texts, cfg: Config) -> PreTrainedTokenizerBase:
     """That of the model, or for a model from scratch a byte-level BPE trained on the training text."""
     if start := cfg.checkpoint or cfg.model:
-        return AutoTokenizer.from_pretrained(start)
+        try:
+            return AutoTokenizer.from_pretrained(start)
+        except (OSError, ValueError) as error:
+            line = f"model {start!r} cannot be opened{closest_name(start, ())}: {error}"
+            raise SystemExit(line.partition("\n")[0]) from None
     bpe = tokenizers.ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts.train, cfg.vocab_size, special_tokens=["<|endoftext|>"], show_progress=False)
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>")
@@ -319,7 +323,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if cfg.epochs and not (cfg.float_epochs or cfg.model or cfg.checkpoint):
         raise SystemExit("the DAQ phase starts from float weights: set float_epochs, model or checkpoint")
     loop.refuse_missing(cfg.checkpoint)
-    quantization, exports = daq_config(cfg.daq), exporting.formats(cfg.export)
+    quantization, exports = daq_config(cfg.daq), finish.formats(cfg.export)
     checkpoint, progress = find_checkpoint(cfg)
     accelerator = start_accelerator(cfg, checkpoint)
 
@@ -373,10 +377,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             split = cfg.eval_split or f"last {cfg.eval_fraction:.0%} of {cfg.train_split}"
             base = finish.hub_id(None if cfg.checkpoint else cfg.model)
             folder = run.output / "quantized"
-            finish.write(folder, __file__, arguments, cfg, run.metric, results, versions, split, base)
+            finish.write_card(folder, __file__, arguments, cfg, run.metric, results, versions, split, base)
         print(", ".join(f"{key} {value:.3f}" for key, value in results.items() if isinstance(value, float)))
         if exports and cfg.epochs:
-            exporting.export(exports, run.output, {"input_ids": next(iter(loaders[1]))[:, :-1]})
+            finish.export(exports, run.output, {"input_ids": next(iter(loaders[1]))[:, :-1]})
     accelerator.end_training()
     return results
 

@@ -32,12 +32,12 @@ import datasets
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import hf_daq
+from shared.distillation import train_towards
 
 # ---------------------------------------------------------------------------------------------------------- knobs
 
@@ -143,6 +143,11 @@ class Images:
         for start in range(0, len(self.rows), size):
             yield self.batch(range(start, min(start + size, len(self.rows))))
 
+    def random_batches(self, size: int, seed: int) -> Iterator[Tensor]:
+        random = np.random.default_rng(seed)
+        while True:
+            yield self.batch(random.choice(len(self.rows), size, replace=False).tolist())
+
     def batch(self, indices: range | list[int]) -> Tensor:
         enlarged = [
             np.asarray(image.convert("RGB").resize((self.size, self.size), Image.Resampling.BICUBIC))
@@ -190,27 +195,19 @@ def quantized(
 def distill(model: nn.Module, teacher: nn.Module, images: Images, args: argparse.Namespace) -> int:
     """Train towards the teacher's outputs for some minutes. Returns the number of updates.
 
-    Batch norm keeps the statistics of ImageNet. Learning rates fall to 0 by a cosine over the time.
+    Batch norm keeps the statistics of ImageNet.
     """
     groups = hf_daq.param_groups(model, lr=args.lr, quantizer_lr=args.quantizer_lr, weight_decay=args.weight_decay)
-    optimizer = torch.optim.AdamW(groups)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    random = np.random.default_rng(args.seed)
-    seconds, started, updates = 60 * args.finetune_minutes, time.perf_counter(), 0
+    seconds, started = 60 * args.finetune_minutes, time.perf_counter()
     bar = tqdm(total=round(seconds), desc="distillation", unit="s", leave=False)
-    while (passed := time.perf_counter() - started) < seconds:
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * 0.5 * (1 + np.cos(np.pi * passed / seconds))
-        batch = images.batch(random.choice(len(images.rows), args.batch_size, replace=False).tolist())
-        with torch.no_grad():
-            target = teacher(batch).log_softmax(1)
-        loss = F.kl_div(model(batch).log_softmax(1), target, reduction="batchmean", log_target=True)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        updates += 1
-        bar.set_postfix(loss=f"{loss.item():.4f}")
-        bar.update(round(time.perf_counter() - started) - bar.n)
+
+    def share_done(updates: int) -> float:
+        passed = time.perf_counter() - started
+        bar.update(round(passed) - bar.n)
+        return passed / seconds
+
+    batches = images.random_batches(args.batch_size, args.seed)
+    updates = train_towards(teacher, model, groups, batches, lambda network, batch: network(batch), share_done)
     bar.close()
     return updates
 

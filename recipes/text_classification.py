@@ -46,69 +46,82 @@ from transformers import (
 )
 
 import hf_daq
-from shared import exporting, finish, loop
-from shared.loop import Distillation, daq_config, distill
+from shared import finish, loop, options
+from shared.data import closest_name, eval_name, load_splits, split_pair
+from shared.distillation import Distillation, distill
+from shared.options import RunOptions, daq_config
 
 # ---------------------------------------------------------------------------------------------------------- knobs
 
 
 @dataclass
-class Config:
-    # data: a Hub id, or a folder of csv, tsv, jsonl or parquet files; `dataset_kwargs`: more arguments of load_dataset,
-    # e.g. {names: [text, label]} for csv files whose first line is a text
+class Config(RunOptions):
+    """`dataset` and `model` have no default."""
+
     dataset: str | None = None
+    """A Hub id, or a folder of csv, tsv, jsonl or parquet files."""
     dataset_config: str | None = None
-    dataset_kwargs: dict = field(default_factory=dict)
+    """Configuration of the data set on the Hub, such as `sst2` of `nyu-mll/glue`."""
+    dataset_kwargs: dict[str, Any] = field(default_factory=dict)
+    """More arguments of load_dataset, e.g. {names: [text, label]} for csv files whose first line is a text."""
     train_split: str = "train"
+    """Split to train on."""
     eval_split: str = "validation"
-    text_column: str | None = None  # None: the first column of text
-    second_text_column: str | None = None  # for pairs of texts
+    """Split to evaluate on."""
+    eval_fraction: float | None = None
+    """Share of each class of the training split to evaluate on, for a data set without `eval_split`."""
+    text_column: str | None = None
+    """Column of texts; null for the first column of text."""
+    second_text_column: str | None = None
+    """Column of the second texts, for pairs."""
     label_column: str = "label"
-    max_length: int = 128  # tokens; longer texts are cut
+    """Column of classes."""
+    max_length: int = 128
+    """Tokens; longer texts are cut."""
 
-    # model: a folder or Hub id; `checkpoint`: output_dir/float of an earlier run, in place of a float phase
     model: str | None = None
+    """A folder or Hub id of a transformers checkpoint."""
     checkpoint: str | None = None
+    """output_dir/float of an earlier run, in place of a float phase."""
 
-    # float phase
     float_epochs: float = 3
-    float_training: dict = field(default_factory=dict)
+    """Epochs of the float phase."""
+    float_training: dict[str, Any] = field(default_factory=dict)
+    """Arguments of transformers.TrainingArguments that differ in the float phase."""
 
-    # DAQ phase; `daq` holds the fields of hf_daq.DaqConfig, or `preset: paper` and those of DaqConfig.paper
-    daq: dict = field(default_factory=lambda: {"weight_bits": 4, "activation_bits": 8})
+    daq: dict[str, Any] = field(default_factory=lambda: {"weight_bits": 4, "activation_bits": 8})
+    """Fields of hf_daq.DaqConfig (daq.bits, daq.rounding, ...), or `preset: paper` and those of DaqConfig.paper."""
     epochs: float = 3
+    """Epochs of the DAQ phase."""
     quantizer_lr: float = 1e-3
+    """Learning rate of bounds and scales."""
     calibration_batches: int = 8
+    """Training batches to calibrate on, in each process."""
     distillation: Distillation = field(default_factory=Distillation)
 
-    # both phases: arguments of transformers.TrainingArguments
-    training: dict = field(
+    training: dict[str, Any] = field(
         default_factory=lambda: {
             "per_device_train_batch_size": 32,
             "per_device_eval_batch_size": 64,
             "learning_rate": 5e-5,
             "weight_decay": 0.01,
-            "warmup_steps": 0.1,  # of all
+            "warmup_steps": 0.1,  # share of all
             "lr_scheduler_type": "cosine",
         }
     )
-
-    # run
-    seed: int = 0
-    output_dir: str = "output"
-    export: str | None = None  # of packed, onnx, compressed-tensors, separated by commas: written after the last epoch
-    resume: bool = False
-    monitor_every: int = 0  # updates of the DAQ phase from one look of hf_daq.Monitor to the next; 0: none
+    """Arguments of transformers.TrainingArguments in both phases."""
 
 
 def parse(argv: list[str]) -> Config:
-    cfg = loop.parse(Config, argv, __doc__)
+    cfg = options.parse(Config, argv, __doc__)
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
     for prefix in ("training", "float_training"):
         for key in getattr(cfg, prefix):
-            loop.refuse_unknown(key, known, f"{prefix}.")
+            options.refuse_unknown(key, known, f"{prefix}.")
     if not cfg.dataset:
-        raise SystemExit("pass --dataset, a Hub id or a folder of csv, tsv, jsonl or parquet files (--help: all keys)")
+        raise SystemExit(
+            "pass --dataset, a Hub id or a folder of csv, tsv, jsonl or parquet files (--help explains all keys)"
+        )
     if cfg.float_epochs and not cfg.model:
         raise SystemExit("pass --model, a folder or Hub id of a transformers checkpoint, e.g. bert-base-uncased")
     if not (cfg.float_epochs or cfg.checkpoint):
@@ -131,11 +144,8 @@ class Texts:
 
 
 def read_texts(cfg: Config) -> Texts:
-    splits = datasets.load_dataset(cfg.dataset, cfg.dataset_config, **cfg.dataset_kwargs)
-    for split in (cfg.train_split, cfg.eval_split):
-        if split not in splits:
-            raise SystemExit(f"{cfg.dataset} has no split {split!r}; it has {', '.join(splits)}")
-    features = splits[cfg.train_split].features
+    splits = load_splits(cfg, {}, **cfg.dataset_kwargs)
+    features = next(iter(splits.values())).features
     if cfg.label_column not in features:
         raise SystemExit(
             f"no column {cfg.label_column!r}; name it with --label_column. The columns are {dict(features)}"
@@ -148,13 +158,12 @@ def read_texts(cfg: Config) -> Texts:
     columns = [name for name in columns if name]
     if not columns or not set(columns) <= set(texts):
         raise SystemExit(f"no such column of text; name it with --text_column. The columns are {dict(features)}")
+    train, evaluation = split_pair(splits, cfg, cfg.label_column)
     label = features[cfg.label_column]
     if isinstance(label, datasets.ClassLabel):
-        return Texts(
-            splits[cfg.train_split], splits[cfg.eval_split], columns, list(range(label.num_classes)), label.names
-        )
-    values = sorted(splits[cfg.train_split].unique(cfg.label_column))
-    return Texts(splits[cfg.train_split], splits[cfg.eval_split], columns, values, [str(value) for value in values])
+        return Texts(train, evaluation, columns, list(range(label.num_classes)), label.names)
+    values = sorted(train.unique(cfg.label_column))
+    return Texts(train, evaluation, columns, values, [str(value) for value in values])
 
 
 def tokenize(
@@ -227,9 +236,6 @@ def training_arguments(cfg: Config, phase: str, epochs: float, **others: Any) ->
         **cfg.training,
         **others,
     }
-    for key, value in arguments.items():
-        if key.endswith("_strategy") and value is False:
-            arguments[key] = "no"  # as YAML reads it without quotes
     return TrainingArguments(**arguments)
 
 
@@ -285,14 +291,19 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     command_line = sys.argv[1:] if argv is None else argv
     cfg = parse(command_line)
     loop.refuse_missing(cfg.checkpoint)
-    quantization, exports = daq_config(cfg.daq), exporting.formats(cfg.export)
+    quantization, exports = daq_config(cfg.daq), finish.formats(cfg.export)
     report = start_report(cfg)
     results = report["results"]
     set_seed(cfg.seed)
 
     # data
     start = cfg.model if cfg.float_epochs else cfg.checkpoint
-    tokenizer = AutoTokenizer.from_pretrained(start)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(start)
+    except (OSError, ValueError) as error:
+        raise SystemExit(
+            f"model {start!r} cannot be opened{closest_name(start, ())}: {error}".partition("\n")[0]
+        ) from None
     texts = read_texts(cfg)
     train, evaluation = (tokenize(split, texts, tokenizer, cfg) for split in (texts.train, texts.eval))
     shared = {
@@ -348,11 +359,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if cfg.epochs:
             base = finish.hub_id(None if cfg.checkpoint else cfg.model)
             folder = Path(cfg.output_dir, "quantized")
-            finish.write(folder, __file__, command_line, cfg, "accuracy", results, report["versions"], base_model=base)
+            finish.write_card(
+                folder, __file__, command_line, cfg, "accuracy", results, report["versions"], eval_name(cfg), base
+            )
         print(", ".join(f"{key} {value:.2f}" for key, value in results.items()))
         if exports and cfg.epochs:
             batch = DataCollatorWithPadding(tokenizer)([evaluation[row] for row in range(min(256, len(evaluation)))])
-            exporting.export(
+            finish.export(
                 exports, Path(cfg.output_dir), {key: batch[key] for key in tokenizer.model_input_names if key in batch}
             )
     return results

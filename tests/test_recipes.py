@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -28,7 +29,7 @@ import post_training  # noqa: E402
 import text_classification  # noqa: E402
 
 from measure import deploy  # noqa: E402
-from shared import loop  # noqa: E402
+from shared import loop, options  # noqa: E402
 
 CONFIGS = sorted(path.name for path in (RECIPES / "configs").glob("*.yaml"))
 SMALL = "--max_steps 3 --batch_size 8 --checkpoint_every 0 --calibration_batches 2 --num_workers 0"
@@ -117,7 +118,7 @@ def test_first_line_of_a_config_launches_it(name):
     assert first.startswith("# ")
     assert f"recipes/{module.__name__}.py --config recipes/configs/{name}" in first
     args = ["--config", str(RECIPES / "configs" / name), "--dataset", "x", "--model", "x"]
-    loop.daq_config(module.parse(args).daq)
+    options.daq_config(module.parse(args).daq)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("cifar10_resnet20_w")])
@@ -313,15 +314,24 @@ def test_an_earlier_run_is_neither_mixed_up_nor_overwritten(tmp_path):
     [
         (["--epoch", "3"], "unknown key 'epoch'; the closest is 'epochs'"),
         (["--distillation.temprature", "3"], "unknown key 'distillation.temprature'.*'distillation.temperature'"),
-        (["--epochs", "many"], "epochs is 'many'; a value of type int is wanted"),
-        (["--epochs.x", "1"], "unknown key 'epochs.x': epochs is a single value"),
-        (["--optimiser.lr", "1"], "unknown key 'optimiser'; the closest is 'optimizer'"),
-        (["--optimizer", "adam"], "optimizer is 'adam'; allowed are sgd, adamw"),
-        (["epochs", "3"], "unexpected argument 'epochs'; options are written --key value"),
-        (["--daq.preset", "papre"], "daq.preset is 'papre'; allowed is 'paper'"),
+        (["--bits", "4"], "unknown key 'bits'; the closest is 'daq.bits'"),
+        (["--epochs", "many"], '"epochs": Expected a .*int.* Got value: many'),
+        (["--epochs.x", "1"], '"epochs": Expected a .*int'),
+        (["--epochs", "--lr", "1"], "argument --epochs: expected one argument"),
+        (["--optimiser.lr", "1"], "unknown key 'optimiser.lr'; the closest is 'optimizer'"),
+        (["--optimizer", "adam"], "\"optimizer\": Expected .*'sgd', 'adamw'.* Got value: adam"),
+        (["--config", "nowhere.yaml"], '"config": File does not exist: .*nowhere.yaml'),
+        (["epochs", "3"], "unexpected argument 'epochs 3'; options are written --key value"),
+        (["--daq.preset", "papre"], "daq: preset='papre' must be 'paper'"),
+        (["--daq.roundign", "ste"], "daq: .*roundign.*rounding"),
+        (["--model", "resnet81_cifar"], "timm has no model 'resnet81_cifar'; the closest is 'resnet8_cifar'"),
+        (
+            ["--dataset", "digit"],
+            "data set 'digit' cannot be opened; the closest name is 'digits'. It is digits, a Hub",
+        ),
         (["--float_epochs", "0"], "set float_epochs, pretrained or checkpoint"),
         (["--float_epochs", "0", "--checkpoint", "nowhere"], "checkpoint nowhere does not exist"),
-        (["--eval_split", "tset"], "digits has no split 'tset'; it has train, test"),
+        (["--eval_split", "tset"], "digits has no split 'tset'; it has train, test. .*--eval_fraction 0.2"),
         (["--label_column", "lable"], "no single column fits; name it with --label_column"),
         (["--export", "packed,onxx"], "allowed are packed, onnx, compressed-tensors, separated by commas"),
         (["--batch_size", "5000"], "batch_size is 5000, but the training split has only 1437 images"),
@@ -336,11 +346,30 @@ def test_unknown_key_in_yaml(tmp_path):
     (tmp_path / "x.yaml").write_text("weight_deacy: 0.1")
     with pytest.raises(SystemExit, match="unknown key 'weight_deacy'; the closest is 'weight_decay'"):
         run("--config", tmp_path / "x.yaml")
+    (tmp_path / "x.yaml").write_text("distillation: {alhpa: 0.1}")
+    with pytest.raises(SystemExit, match="unknown key 'distillation.alhpa'; the closest is 'distillation.alpha'"):
+        run("--config", tmp_path / "x.yaml")
 
 
-def test_unknown_daq_key_before_any_training(tmp_path):
-    with pytest.raises(ValueError, match=r"unknown key 'roundign'.*rounding"):
-        run("--daq.roundign", "ste", "--output_dir", tmp_path)
+def test_options_win_over_the_file_wherever_they_stand(tmp_path):
+    (tmp_path / "x.yaml").write_text("lr: 1e-4\nmixed_precision: no\nepochs: 3\ndaq: {weight_bits: 2, rounding: ste}\n")
+    file, options = ["--config", str(tmp_path / "x.yaml")], ["--epochs", "5", "--daq.weight_bits", "4"]
+    for argv in ([*file, *options], [*options, *file], [*options, f"--config={tmp_path / 'x.yaml'}"]):
+        cfg = recipe.parse(argv)
+        assert (cfg.lr, cfg.mixed_precision, cfg.epochs) == (1e-4, "no", 5)
+        assert cfg.daq == {"weight_bits": 4, "rounding": "ste"}
+
+
+@pytest.mark.parametrize("module", [recipe, text_classification, language_modeling])
+def test_help_explains_every_key(module, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        module.parse(["--help"])
+    assert stopped.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    names = [name for name in options.key_names(module.Config) if not name.startswith("daq.")]
+    for name in names:
+        if name != "distillation":
+            assert re.search(rf"--{name} (\S+|{{.*?}}) (?!\(type)\w|--{name} \S+ `", shown), name
 
 
 def test_checkpoint_of_another_model(float_folder, tmp_path):
@@ -355,7 +384,7 @@ def test_parsing_of_values():
     assert cfg.daq == {"weight_bits": 2, "activation_bits": None}
     assert recipe.parse(["--daq.rounding", "ste"]).daq == {"weight_bits": 3, "activation_bits": 3, "rounding": "ste"}
     assert dataclasses.asdict(recipe.parse(["--mixed_precision", "no"]))["mixed_precision"] == "no"
-    assert loop.daq_config({"preset": "paper", "weight_bits": 1}).weight_normalization == "standardize"
+    assert options.daq_config({"preset": "paper", "weight_bits": 1}).weight_normalization == "standardize"
 
 
 # Data -------------------------------------------------------------------------------------------------------------
@@ -481,7 +510,7 @@ def tiny_bert(tmp_path_factory) -> Path:
     return folder
 
 
-TEXT = ["--training.per_device_train_batch_size", 8, "--training.disable_tqdm", "--calibration_batches", 2]
+TEXT = ["--training.per_device_train_batch_size", 8, "--training.disable_tqdm", "true", "--calibration_batches", 2]
 NO_HEADER = ["--dataset_kwargs.names", "[sentence, label]"]
 
 

@@ -22,6 +22,7 @@ taken in turn.
 
 import argparse
 import copy
+import itertools
 import json
 import statistics
 import sys
@@ -34,17 +35,15 @@ from typing import Any
 import datasets
 import timm
 import torch
-import torch.nn.functional as F
 import transformers
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 import hf_daq
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from shared.exporting import weights_size
+from shared.distillation import train_towards
 
 # ---------------------------------------------------------------------------------------------------------- knobs
 
@@ -146,19 +145,11 @@ def read(data: str, model: nn.Module, name: str, kind: str, args: argparse.Names
     )
 
 
-def distil(model: nn.Module, teacher: nn.Module, train: dict[str, Tensor], args: argparse.Namespace, what: str) -> None:
+def distill(model: nn.Module, teacher: nn.Module, train: dict[str, Tensor], args: argparse.Namespace) -> None:
     groups = hf_daq.param_groups(model, args.lr, args.quantizer_lr)
-    optimizer = torch.optim.AdamW(groups)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
+    batches = itertools.cycle(list(split(train, args.batch_size)))
     model.train()
-    batches = list(split(train, args.batch_size))
-    for step in tqdm(range(args.steps), desc=what, leave=False):
-        batch = batches[step % len(batches)]
-        target = outputs(teacher, batch).flatten(0, -2)
-        F.cross_entropy(run(model, batch).flatten(0, -2), target.softmax(1)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+    train_towards(teacher, model, groups, batches, run, lambda updates: updates / args.steps)
     model.eval()
 
 
@@ -176,7 +167,7 @@ def measure(name: str, data: str, args: argparse.Namespace) -> Iterator[dict[str
             for batch in split({key: value[:256] for key, value in train.items()}, 32):
                 run(model, batch)
         if args.steps:
-            distil(model, teacher, train, args, f"{name}, {bits} bits")
+            distill(model, teacher, train, args)
         row = {
             "model": name,
             "bits": bits,
@@ -198,8 +189,8 @@ def files(
     with hf_daq.integer_arithmetic(model):
         integers = outputs(model, test)
     row: dict[str, Any] = {
-        "trainable": weights_size(folder / "trainable") / 1e6,
-        "packed": weights_size(folder / "packed") / 1e6,
+        "trainable": size_of(folder / "trainable"),
+        "packed": size_of(folder / "packed"),
         "ideal": hf_daq.summary(model).totals["bytes_after"] / 1e6,
         "integers": error(integers, expected),
     }
@@ -224,6 +215,10 @@ def files(
         row["compressed-tensors"] = found.size / 1e6
         row["compressed error"] = found.relative_error
     return row
+
+
+def size_of(folder: Path) -> float:
+    return (folder / "model.safetensors").stat().st_size / 1e6
 
 
 def row_bits(model: Any) -> int:
@@ -251,7 +246,8 @@ def speed(name: str, bits: int, args: argparse.Namespace) -> Iterator[dict[str, 
     torch.manual_seed(args.seed)
     if Path(name).is_dir():
         model, kind = load_float(name)
-        tokens = torch.randint(1000, (64, 128))
+        sizes = model.config.get_text_config()
+        tokens = torch.randint(sizes.vocab_size, (64, min(128, sizes.max_position_embeddings)))
         inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     else:
         model, kind = timm.create_model(name).eval(), "image"

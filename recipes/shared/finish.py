@@ -1,4 +1,4 @@
-"""What a training recipe knows of the network it saved, for its model card."""
+"""The end of a training recipe: the model card of the network it saved, and the files that `--export` asks for."""
 
 import dataclasses
 import os
@@ -11,7 +11,7 @@ import hf_daq
 _OF_THIS_MACHINE = {"output_dir", "resume", "checkpoint_every", "tracker", "log_every", "num_workers", "export"}
 
 
-def write(
+def write_card(
     folder: Path,
     recipe: str,
     argv: list[str],
@@ -19,7 +19,7 @@ def write(
     metric: str,
     results: dict[str, Any],
     versions: dict[str, str],
-    split: str | None = None,
+    split: str,
     base_model: str | None = None,
     license: str | None = None,
 ) -> None:
@@ -28,7 +28,7 @@ def write(
     Args:
         recipe, argv: file of the recipe, and its arguments.
         metric, results: what was measured: "quantized" and, if it was, "float".
-        split: of the data, cfg.eval_split by default.
+        split: what was evaluated on, in words.
         base_model, license: of the Hub, where the network started from there.
     """
     settings = {key: named(value) for key, value in dataclasses.asdict(cfg).items() if key not in _OF_THIS_MACHINE}
@@ -38,7 +38,7 @@ def write(
         license=license,
         datasets=(dataset,),
         calibration=f"{cfg.calibration_batches} batches of the {cfg.train_split} split",
-        results=(hf_daq.Result(metric, results["quantized"], results.get("float"), dataset, split or cfg.eval_split),),
+        results=(hf_daq.Result(metric, results["quantized"], results.get("float"), dataset, split),),
         command=command(recipe, argv),
         recipe=settings,
         seed=cfg.seed,
@@ -63,3 +63,44 @@ def named(value: Any) -> Any:
 def hub_id(name: str | None) -> str | None:
     """A name of the Hub, None for a folder of this machine."""
     return None if name is None or Path(name).exists() else name
+
+
+# ---------------------------------------------------------------------------------------------------------- exports
+
+
+def formats(names: str | None) -> list[str]:
+    """The names that were asked for, checked before a run begins."""
+    wanted = [name.strip() for name in (names or "").split(",") if name.strip()]
+    for name in wanted:
+        if name not in _WRITERS:
+            raise SystemExit(f"export is {names!r}; allowed are {', '.join(_WRITERS)}, separated by commas")
+    return wanted
+
+
+def export(names: list[str], output: Path, inputs: Any) -> None:
+    """Write each format beside output/quantized, compare it with the network, and print what was found.
+
+    Args:
+        inputs: real inputs to compare with, as the model takes them: a tensor, or a mapping of tensors.
+    """
+    for name in names:
+        model = hf_daq.from_pretrained(output / "quantized")
+        print(_WRITERS[name](model, output, inputs))
+
+
+def _packed(model: Any, output: Path, inputs: Any) -> str:
+    card = hf_daq.inspect(output / "quantized").facts
+    hf_daq.save_pretrained(model, output / "packed", packed=True, probe=inputs, card=card)
+    size = (output / "packed" / "model.safetensors").stat().st_size
+    return f"{output / 'packed'}: {size / 2**20:.2f} MiB, the same outputs bit for bit"
+
+
+def _onnx(model: Any, output: Path, inputs: Any) -> Any:
+    return hf_daq.export_onnx(model, output / "model.onnx", inputs)
+
+
+def _compressed_tensors(model: Any, output: Path, inputs: Any) -> Any:
+    return hf_daq.export_compressed_tensors(model, output / "compressed-tensors", inputs)
+
+
+_WRITERS = {"packed": _packed, "onnx": _onnx, "compressed-tensors": _compressed_tensors}

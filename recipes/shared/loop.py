@@ -1,8 +1,7 @@
-"""What the training recipes share: options, the training loop, and where a run stands (progress, checkpoints)."""
+"""The training loop of the recipes on Accelerate, and where a run stands (progress, checkpoints)."""
 
 import contextlib
 import dataclasses
-import difflib
 import json
 import math
 import os
@@ -14,22 +13,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar
 
 import accelerate
 import numpy as np
 import torch
-import torch.nn.functional as F
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
 import hf_daq
-
-# -------------------------------------------------------------------------------------------------------- options
 
 # What may differ between a run and its continuation.
 FREE_ON_RESUME = {
@@ -43,124 +39,6 @@ FREE_ON_RESUME = {
     "num_workers",
     "export",
 }
-
-
-def parse(config_class: type, argv: list[str], doc: str) -> Any:
-    """YAML file (`--config`) plus overrides (`--key value`, `--key.sub value`, `--key=value`, `--flag`) -> config."""
-    defaults = dataclasses.asdict(config_class())
-    if "-h" in argv or "--help" in argv:
-        print(doc + "\nKeys and defaults:\n\n" + yaml.safe_dump(defaults, sort_keys=False))
-        raise SystemExit(0)
-    overrides: dict[str, Any] = {}
-    tokens = list(argv)
-    while tokens:
-        token = tokens.pop(0)
-        if not token.startswith("--"):
-            raise SystemExit(f"unexpected argument {token!r}; options are written --key value")
-        key, equals, text = token[2:].partition("=")
-        if not equals:
-            text = tokens.pop(0) if tokens and not tokens[0].startswith("--") else "true"
-        overrides[key] = yaml.safe_load(text)
-    values: dict[str, Any] = {}
-    if config := overrides.pop("config", None):
-        values = yaml.safe_load(Path(config).read_text()) or {}
-    if "daq.bits" in overrides:  # replaces both numbers of the file
-        overrides["daq.weight_bits"] = overrides["daq.activation_bits"] = overrides.pop("daq.bits")
-    for dotted, value in overrides.items():
-        parent, dot, key = dotted.rpartition(".")
-        target = values.setdefault(parent, defaults.get(parent, {})) if dot else values
-        if not isinstance(target, dict):
-            raise SystemExit(f"unknown key {dotted!r}: {parent} is a single value")
-        target[key] = value
-    cfg = fill(config_class, values)
-    if cfg.monitor_every != 0 and cfg.monitor_every < 3:
-        raise SystemExit(f"monitor_every is {cfg.monitor_every}; allowed are 0 (never) and 3 or more")
-    return cfg
-
-
-def fill(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
-    """Build the dataclass from plain values, refusing what it does not know."""
-    hints = get_type_hints(cls)
-    known = {}
-    for key, value in values.items():
-        refuse_unknown(key, hints, prefix)
-        known[key] = convert(prefix + key, value, hints[key])
-    return cls(**known)
-
-
-def refuse_unknown(key: str, known: Any, prefix: str = "") -> None:
-    if key not in known:
-        closest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-        raise SystemExit(f"unknown key {prefix + key!r}; the closest is {prefix + closest!r} (--help lists all)")
-
-
-def convert(key: str, value: Any, hint: Any) -> Any:
-    if get_origin(hint) is Literal:
-        value = "no" if value is False else value  # as YAML reads it without quotes
-        if value not in get_args(hint):
-            raise SystemExit(f"{key} is {value!r}; allowed are {', '.join(get_args(hint))}")
-        return value
-    kinds = get_args(hint) or (hint,)
-    kind = kinds[0]
-    if value is None and type(None) in kinds:
-        return None
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        return fill(kind, value, key + ".")
-    if kind is dict and isinstance(value, dict):
-        return {k: as_number(v) for k, v in value.items()}
-    if kind is float and not isinstance(value, bool) and isinstance(as_number(value), int | float):
-        return float(as_number(value))
-    if kind is str and type(value) in (int, float):
-        return str(value)
-    if type(value) is not kind:
-        raise SystemExit(f"{key} is {value!r}; a value of type {kind.__name__} is wanted")
-    return value
-
-
-def as_number(value: Any) -> Any:
-    """YAML reads `1e-4` (no dot) as text."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            return float(value)
-    return value
-
-
-def daq_config(values: dict[str, Any]) -> hf_daq.DaqConfig:
-    values = dict(values)
-    preset = values.pop("preset", None)
-    if preset not in (None, "paper"):
-        raise SystemExit(f"daq.preset is {preset!r}; allowed is 'paper', or leave it out")
-    return hf_daq.DaqConfig.paper(**values) if preset else hf_daq.DaqConfig.from_dict(values)
-
-
-def flat(values: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted keys and plain values, as trackers want them."""
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            out |= flat(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value if isinstance(value, bool | int | float) else str(value)
-    return out
-
-
-# ------------------------------------------------------------------------------------------------------- training
-
-
-@dataclass
-class Distillation:
-    """Loss = (1 - alpha) * cross-entropy + alpha * temperature^2 * KL to the float network's outputs (DAQ phase)."""
-
-    alpha: float = 0.0
-    temperature: float = 4.0
-
-
-def distill(loss: Tensor, logits: Tensor, teacher_logits: Tensor, settings: Distillation) -> Tensor:
-    alpha, temperature = settings.alpha, settings.temperature
-    student = F.log_softmax(logits.float().flatten(0, -2) / temperature, 1)
-    teacher = F.log_softmax(teacher_logits.float().flatten(0, -2) / temperature, 1)
-    divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-    return (1 - alpha) * loss + alpha * temperature**2 * divergence
 
 
 def seed_of(*numbers: int) -> int:
@@ -179,23 +57,6 @@ class EpochShuffle(Sampler):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch, 1))
         return iter(torch.randperm(self.size, generator=generator).tolist())
-
-
-class CosineSchedule:
-    """Linear warm-up, then a cosine to 0. A function of the update alone: there is no state to save."""
-
-    def __init__(self, optimizers: list[torch.optim.Optimizer], updates: int, warmup: int):
-        self.optimizers, self.updates, self.warmup = optimizers, updates, warmup
-        self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-
-    def set(self, update: int) -> None:
-        if update < self.warmup:
-            factor = (update + 1) / self.warmup
-        else:
-            factor = 0.5 * (1 + math.cos(math.pi * (update - self.warmup) / (self.updates - self.warmup)))
-        for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
 
 
 @dataclass
@@ -230,6 +91,8 @@ class Run:
     eval_loader: DataLoader
     train_set: Any
     shuffle: EpochShuffle
+    optimizers: list[torch.optim.Optimizer] = field(default_factory=list, init=False)  # of this phase
+    updates: int = field(default=0, init=False)  # of this phase
     phase_start: float = field(default=0.0, init=False)
     monitor: hf_daq.Monitor | None = field(default=None, init=False)
 
@@ -280,7 +143,8 @@ def train_phase(
     cfg, accelerator, progress = run.cfg, run.accelerator, run.progress
     per_epoch = math.ceil(len(run.train_loader) / cfg.accumulation)
     updates = min(epochs * per_epoch, cfg.max_steps or sys.maxsize)
-    schedule = CosineSchedule(optimizers, updates, min(round(cfg.warmup_epochs * per_epoch), updates // 2))
+    run.optimizers, run.updates = optimizers, updates
+    schedules = cosine(optimizers, updates, min(round(cfg.warmup_epochs * per_epoch), updates // 2))
     if checkpoint:
         accelerator.load_state(str(checkpoint))
     if cfg.monitor_every and progress.phase == "quantized":
@@ -290,7 +154,7 @@ def train_phase(
     bar = tqdm(total=updates, initial=progress.update, desc=progress.phase, disable=None if run.is_main else True)
 
     while progress.update < updates or progress.batch:
-        loss = train_epoch(run, model, schedule, teacher, bar)
+        loss = train_epoch(run, model, schedules, teacher, bar)
         value = run.evaluate(model)
         progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
         entry = {"phase": progress.phase, "epoch": progress.epoch, "train_loss": loss, run.metric: value}
@@ -316,7 +180,15 @@ def train_phase(
     }
 
 
-def train_epoch(run: Run, model: nn.Module, schedule: CosineSchedule, teacher: nn.Module | None, bar: tqdm) -> float:
+def cosine(optimizers: list[torch.optim.Optimizer], updates: int, warmup: int) -> list[CosineLRScheduler]:
+    """Linear warm-up, then a cosine to 0. Functions of the update alone: there is no state to save."""
+    length, settings = updates - warmup + 1, {"warmup_t": warmup, "warmup_prefix": True, "t_in_epochs": False}
+    return [CosineLRScheduler(optimizer, length, **settings) for optimizer in optimizers]
+
+
+def train_epoch(
+    run: Run, model: nn.Module, schedules: list[CosineLRScheduler], teacher: nn.Module | None, bar: tqdm
+) -> float:
     """Train to the end of the epoch (or of the phase) from where `run.progress` stands. Returns the mean loss."""
     cfg, accelerator, progress = run.cfg, run.accelerator, run.progress
     loss_sum = torch.tensor(progress.loss_sum, device=accelerator.device)
@@ -326,15 +198,16 @@ def train_epoch(run: Run, model: nn.Module, schedule: CosineSchedule, teacher: n
         loader = accelerate.skip_first_batches(loader, progress.batch)
     model.train()
     for batch in loader:
-        if progress.update == schedule.updates:
+        if progress.update == run.updates:
             break
-        schedule.set(progress.update)
+        for schedule in schedules:
+            schedule.step_update(progress.update + 1)
         with accelerator.accumulate(model):
             loss = run.loss(model, batch, teacher)
             accelerator.backward(loss)
             if cfg.clip_grad and accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), cfg.clip_grad)
-            for optimizer in schedule.optimizers:
+            for optimizer in run.optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
         loss_sum += loss.detach()
@@ -346,7 +219,7 @@ def train_epoch(run: Run, model: nn.Module, schedule: CosineSchedule, teacher: n
         if run.monitor and (values := run.monitor.step()):
             run.log(values)
         if progress.update % cfg.log_every == 0:
-            lr = schedule.optimizers[0].param_groups[0]["lr"]
+            lr = run.optimizers[0].param_groups[0]["lr"]
             bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{lr:.5f}")
             run.log({"loss": loss.item(), "lr": lr})
         if cfg.checkpoint_every and progress.total_updates % cfg.checkpoint_every == 0:
@@ -354,6 +227,17 @@ def train_epoch(run: Run, model: nn.Module, schedule: CosineSchedule, teacher: n
             progress.loss_sum, progress.seconds = loss_sum.item(), run.seconds()
             save_checkpoint(run)
     return accelerator.reduce(loss_sum, "mean").item() / progress.batch
+
+
+def flat(values: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys and plain values, as trackers want them."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value if isinstance(value, bool | int | float) else str(value)
+    return out
 
 
 def launched_processes() -> int:

@@ -1,0 +1,62 @@
+"""Training towards the outputs of the float network."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class Distillation:
+    """The float network as a teacher: (1 - alpha) * cross-entropy + alpha * temperature^2 * KL to its outputs."""
+
+    alpha: float = 0.0
+    """Share of the comparison with the float network in the loss of the DAQ phase; 0 for none."""
+    temperature: float = 4.0
+    """Divides the outputs of both networks before the comparison."""
+
+
+def distill(loss: Tensor, logits: Tensor, teacher_logits: Tensor, settings: Distillation) -> Tensor:
+    alpha, temperature = settings.alpha, settings.temperature
+    return (1 - alpha) * loss + alpha * temperature**2 * divergence(logits, teacher_logits, temperature)
+
+
+def divergence(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL divergence of the outputs, shape (..., classes), from the teacher's: the mean over all predictions."""
+    student = F.log_softmax(logits.float().flatten(0, -2) / temperature, 1)
+    teacher = F.log_softmax(teacher_logits.float().flatten(0, -2) / temperature, 1)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def train_towards(
+    teacher: nn.Module,
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    batches: Iterator[Any],
+    forward: Callable[[nn.Module, Any], Tensor],
+    share_done: Callable[[int], float],
+) -> int:
+    """Train without labels (AdamW, cosine to 0). Returns the number of updates.
+
+    Args:
+        groups: parameters of the model with their peak learning rates, as of `hf_daq.param_groups`.
+        forward: network and batch -> logits.
+        share_done: number of updates -> which share of the training is over; 1 ends it.
+    """
+    optimizer, updates = torch.optim.AdamW(groups), 0
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    while (done := share_done(updates)) < 1:
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * done))
+        batch = next(batches)
+        with torch.no_grad():
+            target = forward(teacher, batch)
+        divergence(forward(model, batch), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        updates += 1
+    return updates
