@@ -1,6 +1,6 @@
 """DAQ in one page: a small float network learns handwritten digits, then learns them again with 3-bit weights and inputs.
 
-    python recipes/minimal.py      # seconds on a CPU; the digits come with scikit-learn
+python recipes/minimal.py      # half a minute of one core, mostly to compile; the digits come with scikit-learn
 """
 
 import timm
@@ -36,10 +36,11 @@ def main():
     # Data: 1797 images of 8x8 pixels, here with values from -1 to 1, a fifth of them for the test.
     pixels, digits = load_digits(return_X_y=True)
     images, labels = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1, torch.tensor(digits)
+    images = images.repeat(1, 3, 1, 1)  # as if they had colors
     train_images, images, train_labels, labels = train_test_split(images, labels, test_size=0.2, random_state=0)
 
     # A float network: any timm model.
-    model = timm.create_model("resnet10t", in_chans=1, num_classes=10)
+    model = timm.create_model("test_resnet", num_classes=10)
     train(model, torch.optim.AdamW(model.parameters(), lr=2e-3), train_images, train_labels)
     print(f"float: {accuracy(model, images, labels):.1f} %")
 

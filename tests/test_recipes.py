@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 import image_classification as recipe  # noqa: E402
 import language_modeling  # noqa: E402
+import minimal  # noqa: E402
 import post_training  # noqa: E402
 import text_classification  # noqa: E402
 
@@ -193,6 +195,93 @@ def test_digits_results_and_folders(tmp_path):
         with torch.no_grad():
             hits = torch.cat([model(batch).argmax(1) == labels for batch, labels in loader])
         assert 100 * hits.float().mean().item() == pytest.approx(results[phase])
+
+
+# Folders of images ------------------------------------------------------------------------------------------------
+
+
+def top1_through_timm(folder: Path, split: datasets.Dataset) -> float:
+    """As anybody would evaluate it who has the saved folder alone."""
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
+    batch = torch.stack([transform(image.convert("RGB")) for image in split["image"]])
+    with torch.no_grad():
+        return 100 * (model(batch).argmax(1) == torch.tensor(split["label"])).float().mean().item()
+
+
+@pytest.mark.parametrize("pipeline", ["memory", "timm"])
+def test_the_saved_folder_says_how_it_was_evaluated(pipeline, classes, tmp_path):
+    """Images that are not square, a model whose own settings crop 0.95; an eighth of the images is one point of 12.5."""
+    args = ["--dataset", classes, "--model", "resnet10t", "--image_size", 32, "--pipeline", pipeline, "--batch_size", 8]
+    args += ["--eval_fraction", 0.4, "--num_workers", 0, "--float_epochs", 2, "--epochs", 1, "--float_lr", 0.02]
+    results = run(*args, "--output_dir", tmp_path)
+    cfg = recipe.parse([str(arg) for arg in args])
+    evaluation = recipe.read_images(cfg).eval
+    for phase in ("float", "quantized"):
+        assert top1_through_timm(tmp_path / phase, evaluation) == pytest.approx(results[phase])
+        saved = json.loads((tmp_path / phase / "config.json").read_text())["pretrained_cfg"]
+        assert saved["input_size"] == [3, 32, 32]
+        assert (saved["crop_pct"] == 1.0) == (pipeline == "memory")
+        assert not {"tag", "license", "paper_ids", "hf_hub_id", "origin_url"} & set(saved)
+    facts = hf_daq.inspect(tmp_path / "quantized").facts
+    assert facts.results[0].split == "40% of train"
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory) -> Path:
+    """A folder with a folder of images for each class, 30 and 10 of them, told apart by where they are bright."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("classes")
+    generator = np.random.default_rng(0)
+    for label, count in (("cat", 30), ("dog", 10)):
+        (folder / label).mkdir()
+        for i in range(count):
+            pixels = generator.integers(0, 128, (40, 64, 3), dtype=np.uint8)
+            pixels[:, :8] += np.uint8(100 * (label == "dog"))
+            Image.fromarray(pixels).save(folder / label / f"{i}.png")
+    return folder
+
+
+def test_a_folder_of_classes_is_split_the_same_way_every_time(classes):
+    args = ["--dataset", str(classes), "--eval_fraction", "0.2"]
+    images = recipe.read_images(recipe.parse(args))
+    assert (len(images.train), len(images.eval), images.label_names) == (32, 8, ["cat", "dog"])
+    assert sorted(images.eval["label"]) == [0] * 6 + [1] * 2
+    again, other = (recipe.read_images(recipe.parse([*args, "--seed", seed])) for seed in "01")
+    pixels = [np.stack([np.asarray(image) for image in part.eval["image"]]) for part in (images, again, other)]
+    assert np.array_equal(pixels[0], pixels[1])
+    assert not np.array_equal(pixels[0], pixels[2])
+    whole = {image.tobytes() for split in (images.train, images.eval) for image in split["image"]}
+    assert len(whole) == 40
+
+
+def test_mistakes_in_splits_end_the_run_with_a_line(classes, imagefolder, tmp_path):
+    for args, message in [
+        (
+            [classes],
+            "has no split 'test'; it has train. Name another with --eval_split, .* --eval_fraction 0.2, or give",
+        ),
+        ([classes, "--train_split", "training"], "has no split 'training'; it has train"),
+        ([classes, "--eval_fraction", 20], "eval_fraction is 20.0; a number between 0 and 1 is wanted"),
+        ([classes, "--eval_fraction", 0.01], "eval_fraction 0.01 does not split 40 examples: "),
+        ([imagefolder, "--eval_fraction", 0.2], "has the split 'test'; leave eval_fraction out"),
+        (
+            [f"{classes}s"],
+            f"data set .* cannot be opened; the closest name is '{classes}'. It is digits, a Hub id or a",
+        ),
+    ]:
+        with pytest.raises(SystemExit, match=message):
+            run("--dataset", *args, "--output_dir", tmp_path)
+
+
+def test_the_minimal_recipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    minimal.main()
+    before, after = (float(number) for number in re.findall(r"([\d.]+) %", capsys.readouterr().out))
+    assert before > 95
+    assert after > 93
+    assert hf_daq.inspect(tmp_path / minimal.FOLDER).config.weight_bits == 3
 
 
 # Continuing -------------------------------------------------------------------------------------------------------
@@ -783,6 +872,18 @@ def test_sizes_and_parity_of_three_kinds_of_networks(
         assert row["onnx int4"] < row["onnx int8"]
     assert json.loads((tmp_path / "table.json").read_text())["sizes"] == tables["sizes"]
     assert capsys.readouterr().out.count(str(text_float)) == 1
+
+
+@pytest.mark.filterwarnings("ignore:# The axis name")
+def test_speed_of_a_text_network_with_a_small_vocabulary(tiny_bert, tmp_path, monkeypatch):
+    network = shutil.copytree(tiny_bert, tmp_path / "bert")
+    settings = json.loads((network / "config.json").read_text()) | {"architectures": ["BertForSequenceClassification"]}
+    (network / "config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(deploy, "ratios", lambda sessions, feed: {name: call(feed) for name, call in sessions.items()})
+    args = deploy.parse(["--speed", "x", "--threads", "1"])
+    row = next(deploy.speed(str(network), 4, args))
+    assert (row["runtime"], row["batch"]) == ("onnxruntime", 1)
+    assert {"float", "exact", "int8_outputs"} <= row.keys()
 
 
 @pytest.mark.slow
