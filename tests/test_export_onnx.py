@@ -23,7 +23,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 
 def quantized(model, x, **config):
-    config = {"weight_bits": 4, "activation_bits": 4, "weight_granularity": "channel"} | config
+    config = (
+        config
+        if "bits" in config
+        else {"weight_bits": 4, "activation_bits": 4, "weight_granularity": "channel"} | config
+    )
     hf_daq.apply_daq(model.eval(), **config)
     with hf_daq.calibrate(model):
         model(**x) if isinstance(x, dict) else model(x)
@@ -168,6 +172,115 @@ def test_int8_outputs(tmp_path):
         assert kinds.count("QLinearConv") == 2
 
 
+CALLS = {
+    "one_norm": lambda m, x, y: (m.norm(m.conv(x)), m.norm(m.conv(y))),
+    "two_norms": lambda m, x, y: (m.norm(m.conv(x)), m.other(m.conv(y))),
+    "without_norm": lambda m, x, y: (m.conv(x), m.norm(m.conv(y))),
+    "same_input": lambda m, x, y: (m.norm(m.conv(x)), m.other(m.conv(x))),
+    "one_after_the_other": lambda m, x, y: (x, m.other(m.conv(m.norm(m.conv(x)).relu()))),
+    "norm_of_an_output": lambda m, x, y: (seen := m.conv(x), m.norm(seen)),
+    "same_padded_input": lambda m, x, y: (m.norm(m.conv(x)), m.norm(m.reflecting(x))),
+}
+
+
+class CalledTwice(nn.Module):
+    """A convolution called more than once, on images of two sizes, before BatchNorms with factors of both signs."""
+
+    def __init__(self, calls):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 5)
+        self.reflecting = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect") if "padded" in calls else None
+        self.norm, self.other, self.calls = Branch("plain").norm, Branch("plain").norm, calls
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        first, second = CALLS[self.calls](self, x, nn.functional.avg_pool2d(x, 2))
+        return self.head(first.relu().mean((2, 3))) + self.head(second.relu().mean((2, 3))), first
+
+
+class Together(nn.Module):
+    """The outputs of several networks of the same input, one after the other."""
+
+    def __init__(self, *networks):
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, x):
+        outputs = [network(x) for network in self.networks]
+        values = [value for output in outputs for value in (output if isinstance(output, tuple) else (output,))]
+        return torch.cat([value.flatten(1) for value in values], 1)
+
+
+@pytest.mark.parametrize(
+    ("bits", "options"),
+    [
+        (8, {"runtime": "openvino"}),
+        (8, {}),
+        (8, {"int8_outputs": True, "max_error": 0.02, "min_agreement": 0.5}),
+        (2, {"weights": "int4"}),
+    ],
+    ids=["openvino", "onnxruntime", "int8_outputs", "int4"],
+)
+def test_layers_called_twice(bits, options, tmp_path):
+    model = quantized(Together(*map(CalledTwice, CALLS)), images(8), bits=bits)
+    check(model, tmp_path / "a.onnx", images(8), **{"max_error": 1e-5} | options)
+
+
+class Siamese(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tower, self.head = CalledTwice("without_norm"), nn.Linear(10, 5)
+
+    def forward(self, left, right):
+        return self.head(torch.cat([self.tower(left)[0], self.tower(right)[0]], 1))
+
+
+@pytest.mark.parametrize("order", ["positional", "named"])
+def test_a_network_called_on_two_inputs(order, tmp_path):
+    left, right = images(8), images(8, seed=1)
+    model = Siamese().eval()
+    hf_daq.apply_daq(model, bits=8)
+    with hf_daq.calibrate(model):
+        model(left, right)
+    inputs = (left, right) if order == "positional" else {"right": right, "left": left}
+    check(model, tmp_path / "a.onnx", inputs, max_error=1e-5)
+
+
+PADDED = {
+    "reflect": lambda: nn.Conv2d(8, 8, (3, 2), padding=1, padding_mode="reflect", groups=2),
+    "replicate": lambda: nn.Conv2d(8, 8, 3, padding=2, padding_mode="replicate", stride=2),
+    "circular": lambda: nn.Conv2d(8, 8, 3, padding=(2, 1), padding_mode="circular", dilation=2, bias=False),
+    "circular_one_side": lambda: nn.Conv2d(8, 8, (3, 1), padding=(1, 0), padding_mode="circular"),
+    "even_kernel": lambda: nn.Conv2d(8, 8, (2, 4), padding="same", padding_mode="reflect"),
+    "even_circular": lambda: nn.Conv2d(8, 8, (2, 4), padding="same", padding_mode="circular"),
+    "explicit": lambda: nn.Sequential(nn.ReflectionPad2d((1, 2, 0, 1)), nn.Conv2d(8, 8, 3)),
+    "explicit_circular": lambda: nn.Sequential(nn.CircularPad2d((2, 0, 1, 1)), nn.Conv2d(8, 8, 2)),
+    "constant": lambda: nn.Sequential(nn.ConstantPad2d(1, 0.7), nn.Conv2d(8, 8, 3)),
+    "same": lambda: timm.layers.Conv2dSame(8, 8, 3, stride=2),
+}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"runtime": "openvino", "max_error": 1e-5},
+        {"runtime": "onnxruntime", "max_error": 1e-5},
+        {"int8_outputs": True, "max_error": 0.02, "min_agreement": 0.5},
+    ],
+    ids=["openvino", "onnxruntime", "int8_outputs"],
+)
+def test_padding(options, tmp_path):
+    torch.manual_seed(0)
+    branches = [nn.Sequential(nn.ReLU(), make(), nn.BatchNorm2d(8)) for make in PADDED.values()]
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), Together(*branches), nn.LazyLinear(5)), images(8)[..., :-3]
+    model(x)
+    report = export_onnx(quantized(model, x, bits=8), tmp_path / "a.onnx", x, **options)
+    openvino = options.get("runtime") != "onnxruntime" and importlib.util.find_spec("openvino") is not None
+    assert ("openvino" in report.runtimes) == openvino
+    assert "BatchNormalization" not in [node.op_type for node in onnx.load(tmp_path / "a.onnx").graph.node]
+
+
 def test_openvino_agrees(tmp_path):
     pytest.importorskip("openvino")
     model = quantized(Convolutions("plain"), images(8))
@@ -234,7 +347,7 @@ def test_verification_catches_a_wrong_graph(tmp_path, monkeypatch):
     def corrupt(graph):
         for tensor in list(graph.graph.initializer):
             if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) > 1:
-                graph.add(tensor.name, -graph.values(tensor.name))
+                tensor.CopyFrom(onnx.numpy_helper.from_array(-graph.values(tensor.name), tensor.name))
 
     monkeypatch.setattr(onnx_passes, "share_constants", corrupt)
     (tmp_path / "a.onnx").write_text("old")

@@ -231,7 +231,10 @@ def _rewrite(proto: Any, batch: Inputs, weights: str, int8_outputs: bool, runtim
 
     graph = Graph(proto)
     passes.name_values(graph)
+    passes.separate_weights(graph)
+    passes.expand_circular_pads(graph)
     passes.fold_pads(graph)
+    passes.move_codes(graph)
     passes.fold_batch_norm(graph)
     passes.drop_activations(graph)
     if int8_outputs:

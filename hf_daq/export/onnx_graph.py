@@ -53,17 +53,18 @@ class Graph:
             raise KeyError(name)
         return values
 
-    def add_tensor(self, name: str, tensor: Any) -> str:
-        """Add a constant, or replace the one of this name."""
-        if name in self._tensors:
-            self._tensors[name].CopyFrom(tensor)
-        else:
-            self.graph.initializer.append(tensor)
-            self._tensors[name] = self.graph.initializer[-1]
-        return name
+    def add_tensor(self, tensor: Any) -> str:
+        """Add a constant, under its name or the next one that is free. None is replaced: others may use it."""
+        name, number = tensor.name, 0
+        while tensor.name in self._tensors:
+            number += 1
+            tensor.name = f"{name}.{number}"
+        self.graph.initializer.append(tensor)
+        self._tensors[tensor.name] = self.graph.initializer[-1]
+        return str(tensor.name)
 
     def add(self, name: str, values: Array) -> str:
-        return self.add_tensor(name, numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), name))
+        return self.add_tensor(numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), name))
 
     def nodes(self, *kinds: str) -> list[Any]:
         return [node for node in self.graph.node if node.op_type in kinds]
@@ -141,6 +142,12 @@ def input_node(graph: Graph, conv: Any) -> Any:
 def quantized_convolutions(graph: Graph) -> list[Any]:
     """Convolutions of codes with integers."""
     return [conv for conv in graph.nodes("Conv") if input_node(graph, conv) is not None and weight_node(graph, conv)]
+
+
+def offset_convolutions(graph: Graph) -> list[Any]:
+    """Convolutions with `scale * (code + 1/2)`, of which the weight's node holds `scale * code`."""
+    weights = [(conv, weight_node(graph, conv)) for conv in graph.nodes("Conv")]
+    return [conv for conv, weight in weights if weight is not None and note(weight, "hf_daq_offset") is not None]
 
 
 def with_outputs(model: Any, names: Iterable[str], kind: int) -> Any:

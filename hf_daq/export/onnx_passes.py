@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from .onnx_graph import (
     has_bias,
     input_node,
     note,
+    offset_convolutions,
     quantized_convolutions,
     set_attribute,
     set_bias,
@@ -25,6 +27,8 @@ from .onnx_graph import (
 
 LARGEST = 127
 _BIAS_BITS, _MOST_BIAS_BITS = 24, 28
+_END = np.iinfo(np.int64).max
+_MOVING = ("Pad", "Slice", "Concat", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Gather")
 
 
 def name_values(graph: Graph) -> None:
@@ -49,27 +53,133 @@ def name_values(graph: Graph) -> None:
     graph.index()
 
 
+def separate_weights(graph: Graph) -> None:
+    """A DequantizeLinear of its own for each convolution: a layer that is called twice has one, and what is folded into
+    it after one call is not for the other."""
+
+    def change(conv: Any) -> list[Any]:
+        weight = weight_node(graph, conv) if conv.op_type == "Conv" else None
+        if weight is None or id(weight) not in used:
+            used.add(id(weight))
+            return [conv]
+        copy = onnx.NodeProto()
+        copy.CopyFrom(weight)
+        copy.name = copy.output[0] = f"{weight.output[0]}.{conv.name}"
+        conv.input[1] = copy.output[0]
+        return [copy, conv]
+
+    used: set[int] = set()
+    graph.rewrite(change)
+
+
 def fold_pads(graph: Graph) -> None:
     """A Pad with zeros in front of a convolution becomes padding of the convolution."""
-    gone = []
-    for pad in graph.nodes("Pad"):
-        conv = graph.only_consumer(pad.output[0])
-        if conv is None or conv.op_type != "Conv" or attribute(pad, "mode", b"constant") != b"constant":
-            continue
-        amounts = graph.constant(pad.input[1])
-        fill = graph.constant(pad.input[2]) if len(pad.input) > 2 and pad.input[2] else np.zeros(1)
-        plain = attribute(conv, "auto_pad", b"NOTSET") == b"NOTSET" and not (len(pad.input) > 3 and pad.input[3])
-        if amounts is None or fill is None or fill.any() or (amounts < 0).any() or not plain:
-            continue
+    for conv in graph.nodes("Conv"):
+        while (pad := graph.producer(conv.input[0], "Pad")) is not None:
+            both = _image_padding(graph, pad)
+            if both is None or attribute(conv, "auto_pad", b"NOTSET") != b"NOTSET":
+                break
+            own = attribute(conv, "pads", [0] * len(both))
+            set_attribute(conv, "pads", [int(value) for value in both + np.array(own)])
+            conv.input[0] = pad.input[0]
+    graph.index()
+    graph.remove([pad for pad in graph.nodes("Pad") if not graph.consumers[pad.output[0]]])
+
+
+def _image_padding(graph: Graph, pad: Any) -> Array | None:
+    """How many zeros a Pad puts before and after height and width; None for a Pad that does something else."""
+    amounts = graph.constant(pad.input[1])
+    if amounts is None or not _pads_zeros(graph, pad) or (amounts < 0).any() or (len(pad.input) > 3 and pad.input[3]):
+        return None
+    before, after = np.split(amounts, 2)
+    return None if before[:2].any() or after[:2].any() else np.concatenate([before[2:], after[2:]])
+
+
+def _pads_zeros(graph: Graph, pad: Any) -> bool:
+    fill = graph.constant(pad.input[2]) if len(pad.input) > 2 and pad.input[2] else np.zeros(1)
+    return attribute(pad, "mode", b"constant") == b"constant" and fill is not None and not fill.any()
+
+
+def expand_circular_pads(graph: Graph) -> None:
+    """Slices and a Concat in the place of a Pad that wraps around, which OpenVINO does not know."""
+
+    def change(node: Any) -> list[Any]:
+        amounts = graph.constant(node.input[1]) if node.op_type == "Pad" else None
+        if amounts is None or attribute(node, "mode", b"") != b"wrap" or (amounts < 0).any():
+            return [node]
         before, after = np.split(amounts, 2)
-        if before[:2].any() or after[:2].any():
-            continue
-        both = np.concatenate([before[2:], after[2:]])
-        own = attribute(conv, "pads", [0] * len(both))
-        set_attribute(conv, "pads", [int(value) for value in both + np.array(own)])
-        conv.input[0] = pad.input[0]
-        gone.append(pad)
-    graph.remove(gone)
+        axes = graph.values(node.input[3]) if len(node.input) > 3 and node.input[3] else np.arange(len(before))
+        nodes, value = [], node.input[0]
+        for axis, first, last in zip(axes.tolist(), before.tolist(), after.tolist(), strict=True):
+            if first or last:
+                nodes += _wrapped(graph, value, f"{node.output[0]}.axis{axis}", axis, first, last)
+                value = nodes[-1].output[0]
+        return [*nodes, helper.make_node("Identity", [value], [node.output[0]], node.name)]
+
+    graph.rewrite(change)
+    for node in graph.nodes("Identity"):
+        graph.redirect(node.output[0], node.input[0])
+    graph.index()
+    graph.remove([node for node in graph.nodes("Identity") if not graph.consumers[node.output[0]]])
+
+
+def _wrapped(graph: Graph, value: str, name: str, axis: int, first: int, last: int) -> list[Any]:
+    """The last `first` values of an axis, all, and the first `last`."""
+    nodes, parts = [], [value]
+    for role, count, start, end in (("last", first, -first, _END), ("first", last, 0, last)):
+        if count:
+            part = f"{name}.{role}"
+            bounds = [graph.add(f"{part}.bound", np.array([bound])) for bound in (start, end, axis)]
+            nodes.append(helper.make_node("Slice", [value, *bounds], [part], part))
+            parts.insert(0 if role == "last" else len(parts), part)
+    return [*nodes, helper.make_node("Concat", parts, [name], name, axis=axis)]
+
+
+def move_codes(graph: Graph) -> None:
+    """What only moves values about between the input's codes and a convolution (padding that is not zeros) moves the
+    codes, so that the convolution follows their DequantizeLinear."""
+    moved: dict[int, Any] = {}
+    for conv in graph.nodes("Conv"):
+        between = _between(graph, conv.input[0]) if weight_node(graph, conv) else None
+        moved |= {id(node): dequantize for node, dequantize in between or ()}
+
+    def change(node: Any) -> list[Any]:
+        if id(node) not in moved:
+            return [node]
+        old, constants = node.output[0], moved[id(node)].input[1:]
+        for position in range(len(node.input) if node.op_type == "Concat" else 1):
+            source = graph.producers[node.input[position]]
+            node.input[position] = source.input[0] if source.op_type == "DequantizeLinear" else source.output[0]
+        if node.op_type == "Pad" and attribute(node, "mode", b"constant") == b"constant":
+            node.input[2:3] = [constants[1]]
+        node.output[0] = f"{old}.codes"
+        return [node, helper.make_node("DequantizeLinear", [node.output[0], *constants], [old], f"{old}.dequantized")]
+
+    graph.rewrite(change)
+    while unused := [node for node in graph.nodes("DequantizeLinear") if not graph.consumers[node.output[0]]]:
+        graph.remove(unused)
+
+
+def _between(graph: Graph, value: str) -> list[tuple[Any, Any]] | None:
+    """The moving nodes from the codes to this value, each with the DequantizeLinear of the codes; None where there is
+    anything else, or where codes of several scales meet."""
+    node = graph.producers.get(value)
+    if node is None or node.op_type not in _MOVING or (node.op_type == "Pad" and not _moves(graph, node)):
+        return None
+    found, sources = [], set()
+    for name in node.input if node.op_type == "Concat" else node.input[:1]:
+        source = graph.producer(name, "DequantizeLinear")
+        before = [] if source is not None else _between(graph, name)
+        if before is None:
+            return None
+        source = before[-1][1] if source is None else source
+        sources.add(tuple(source.input[1:]))
+        found += before
+    return [*found, (node, source)] if len(sources) == 1 else None
+
+
+def _moves(graph: Graph, pad: Any) -> bool:
+    return attribute(pad, "mode", b"constant") != b"constant" or _pads_zeros(graph, pad)
 
 
 def fold_batch_norm(graph: Graph) -> None:
@@ -156,12 +266,8 @@ def _limit_codes(graph: Graph, quantize: Any, limit: float) -> bool:
 def add_offsets(graph: Graph) -> None:
     """The missing half step of 8-bit weights, `scale * (code + 1/2)`: scale / 2 times the sum of the inputs under the
     kernel, from a convolution with ones."""
-    corrected = {id(conv): conv for conv in quantized_convolutions(graph) if _has_offset(graph, conv)}
+    corrected = {id(conv) for conv in offset_convolutions(graph)}
     graph.rewrite(lambda node: _with_offset(graph, node) if id(node) in corrected else (node,))
-
-
-def _has_offset(graph: Graph, conv: Any) -> bool:
-    return note(weight_node(graph, conv), "hf_daq_offset") is not None
 
 
 def _with_offset(graph: Graph, conv: Any) -> list[Any]:
@@ -187,10 +293,8 @@ def _with_offset(graph: Graph, conv: Any) -> list[Any]:
 
 def round_offsets(graph: Graph) -> None:
     """8-bit weights of convolutions rounded to integers of +-127 instead."""
-    for conv in quantized_convolutions(graph):
+    for conv in offset_convolutions(graph):
         node = weight_node(graph, conv)
-        if note(node, "hf_daq_offset") is None:
-            continue
         weight = graph.values(node.input[0]).astype(np.float64) + 0.5
         flat = np.abs(weight.reshape(len(weight), -1)).max(1)
         factor = (LARGEST / flat).reshape(-1, *(1,) * (weight.ndim - 1))
@@ -297,8 +401,8 @@ def store_int4(graph: Graph) -> None:
         if codes is None or codes.dtype != np.int8 or codes.size < 2 or np.abs(codes.astype(np.int16)).max() > 7:
             continue
         name = node.input[0]
-        stored = graph.add_tensor(f"{name}.int4", _int4_tensor(f"{name}.int4", codes))
         if name not in casts:
+            stored = graph.add_tensor(_int4_tensor(f"{name}.int4", codes))
             casts[name] = helper.make_node("Cast", [stored], [f"{name}.int8"], f"{name}.int8", to=onnx.TensorProto.INT8)
         node.input[0] = casts[name].output[0]
     for cast in casts.values():
@@ -315,10 +419,10 @@ def _int4_tensor(name: str, codes: Array) -> Any:
 
 def share_constants(graph: Graph) -> None:
     """Equal constants once, and none that nothing uses."""
-    first: dict[tuple[Any, ...], str] = {}
+    first: dict[bytes, str] = {}
     for tensor in graph.graph.initializer:
-        key = (tensor.data_type, tuple(tensor.dims), tensor.SerializeToString().replace(tensor.name.encode(), b"", 1))
-        if tensor.ByteSize() < 4096 and (known := first.setdefault(key, tensor.name)) != tensor.name:
+        known = first.setdefault(_digest(tensor), tensor.name)
+        if known != tensor.name:
             graph.redirect(tensor.name, known)
     graph.index()
     kept = [tensor for tensor in graph.graph.initializer if graph.consumers[tensor.name]]
@@ -328,3 +432,10 @@ def share_constants(graph: Graph) -> None:
     stale = [info for info in graph.graph.value_info if info.name not in graph.producers or info.name in names]
     for info in stale:
         graph.graph.value_info.remove(info)
+
+
+def _digest(tensor: Any) -> bytes:
+    values = onnx.TensorProto()
+    values.CopyFrom(tensor)
+    values.ClearField("name")
+    return hashlib.sha256(values.SerializeToString(deterministic=True)).digest()
