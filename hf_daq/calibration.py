@@ -22,6 +22,7 @@ from .model.guards import ORDER, processes, refuse_wrapped
 from .nn.init import activation_bounds, start_from_weight
 from .nn.layers import LAYER_TYPES, QuantizedLayer, evaluating, quantized_layers
 from .nn.quantizers import ActivationQuantizer, WeightQuantizer, is_shard
+from .nn.swap import change_class
 from .report.health import health
 
 logger = logging.getLogger("hf_daq")
@@ -262,11 +263,11 @@ def _float_layers(layers: Collection[QuantizedLayer]) -> Iterator[None]:
     classes: list[tuple[Any, type]] = [(layer, type(layer)) for layer in layers]
     try:
         for layer, _ in classes:
-            layer.__class__ = layer.float_class
+            change_class(layer, layer.float_class)
         yield
     finally:
         for layer, quantized_class in classes:
-            layer.__class__ = quantized_class
+            change_class(layer, quantized_class)
 
 
 def _copied(value: Any) -> Any:

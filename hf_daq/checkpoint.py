@@ -38,6 +38,7 @@ from .model.patch import patch
 from .model.roles import is_transformers_model
 from .nn.layers import evaluating
 from .nn.packed import daq_layers, packed_layers
+from .nn.swap import change_class
 
 
 def save_pretrained(
@@ -237,7 +238,8 @@ def _load_into(model: nn.Module, config: DaqConfig, weights: Path) -> nn.Module:
         load_weights(model, header, weights)
     except BaseException as error:
         for module, kind, state in before:
-            module.__class__, module.__dict__ = kind, state
+            change_class(module, kind)
+            module.__dict__ = state
         if isinstance(error, ConfigError):
             raise CheckpointError(f"{weights} does not fit the model: {error}") from None
         raise

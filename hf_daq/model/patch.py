@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..nn.layers import QuantizedLayer, StandardizedConv, quantize_layer, quanti
 from ..nn.leaf import ONLOAD
 from ..nn.packed import PackedLayer, daq_layers, pack_layer, packed_layers, unpack_layer
 from ..nn.quantizers import is_shard
+from ..nn.swap import hides_forward
 from .guards import ORDER, refuse_wrapped, watch
 from .plan import plan
 from .roles import computed_weights
@@ -37,6 +39,7 @@ def patch(model: nn.Module, config: DaqConfig) -> None:
     planned = plan(model, config)
     if not planned.quantized:
         raise ModelError(f"nothing to quantize in {type(model).__name__}:\n{planned}")
+    _check_forwards(model, planned.quantized)
     for name, row in planned.quantized.items():
         assert row.weight_bits is not None
         layer: Any = model.get_submodule(name)
@@ -175,6 +178,15 @@ def _check_float_model(model: nn.Module) -> None:
             raise ModelError(
                 f"parameter {parameter_name!r} is a {type(parameter).__name__}: the model is sharded or already "
                 f"quantized by another library; apply_daq on the plain float model. The order is: {ORDER}"
+            )
+
+
+def _check_forwards(model: nn.Module, names: Iterable[str]) -> None:
+    for name in names:
+        if hides_forward(model.get_submodule(name)):
+            raise ModelError(
+                f"layer {name!r} has a `forward` of its own that does not call the one of its class, so quantization would "
+                f"be bypassed; put it there after apply_daq, or leave the layer out: modules_to_not_convert=[{name!r}]"
             )
 
 

@@ -6,7 +6,6 @@ and its Parameter objects stay what they were.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -22,8 +21,10 @@ from transformers.pytorch_utils import Conv1D
 from ..config import DaqConfig
 from ..errors import CalibrationError
 from .functional import node_of, recomputed
+from .kept import Fingerprint, Kept
 from .leaf import Leaf, traced
 from .quantizers import ActivationQuantizer, WeightQuantizer, is_shard
+from .swap import change_class
 
 
 class QuantizedLayer(Leaf):
@@ -33,8 +34,8 @@ class QuantizedLayer(Leaf):
     the model, for error messages. low_memory: the quantized input and weight are not kept for the backward but computed
     once more in it.
 
-    In evaluation the quantized weight is kept until a parameter changes, `train()` or `eval()` is called, or a forward
-    learns. Autograd's versions tell of changes; what is written through `.data` they do not see.
+    Without gradients the quantized weight is kept until a parameter changes, whatever wrote it, `train()` or `eval()` is
+    called, or a forward learns.
     """
 
     float_class: ClassVar[type[nn.Module]]
@@ -44,8 +45,12 @@ class QuantizedLayer(Leaf):
     a_quant: ActivationQuantizer | None
     daq_name: str
     low_memory: bool
-    _kept: tuple[Any, Any, Tensor] | None = None
+    _kept: Kept | None = None
     _sharded = False
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A float layer: adapters are built with the class of the layer beside them. Copies come without arguments."""
+        return cls.float_class(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
     def float_weight(self) -> Tensor:
         """The weight the float layer computes with, shape (out, in / groups, ...)."""
@@ -74,16 +79,17 @@ class QuantizedLayer(Leaf):
         """True once bounds and scale have values, from `calibrate` or from a state dict."""
         return self.w_quant.calibrated and (self.a_quant is None or self.a_quant.calibrated)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, torch.fx.Proxy):
-            return traced(self, x)  # type: ignore[no-any-return]
+    def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(self, QuantizedLayer):  # somebody kept this method of a layer that has another class now
+            return type(self).forward(self, input)
+        if isinstance(input, torch.fx.Proxy):
+            return traced(self, input)  # type: ignore[no-any-return]
         if not self.calibrated:
             raise CalibrationError(
                 f"layer {self.daq_name!r} is not calibrated; before the first forward write\n"
                 "    with hf_daq.calibrate(model):\n        model(batch)  # a few batches of real inputs"
             )
-        if self.a_quant is not None:
-            x = self.a_quant(x)
+        x = input if self.a_quant is None else self.a_quant(input)
         weight = self.quantized_weight()
         bias = self.w_quant.shifted(self.bias, self.weight.dtype)
         if self.low_memory and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -94,30 +100,37 @@ class QuantizedLayer(Leaf):
     def quantized_weight(self) -> Tensor:
         """The weight the quantized layer computes with, as `float_weight`."""
         if not torch.compiler.is_compiling():
-            sources = [
-                value for part in (self, self.w_quant) for value in part._parameters.values() if value is not None
-            ]
-            if self._may_keep(sources):
-                return self._kept_weight(sources)
+            if self._may_keep():
+                return self._kept_weight()
             self._forget()
         weight: Tensor = self.w_quant(self.float_weight())
         return weight
 
-    def _may_keep(self, sources: list[Any]) -> bool:
-        """Whether nothing learns here, and changes of these parameters are seen."""
-        if (self.training or torch.is_grad_enabled()) and any(source.requires_grad for source in sources):
-            return False
-        return not self._sharded and all(
-            type(source) in (Tensor, nn.Parameter) and not source.is_inference() for source in sources
-        )
+    def _sources(self) -> list[Any]:
+        """The parameters that the quantized weight depends on."""
+        parameters = [*self._parameters.items(), *self.w_quant._parameters.items()]
+        return [value for name, value in parameters if value is not None and name not in ("bias", "shift")]
 
-    def _kept_weight(self, sources: list[Any]) -> Tensor:
-        state = [(source._version, source.data_ptr()) for source in sources], self.w_quant.result_dtype(self.weight)
-        kept = self._kept
-        if kept is None or kept[1] != state or not all(map(operator.is_, kept[0], sources)):
-            with torch.inference_mode(False), torch.no_grad():
-                kept = self._kept = sources, state, self.w_quant(self.float_weight())
-        return kept[2]
+    def _may_keep(self) -> bool:
+        """Whether nothing learns here, and changes are seen without waiting for a device."""
+        sources = self._sources()
+        if self._sharded or (torch.is_grad_enabled() and any(source.requires_grad for source in sources)):
+            return False
+        plain = (Tensor, nn.Parameter)
+        return all(type(source) in plain and source.is_cpu and not source.is_inference() for source in sources)
+
+    def _kept_weight(self) -> Tensor:
+        sources, kept = self._sources(), self._kept
+        options = self.w_quant.result_dtype(self.weight), self.w_quant.training
+        known = kept is not None and kept.options == options and kept.source.fits(sources)
+        if kept is not None and known and kept.weight is not None:
+            return kept.weight
+        with torch.inference_mode(False), torch.no_grad():
+            source = kept.source if kept is not None and known else Fingerprint(sources)
+            weight: Tensor = self.w_quant(self.float_weight())
+        # Checkpointing runs a layer once without gradients and once with: in training the second time is worth keeping.
+        self._kept = Kept(source, options, weight if known or not self.training else None)
+        return weight
 
     def _forget(self) -> None:
         self.__dict__.pop("_kept", None)
@@ -289,7 +302,7 @@ def quantize_layer(layer: Any, name: str, config: DaqConfig, weight_bits: int, a
         a_quant = ActivationQuantizer(
             activation_bits, gamma=config.activation_gamma, sigma=config.activation_sigma, **shared
         )
-    layer.__class__ = quantized_class
+    change_class(layer, quantized_class)
     layer.register_module("w_quant", w_quant)
     layer.register_module("a_quant", a_quant)
     layer.daq_name = name
@@ -303,7 +316,7 @@ def restore_layer(layer: QuantizedLayer) -> None:
     del layer.w_quant, layer.a_quant
     for name in ("daq_name", "low_memory", "_kept", "_sharded"):
         layer.__dict__.pop(name, None)
-    layer.__class__ = float_class
+    change_class(layer, float_class)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from .functional import dequantize_weight
 from .layers import LAYER_TYPES, QuantizedLayer, quantize_layer
 from .leaf import Leaf, traced
 from .quantizers import ActivationQuantizer
+from .swap import change_class
 
 
 class PackedLayer(Leaf):
@@ -42,11 +43,12 @@ class PackedLayer(Leaf):
     dtype: torch.dtype
     daq_name: str
 
-    def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, torch.fx.Proxy):
-            return traced(self, x)  # type: ignore[no-any-return]
-        if self.a_quant is not None:
-            x = self.a_quant(x)
+    def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(self, PackedLayer):  # somebody kept this method of a layer that has another class now
+            return type(self).forward(self, input)
+        if isinstance(input, torch.fx.Proxy):
+            return traced(self, input)  # type: ignore[no-any-return]
+        x = input if self.a_quant is None else self.a_quant(input)
         output: Tensor = self.quantized_class.compute(self, x, self.quantized_weight(x.dtype), self.bias)
         return output
 
@@ -124,7 +126,7 @@ def pack_layer(layer: Any, values: bool = True) -> None:
     del layer.w_quant
     for name in ("low_memory", "_kept", "_sharded"):
         layer.__dict__.pop(name, None)
-    layer.__class__ = PACKED_TYPES[type(layer)]
+    change_class(layer, PACKED_TYPES[type(layer)])
     layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.clone(), requires_grad=False))
     layer.register_buffer("weight_codes", codes)
     layer.register_buffer("weight_scale", scale)
@@ -143,7 +145,7 @@ def unpack_layer(layer: Any, config: DaqConfig) -> None:
         largest = largest / a_quant.span.to(scale.dtype)
     for key in ("weight_codes", "weight_scale", "a_quant", "bias", "bits", "shape", "group_size", "has_bias", "dtype"):
         delattr(layer, key)
-    layer.__class__ = layer.quantized_class.float_class
+    change_class(layer, layer.quantized_class.float_class)
     layer.weight = nn.Parameter(weight)
     layer.register_parameter("bias", nn.Parameter(bias) if has_bias else None)
     quantize_layer(layer, name, config, bits, None)
