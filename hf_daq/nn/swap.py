@@ -80,4 +80,5 @@ def _put_default(function: FunctionType, index: int, value: Any) -> None:
 def _put_argument(holder: partial[Any], index: int, value: Any) -> None:
     parts = [holder.func, *holder.args]
     parts[index] = value
-    holder.__setstate__((parts[0], tuple(parts[1:]), holder.keywords, vars(holder)))
+    state: Any = (parts[0], tuple(parts[1:]), holder.keywords, vars(holder))
+    holder.__setstate__(state)  # type: ignore[attr-defined]
