@@ -17,7 +17,7 @@ from .integrations import registration as registration
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .apply import apply_daq, pack, remove_daq, unpack
+    from .apply import apply_daq, pack, remove_daq, restart, unpack
     from .calibration import calibrate
     from .checkpoint import from_pretrained, push_to_hub, save_pretrained
     from .config import DaqConfig
@@ -56,6 +56,7 @@ __all__ = [
     "plan",
     "push_to_hub",
     "remove_daq",
+    "restart",
     "save_pretrained",
     "summary",
     "trainer_optimizer",
@@ -83,6 +84,7 @@ _FILES = {
     "plan": "model.plan",
     "push_to_hub": "checkpoint",
     "remove_daq": "apply",
+    "restart": "apply",
     "save_pretrained": "checkpoint",
     "summary": "report.summary",
     "trainer_optimizer": "integrations.trainer",

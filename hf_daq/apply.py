@@ -8,7 +8,7 @@ from torch import nn
 
 from .config import DaqConfig
 from .errors import ModelError
-from .model.patch import pack_layers, patch, start_weights, unpack_layers, unpatch
+from .model.patch import pack_layers, patch, restart_weights, start_weights, unpack_layers, unpatch
 from .model.plan import config_from
 from .model.roles import is_transformers_model
 from .nn.packed import shared_copy
@@ -63,6 +63,22 @@ def remove_daq(model: nn.Module, weights: Literal["float", "quantized"] = "float
         from .integrations.transformers import detach
 
         detach(model)
+    return model
+
+
+def restart(model: nn.Module) -> nn.Module:
+    """Start the weight quantizers of a calibrated model anew from the weights as they are now, in place, and return it.
+
+        model = peft_model.merge_and_unload()
+        hf_daq.restart(model)
+
+    For weights that something else than training changed much, as merging adapters does: bounds and scales fit the new
+    weights, and a correction of the outputs that was found for the old ones is dropped. Bounds of layer inputs stay.
+
+    Raises:
+        ModelError: the model is not quantized, packed or sharded. CalibrationError: not calibrated.
+    """
+    restart_weights(model)
     return model
 
 

@@ -38,6 +38,7 @@ from .model.patch import patch
 from .model.roles import is_transformers_model
 from .nn.layers import evaluating
 from .nn.packed import daq_layers, packed_layers
+from .nn.settle import settled
 from .nn.swap import change_class
 
 
@@ -157,6 +158,7 @@ def _write(
         raise ModelError(f"{next(iter(kwargs))!r} is an argument for transformers models only")
     tensors = model.state_dict() if state_dict is None else state_dict
     check_values(tensors, model)
+    tensors = settled(model, tensors)
     config: Any = model.daq_config
     if is_timm_model(model):
         description = describe(model, config)

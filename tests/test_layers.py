@@ -1,14 +1,18 @@
 """What a quantized layer keeps: its quantized weight in evaluation, and what its backward needs."""
 
 import copy
+import functools
 import pickle
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import hf_daq
+from hf_daq.errors import ModelError
+from hf_daq.nn.kept import Fingerprint
 from hf_daq.nn.layers import QuantizedLayer, quantized_layers
 from hf_daq.nn.quantizers import WeightQuantizer
 
@@ -63,6 +67,11 @@ CHANGES = {
     "state dict": lambda m: m.load_state_dict({k: v * 1.1 for k, v in m.state_dict().items()}),
     "assigned state dict": lambda m: m.load_state_dict({k: v * 1.1 for k, v in m.state_dict().items()}, assign=True),
     "dtype": lambda m: m.double().float().bfloat16().float(),
+    "data": lambda m: m[2].weight.data.add_(0.1),
+    "one element through data": lambda m: m[2].weight.data[3, 2].neg_(),
+    "rows swapped through data": lambda m: m[2].weight.data.copy_(m[2].weight.data.flip(0)),
+    "numpy": lambda m: m[2].weight.detach().numpy().__iadd__(0.1),
+    "scale through data": lambda m: m[2].w_quant.scale.data.mul_(1.5),
     "data, then eval()": lambda m: (m[2].weight.data.add_(0.1), m.eval()),
     "data, in training": lambda m: (m.train(), m[2].weight.data.add_(0.1), m.eval()),
 }
@@ -201,3 +210,194 @@ def test_removing_leaves_nothing_behind():
     for module in model.modules():
         assert not isinstance(module, QuantizedLayer)
         assert not {"_kept", "_sharded", "low_memory", "daq_name"} & set(vars(module))
+
+
+# ----------------------------------------------------------------------------------------- writes that nobody announces
+
+
+WRITES = {
+    "all": lambda w: w.add_(0.01),
+    "one element": lambda w: w.view(-1)[12345].mul_(1.5),
+    "the last element": lambda w: w.view(-1)[-1].neg_(),
+    "all signs": lambda w: w.neg_(),
+    "rows swapped": lambda w: w.copy_(w.flip(0)),
+    "columns moved": lambda w: w.copy_(w.roll(2, 1)),
+    "set to zero": lambda w: w[7].zero_(),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_fingerprint_sees_every_write(write, dtype):
+    weight = torch.randn(150, 201, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for tensor in (weight, weight.view(-1)[1:-200].view(149, 201), weight.view(-1)[:29400].view(100, 6, 7, 7)):
+        source = Fingerprint([tensor])
+        assert source.fits([tensor])
+        before = tensor.clone()
+        WRITES[write](tensor.data)
+        assert not source.fits([tensor])
+        tensor.data.copy_(before)
+        assert source.fits([tensor])
+    channels_last = weight.view(-1)[:29400].view(100, 6, 7, 7).contiguous(memory_format=torch.channels_last)
+    source = Fingerprint([channels_last])
+    channels_last.data[99, 5, 6, 6] += 1
+    assert not source.fits([channels_last])
+
+
+def test_generation_in_training_mode_quantizes_each_weight_twice(quantized):
+    model = net().train()
+    quantized.clear()
+    with torch.no_grad():
+        for _ in range(5):
+            model(X)
+    assert len(quantized) == 6
+
+
+# ------------------------------------------------------------------------------------- forwards that others take along
+
+
+CALLS = []
+
+
+def noted(output):
+    CALLS.append(output)
+    return output
+
+
+def hooked(layer, kind):
+    original = layer.forward
+    if kind == "closure":
+        layer.forward = lambda x: noted(original(x))
+    elif kind == "default":
+        layer.forward = lambda x, original=original: noted(original(x))
+    elif kind == "partial":
+        layer.forward = functools.partial(lambda f, x: noted(f(x)), original)
+    elif kind == "object":
+        layer.forward = Wrapper(original)
+    elif kind == "accelerate":
+        add_hook_to_module(layer, Note())
+
+
+class Wrapper:
+    def __init__(self, forward):
+        self.inner = forward
+
+    def __call__(self, x):
+        return noted(self.inner(x))
+
+
+class Note(ModelHook):
+    def post_forward(self, module, output):
+        return noted(output)
+
+
+KINDS = ["closure", "default", "partial", "object", "accelerate"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forward_on_the_instance_reaches_what_the_layer_is_now(kind):
+    """Put there before or after apply_daq, it follows every change of the layer, and is called."""
+    for before in (True, False):
+        plain, model = quantize(hf_daq_net()).eval(), hf_daq_net().eval()
+        if before:
+            hooked(model[2], kind)
+        quantize(model)
+        if not before:
+            hooked(model[2], kind)
+            with hf_daq.calibrate(model, check=False):
+                model(X)
+        for change in (lambda model: model, hf_daq.pack, hf_daq.unpack, hf_daq.remove_daq):
+            change(plain), change(model)
+            CALLS.clear()
+            assert torch.equal(model(X), plain(X))
+            assert len(CALLS) == 1
+
+
+def test_a_method_that_somebody_kept_follows_too():
+    model = quantize(hf_daq_net()).eval()
+    kept = model[5].forward  # in no attribute of the layer
+    x = torch.randn(2, 32)
+    before = kept(x)
+    hf_daq.pack(model)
+    assert torch.equal(kept(x), before)
+    hf_daq.remove_daq(model, weights="quantized")
+    assert torch.equal(kept(x), nn.functional.linear(x, model[5].weight, model[5].bias))
+
+
+def test_a_forward_that_calls_nothing_of_the_layer_is_refused():
+    model = hf_daq_net()
+    model[2].forward = lambda x: nn.functional.conv2d(x, model[2].weight)
+    with pytest.raises(ModelError, match=r"layer '2' has a `forward` of its own .* modules_to_not_convert=\['2'\]"):
+        hf_daq.apply_daq(model, bits=3)
+    assert type(model[5]) is nn.Linear
+
+
+def hf_daq_net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.GELU(), nn.Flatten(), nn.Linear(32, 32), nn.Linear(32, 5)
+    )
+
+
+def quantize(model):
+    hf_daq.apply_daq(model, bits=3)
+    with hf_daq.calibrate(model, check=False):
+        model(X)
+    return model
+
+
+def test_a_layer_built_with_the_class_of_a_quantized_one_is_a_float_layer():
+    model = quantize(hf_daq_net())
+    twin = type(model[2])(6, 2, kernel_size=3)
+    assert type(twin) is nn.Conv2d
+    assert twin(torch.randn(1, 6, 4, 4)).shape == (1, 2, 2, 2)
+    assert type(copy.deepcopy(model[2])) is type(model[2])
+
+
+@pytest.mark.parametrize("cast", [torch.float16, torch.bfloat16, torch.float64])
+def test_bounds_and_scales_are_never_cast_to_less_than_float32(cast):
+    model = quantize(hf_daq_net())
+    scale = model[2].w_quant.scale.detach().clone()
+    model.to(cast)
+    assert model[2].weight.dtype == cast
+    assert model[2].w_quant.scale.dtype == (torch.float64 if cast == torch.float64 else torch.float32)
+    assert torch.equal(model[2].w_quant.scale.float(), scale)
+    assert model(X.to(cast)).dtype == cast
+
+
+def test_restart_fits_the_quantizers_to_merged_weights():
+    model = quantize(hf_daq_net()).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        model[5].weight.add_(3 * model[5].weight.std() * torch.randn(32, 1) @ torch.randn(1, 32))
+    fresh = copy.deepcopy(model)
+
+    def error(model):
+        x = torch.randn(64, 32).relu() * 0.1
+        float_output = nn.functional.linear(x, model[5].weight, model[5].bias)
+        return ((model[5](x) - float_output).norm() / float_output.norm()).item()
+
+    hf_daq.restart(fresh)
+    assert error(fresh) < 0.7 * error(model)
+    with pytest.raises(ModelError, match="restart needs the model that apply_daq returned"):
+        hf_daq.restart(nn.Linear(2, 2))
+    with pytest.raises(ModelError, match=r"packed: hf_daq.unpack\(model\) comes first"):
+        hf_daq.restart(hf_daq.pack(model))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda layer: setattr(layer.weight, "data", torch.zeros(32, 32)),
+        lambda layer: layer.weight.add_(1),
+        lambda layer: layer.weight.__iadd__(1),
+        lambda layer: nn.init.zeros_(layer.weight),
+        lambda layer: setattr(layer, "weight", nn.Parameter(torch.zeros(32, 32))),
+    ],
+)
+def test_nothing_can_be_written_to_the_weight_of_a_packed_layer(write):
+    model = hf_daq.pack(quantize(hf_daq_net()))
+    with torch.no_grad(), pytest.raises(ModelError, match=r"first write hf_daq.unpack\(model\)"):
+        write(model[5])
+    assert type(model[5].weight * 1) is torch.Tensor
+    assert type(model[5].weight.data) is torch.Tensor

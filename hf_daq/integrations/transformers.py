@@ -8,6 +8,7 @@ weight_bits=3))` quantizes a float one.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +33,8 @@ from ..files.weights_file import check_values, header_metadata, layer_problem
 from ..model.patch import patch, start_weights, unpatch
 from ..model.roles import is_transformers_model
 from ..nn.layers import quantized_layers
-from ..nn.packed import PackedLayer, daq_layers
+from ..nn.packed import PackedLayer, daq_layers, packed_layers
+from ..nn.settle import settled
 from .build import building, foreign_kernel, model_class
 
 _TAGS = ["hf_daq", "quantization"]
@@ -77,6 +79,8 @@ class DaqHfQuantizer(HfQuantizer):
                 "packed=True is written by hf_daq.pack; quantize without it, calibrate or train, then pack"
             )
         patch(model, config.replace(dequantize=False))
+        for layer in packed_layers(model).values():
+            layer._is_hf_initialized = True  # transformers would read the weight of every layer to initialize it
         self.shapes = {
             f"{name}.{key}": tuple(tensor.shape)
             for name, layer in daq_layers(model).items()
@@ -112,7 +116,9 @@ class DaqHfQuantizer(HfQuantizer):
             tied = model.all_tied_weights_keys.items()
             state_dict = state_dict | {one: state_dict[other] for one, other in tied if other in state_dict}
         if state_dict != {}:  # which ranks have that do not write
-            check_values(model.state_dict() if state_dict is None else state_dict, model)
+            tensors = model.state_dict() if state_dict is None else state_dict
+            check_values(tensors, model)
+            state_dict = state_dict if self.__dict__.pop("exact", False) else settled(model, tensors)
         return state_dict, header_metadata(model, self.__dict__.pop("facts", None), _names_in_file(model))
 
 
@@ -130,6 +136,8 @@ def _write(model: Any, directory: Any, state_dict: Any, facts: CardFacts | None,
     # transformers drops the state dict that it is given where a model has a quantizer, and asks the quantizer for one.
     model.hf_quantizer.state_dict = state_dict
     model.hf_quantizer.facts = _with_origin(model, facts)
+    # Trainer resumes from such a folder, bit for bit; elsewhere codes must not depend on the last bit of a weight.
+    model.hf_quantizer.exact = re.fullmatch(r"checkpoint-\d+", Path(directory).name) is not None
     return type(model).save_pretrained(model, directory, *args, **kwargs)
 
 

@@ -75,6 +75,24 @@ def start_weights(model: nn.Module) -> None:
             start_from_weight(layer.w_quant, layer.float_weight(), config.weight_init)
 
 
+def restart_weights(model: nn.Module) -> None:
+    """Set the weight quantizers of a calibrated model from its weights; refuses before anything is changed."""
+    layers = quantized_layers(model)
+    if not layers:
+        state = "packed: hf_daq.unpack(model) comes first" if packed_layers(model) else "not quantized, or wrapped"
+        raise ModelError(f"restart needs the model that apply_daq returned; this one is {state}")
+    for name, layer in layers.items():
+        if is_shard(layer.weight):
+            raise ModelError("restart needs whole weights, and the model is sharded: restart before it is prepared")
+        if not layer.calibrated:
+            raise CalibrationError(f"layer {name!r} is not calibrated: `with hf_daq.calibrate(model): model(batch)`")
+    start_weights(model)
+    with torch.no_grad():
+        for layer in layers.values():
+            if layer.a_quant is not None:
+                layer.w_quant.scale.mul_(layer.a_quant.span)
+
+
 def unpatch(model: nn.Module, quantized: bool = False) -> None:
     """Give back the float layers; with `quantized` with the quantized weights in them."""
     if quantized and packed_layers(model):

@@ -11,12 +11,32 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..config import DaqConfig
+from ..errors import ModelError
 from .bitpack import pack_bits, packed_size, unpack_bits
 from .functional import dequantize_weight
 from .layers import LAYER_TYPES, QuantizedLayer, quantize_layer
 from .leaf import Leaf, traced
 from .quantizers import ActivationQuantizer
 from .swap import change_class
+
+_READ_ONLY = (
+    "the weight of a packed layer is computed from its codes, and nothing can be written to it; first write "
+    "hf_daq.unpack(model), then merge or change weights"
+)
+_WRITING = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
+
+
+class _ComputedWeight(Tensor):
+    """A weight that is computed when it is read: what is written to it would be lost."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        if in_place or name in _WRITING or func == Tensor.data.__set__:  # type: ignore[attr-defined]
+            raise ModelError(_READ_ONLY)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
 
 class PackedLayer(Leaf):
@@ -73,7 +93,12 @@ class PackedLayer(Leaf):
         weight = self.quantized_weight(self.dtype)
         weight = weight if self.a_quant is None else weight / self.a_quant.span.to(weight.dtype)
         stored: Tensor = self.quantized_class.stored(self, weight)
-        return stored
+        return stored if torch.compiler.is_compiling() else stored.as_subclass(_ComputedWeight)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise ModelError(_READ_ONLY)
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
@@ -139,7 +164,7 @@ def pack_layer(layer: Any, values: bool = True) -> None:
 @torch.no_grad()
 def unpack_layer(layer: Any, config: DaqConfig) -> None:
     """Turn a packed layer into a quantized one, in place, whose float weight lies on the codes."""
-    weight, scale, a_quant, bias = layer.weight, layer.weight_scale, layer.a_quant, layer.bias
+    weight, scale, a_quant, bias = layer.weight.as_subclass(Tensor), layer.weight_scale, layer.a_quant, layer.bias
     bits, name, has_bias, largest = layer.bits, layer.daq_name, layer.has_bias, scale.abs().clamp_min(1e-12)
     if a_quant is not None:
         largest = largest / a_quant.span.to(scale.dtype)

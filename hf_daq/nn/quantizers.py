@@ -80,6 +80,16 @@ class Quantizer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.finish(loaded=f"{prefix}scale" in state_dict)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As of any module, but no cast makes bounds and scales narrower than float32: it would move every code."""
+
+        def wide(tensor: Tensor) -> Tensor:
+            result: Tensor = fn(tensor)
+            narrower = result.is_floating_point() and result.itemsize < 4
+            return tensor.to(result.device) if narrower and tensor.itemsize >= 4 else result
+
+        return super()._apply(wide, recurse)  # type: ignore[no-untyped-call]
+
     def result_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype of x; under autocast the one to which the layer would cast the result anyway."""
         cast = x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)

@@ -1,0 +1,145 @@
+"""What is saved means the same codes on every device, in every dtype, compiled or not."""
+
+import pytest
+import torch
+from models import images, small_timm
+from safetensors.torch import load_file
+from text_models import tiny_llama, tokens
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import hf_daq
+from hf_daq.nn.layers import StandardizedConv, quantized_layers
+from hf_daq.nn.quantizers import WeightQuantizer
+from hf_daq.nn.settle import settled
+
+
+def planted(bits, granularity="tensor", dtype=torch.float32, size=(24, 32)):
+    """A layer with a third of its weights within a few units in the last place of a threshold."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(size[1], size[0]), nn.Linear(size[0], 3)).to(dtype)
+    group = 10 if granularity == "group" else None
+    hf_daq.apply_daq(
+        model,
+        weight_bits=bits,
+        weight_granularity=granularity,
+        group_size=group,
+        modules_to_not_convert=["1"],
+        first_last_bits=bits,
+    )
+    layer = model[0]
+    quantizer = layer.w_quant
+    for _ in range(20):  # moving weights moves their statistics
+        with torch.no_grad():
+            weight = layer.weight.double()
+            positions = quantizer.positions(weight)
+            start, end = quantizer.bounds(weight)
+            step = quantizer.unrows(
+                ((end - start) / (2**bits - 1)).expand_as(quantizer.rows(weight)).contiguous(), weight.shape
+            )
+            threshold = (positions.floor() + 0.5).clamp(0.5, 2**bits - 1.5)
+            chosen = torch.arange(weight.numel()).view_as(weight) % 3 == 0
+            layer.weight.copy_(torch.where(chosen, weight + (threshold - positions) * step, weight))
+    return model
+
+
+def perturbed_codes(quantizer, weight, monkeypatch):
+    """The codes in float64, and with statistics and weights that are some units in the last place off."""
+    found = [quantizer.codes(weight.double())]
+    statistics = WeightQuantizer.statistics
+    for ulps in (-6, 6):
+
+        def off(self, rows, ulps=ulps):
+            offset, unit = statistics(self, rows)
+            return offset, unit * (1 + ulps * torch.finfo(torch.float32).eps)
+
+        monkeypatch.setattr(WeightQuantizer, "statistics", off)
+        found.append(quantizer.codes(weight))
+        monkeypatch.setattr(WeightQuantizer, "statistics", statistics)
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randint(-4, 5, weight.shape, generator=generator) * torch.finfo(torch.float32).eps
+    found.append(quantizer.codes(weight.float() * (1 + noise)))
+    order = torch.randperm(weight.shape[1], generator=generator)
+    if quantizer.groups == 1:
+        found.append(quantizer.codes(weight[:, order])[:, order.argsort()])
+    return found
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_codes_survive_other_arithmetic(bits, granularity, monkeypatch):
+    model = planted(bits, granularity)
+    layer = model[0]
+    codes = layer.w_quant.codes(layer.weight)
+    before = layer.weight.detach().clone()
+    assert any(not torch.equal(other, codes) for other in perturbed_codes(layer.w_quant, before, monkeypatch))
+    weight = settled(model, model.state_dict())["0.weight"]
+    assert torch.equal(layer.weight, before)
+    assert torch.equal(layer.w_quant.codes(weight), codes)
+    for other in perturbed_codes(layer.w_quant, weight, monkeypatch):
+        assert torch.equal(other, codes)
+    assert torch.equal(layer.w_quant(weight), layer.w_quant(before))
+    start, end = layer.w_quant.bounds(before)
+    step = ((end - start) / (2**bits - 1)).max()
+    assert (weight - before).abs().max() < 5e-3 * step
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_weights_of_narrow_dtypes_go_to_their_next_value(bits):
+    model = planted(bits, dtype=torch.bfloat16)
+    weight = settled(model, model.state_dict())["0.weight"]
+    assert weight.dtype == torch.bfloat16
+    layer = model[0]
+    assert torch.equal(layer.w_quant.codes(weight), layer.w_quant.codes(layer.weight))
+    assert torch.equal(layer.w_quant.codes(weight.double()), layer.w_quant.codes(layer.weight))
+
+
+def test_files_hold_settled_weights_and_the_model_stays_as_it_is(tmp_path):
+    model = planted(2)
+    before = model.state_dict()["0.weight"].clone()
+    hf_daq.save_pretrained(model, tmp_path)
+    assert torch.equal(model[0].weight, before)
+    saved = load_file(tmp_path / "model.safetensors")["0.weight"]
+    assert not torch.equal(saved, before)
+    assert torch.equal(model[0].w_quant.codes(saved.double()), model[0].w_quant.codes(before))
+
+
+def test_transformers_saves_them_too_and_a_checkpoint_to_resume_from_is_exact(tmp_path):
+    model = hf_daq.apply_daq(tiny_llama(), weight_bits=2)
+    layer = model.model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        for _ in range(10):
+            start, end = (bound.item() for bound in layer.w_quant.bounds(layer.weight.double()))
+            layer.weight[0, 0] = start + (end - start) / 6  # the first threshold
+    model.save_pretrained(tmp_path / "out")
+    model.save_pretrained(tmp_path / "checkpoint-3")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(load_file(tmp_path / "checkpoint-3" / "model.safetensors")[name], layer.weight)
+    assert not torch.equal(load_file(tmp_path / "out" / "model.safetensors")[name], layer.weight)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(opened(tokens()).logits, model(tokens()).logits)
+
+
+def test_standardized_convolutions_are_settled_through_their_standardization():
+    model = small_timm("test_nfnet")
+    hf_daq.apply_daq(model, weight_bits=8)
+    assert any(isinstance(layer, StandardizedConv) for layer in quantized_layers(model).values())
+    tensors = settled(model, model.state_dict())
+    twin = small_timm("test_nfnet")
+    hf_daq.apply_daq(twin, weight_bits=8)
+    twin.load_state_dict(tensors)
+    moved = 0
+    for name, layer in quantized_layers(model).items():
+        other = twin.get_submodule(name)
+        codes = layer.w_quant.codes(layer.float_weight())
+        assert torch.equal(other.w_quant.codes(other.float_weight()), codes)
+        moved += int((layer.weight != other.weight).sum())
+        positions = other.w_quant.positions(other.float_weight().double())
+        if layer.float_weight().any():  # a gain of 0 makes weights that nothing can move
+            inside = (positions > 0) & (positions < 255)
+            assert (positions - positions.floor() - 0.5).abs()[inside].min() > 2e-4
+    assert moved
+    x = images(2, 64)
+    with torch.no_grad():
+        assert torch.equal(model(x), twin(x))
