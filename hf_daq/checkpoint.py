@@ -158,7 +158,7 @@ def _write(
         raise ModelError(f"{next(iter(kwargs))!r} is an argument for transformers models only")
     tensors = model.state_dict() if state_dict is None else state_dict
     check_values(tensors, model)
-    tensors = settled(model, tensors)
+    tensors = settled(model, state_dict)
     config: Any = model.daq_config
     if is_timm_model(model):
         description = describe(model, config)

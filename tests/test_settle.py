@@ -73,7 +73,7 @@ def test_codes_survive_other_arithmetic(bits, granularity, monkeypatch):
     codes = layer.w_quant.codes(layer.weight)
     before = layer.weight.detach().clone()
     assert any(not torch.equal(other, codes) for other in perturbed_codes(layer.w_quant, before, monkeypatch))
-    weight = settled(model, model.state_dict())["0.weight"]
+    weight = settled(model, dict(model.state_dict()))["0.weight"]
     assert torch.equal(layer.weight, before)
     assert torch.equal(layer.w_quant.codes(weight), codes)
     for other in perturbed_codes(layer.w_quant, weight, monkeypatch):
@@ -87,21 +87,25 @@ def test_codes_survive_other_arithmetic(bits, granularity, monkeypatch):
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_weights_of_narrow_dtypes_go_to_their_next_value(bits):
     model = planted(bits, dtype=torch.bfloat16)
-    weight = settled(model, model.state_dict())["0.weight"]
+    weight = settled(model, dict(model.state_dict()))["0.weight"]
     assert weight.dtype == torch.bfloat16
     layer = model[0]
     assert torch.equal(layer.w_quant.codes(weight), layer.w_quant.codes(layer.weight))
     assert torch.equal(layer.w_quant.codes(weight.double()), layer.w_quant.codes(layer.weight))
 
 
-def test_files_hold_settled_weights_and_the_model_stays_as_it_is(tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_files_hold_settled_weights_and_a_model_that_is_alone_equals_its_file(tmp_path, monkeypatch, processes):
     model = planted(2)
     before = model.state_dict()["0.weight"].clone()
+    codes = model[0].w_quant.codes(before)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: processes > 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: processes)
     hf_daq.save_pretrained(model, tmp_path)
-    assert torch.equal(model[0].weight, before)
     saved = load_file(tmp_path / "model.safetensors")["0.weight"]
     assert not torch.equal(saved, before)
-    assert torch.equal(model[0].w_quant.codes(saved.double()), model[0].w_quant.codes(before))
+    assert torch.equal(model[0].w_quant.codes(saved.double()), codes)
+    assert torch.equal(model[0].weight, saved if processes == 1 else before)
 
 
 def test_transformers_saves_them_too_and_a_checkpoint_to_resume_from_is_exact(tmp_path):
@@ -111,11 +115,13 @@ def test_transformers_saves_them_too_and_a_checkpoint_to_resume_from_is_exact(tm
         for _ in range(10):
             start, end = (bound.item() for bound in layer.w_quant.bounds(layer.weight.double()))
             layer.weight[0, 0] = start + (end - start) / 6  # the first threshold
-    model.save_pretrained(tmp_path / "out")
+    before = layer.weight.detach().clone()
     model.save_pretrained(tmp_path / "checkpoint-3")
+    assert torch.equal(layer.weight, before)
+    model.save_pretrained(tmp_path / "out")
     name = "model.layers.0.self_attn.q_proj.weight"
-    assert torch.equal(load_file(tmp_path / "checkpoint-3" / "model.safetensors")[name], layer.weight)
-    assert not torch.equal(load_file(tmp_path / "out" / "model.safetensors")[name], layer.weight)
+    assert torch.equal(load_file(tmp_path / "checkpoint-3" / "model.safetensors")[name], before)
+    assert not torch.equal(load_file(tmp_path / "out" / "model.safetensors")[name], before)
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         assert torch.equal(opened(tokens()).logits, model(tokens()).logits)
@@ -125,7 +131,7 @@ def test_standardized_convolutions_are_settled_through_their_standardization():
     model = small_timm("test_nfnet")
     hf_daq.apply_daq(model, weight_bits=8)
     assert any(isinstance(layer, StandardizedConv) for layer in quantized_layers(model).values())
-    tensors = settled(model, model.state_dict())
+    tensors = settled(model, dict(model.state_dict()))
     twin = small_timm("test_nfnet")
     hf_daq.apply_daq(twin, weight_bits=8)
     twin.load_state_dict(tensors)

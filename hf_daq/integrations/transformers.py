@@ -118,7 +118,7 @@ class DaqHfQuantizer(HfQuantizer):
         if state_dict != {}:  # which ranks have that do not write
             tensors = model.state_dict() if state_dict is None else state_dict
             check_values(tensors, model)
-            state_dict = state_dict if self.__dict__.pop("exact", False) else settled(model, tensors)
+            state_dict = state_dict if self.__dict__.pop("exact", False) else settled(model, state_dict)
         return state_dict, header_metadata(model, self.__dict__.pop("facts", None), _names_in_file(model))
 
 

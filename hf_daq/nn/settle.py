@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .layers import QuantizedLayer, StandardizedConv, quantized_layers
@@ -21,16 +22,24 @@ _ROUNDS = 3  # moving weights moves their statistics a little
 
 
 @torch.no_grad()
-def settled(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def settled(model: nn.Module, gathered: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
     """The state dict of a model, or one gathered from its shards, with the weights of quantized layers off their thresholds.
-    Codes, outputs and the model itself stay what they are."""
+
+    Codes and outputs stay what they are. A model that is alone gets the same weights, so that it equals its file; one of
+    several processes stays as it is, since the others would not know.
+    """
+    tensors = model.state_dict() if gathered is None else gathered
+    alone = gathered is None and not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
     replaced: dict[int, Tensor] = {}
     for name, layer in quantized_layers(model).items():
         weight = tensors.get(f"{name}.weight")
-        if weight is not None and not weight.is_meta and layer.calibrated:
-            moved = _settled_weight(_with_tensors(layer, name, tensors))
-            if not torch.equal(moved, weight):
-                replaced[weight.data_ptr()] = moved
+        if weight is None or weight.is_meta or not layer.calibrated:
+            continue
+        moved = _settled_weight(_with_tensors(layer, name, tensors))
+        if not torch.equal(moved, weight):
+            replaced[weight.data_ptr()] = moved
+            if alone and not weight.is_inference():
+                weight.copy_(moved)
     return {name: replaced.get(tensor.data_ptr(), tensor) for name, tensor in tensors.items()}
 
 
@@ -38,7 +47,8 @@ def _with_tensors(layer: QuantizedLayer, name: str, tensors: Mapping[str, Tensor
     """A copy of the layer that computes with these tensors."""
     copied, quantizer = copy.copy(layer), copy.copy(layer.w_quant)
     for part, prefix in ((copied, name), (quantizer, f"{name}.w_quant")):
-        part._parameters = {key: tensors.get(f"{prefix}.{key}") for key in part._parameters}
+        parameters: dict[str, Any] = {key: tensors.get(f"{prefix}.{key}") for key in part._parameters}
+        part._parameters = parameters
     copied._modules = layer._modules | {"w_quant": quantizer}
     return copied
 
