@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .config import check_bits, did_you_mean
 from .errors import CalibrationError, ConfigError, ModelError
+from .nn.formula import levels
 from .nn.functional import quantize_activation
 from .nn.packed import daq_layers
 from .report.histograms import BIN_WIDTH, Histogram, bin_edges, histogram_of_weights, histograms_of_inputs
@@ -107,7 +108,7 @@ def _chosen(
     for name in names:
         if name not in everything:
             raise ConfigError(f"{caller}: {name!r} is no {kind}{did_you_mean(str(name), set(known))}")
-        if not all(quantizer.calibrated for quantizer in everything[name].quantizers.values()):
+        if not everything[name].calibrated:
             raise CalibrationError(
                 f"layer {name!r} has no bounds to draw: calibrate first, with hf_daq.calibrate(model): model(batch)"
             )
@@ -140,7 +141,7 @@ def _histograms(panels: list[Histogram], title: str, what: str, columns: int, lo
 
 
 def _draw_histogram(axis: Axes, panel: Histogram, what: str, log: bool) -> None:
-    largest, total = 2**panel.bits - 1, panel.codes.sum()
+    largest, total = levels(panel.bits), panel.codes.sum()
     shown = [panel.position(-0.5), panel.position(largest + 0.5)]
     if panel.bins is not None:
         heights = 100 * panel.bins / total / BIN_WIDTH[panel.bits]
@@ -261,7 +262,7 @@ def _curves(
 
 def _evaluated(v: Tensor, bits: int, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Q(v) and dQ/dv from the quantizer of layers, between the bounds 0 and R, where a step is 1."""
-    largest = 2**bits - 1
+    largest = levels(bits)
     v = v.clone().requires_grad_()
     output = quantize_activation(v, v.new_zeros(1), v.new_full((1,), largest), bits=bits, **options) * largest
     (gradient,) = torch.autograd.grad(output.sum(), v)

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_daq.nn import kernels as compiling
 from hf_daq.nn.formula import round_half_down_
 from hf_daq.nn.functional import quantize_activation, quantize_weight
 
@@ -202,61 +201,3 @@ def test_there_is_no_second_derivative():
     (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         gradient.sum().backward()
-
-
-LAYOUTS = {
-    "contiguous": lambda x: x,
-    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "transposed": lambda x: x.transpose(1, 3).contiguous().transpose(1, 3),
-    "first last": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
-    "with gaps": lambda x: torch.stack([x, x], 2)[:, :, 0],
-    "expanded": lambda x: x[:, :1].expand_as(x),
-}
-
-
-@pytest.mark.parametrize("rounding", ["daq", "ste"])
-@pytest.mark.parametrize("dtypes", [("float32", None), ("bfloat16", None), ("float32", "bfloat16")], ids=str)
-@pytest.mark.parametrize("rows", [1, 6])
-def test_compiled_kernels_give_the_same_values_for_every_layout(kernels, rounding, dtypes, rows):
-    """Values bit for bit, gradients but for the last bits; compared with the eager form of the contiguous tensor."""
-    dtype, result = (None if name is None else getattr(torch, name) for name in dtypes)
-    generator = torch.Generator().manual_seed(0)
-    for layout, arrange in LAYOUTS.items():
-        for shape in [(6, 8, 5, 3), (6, 1, 1, 1), (6, 2, 1, 7)]:
-            x = arrange(torch.randn(shape, generator=generator).to(dtype)).detach()
-            seed = torch.randn(shape, generator=generator).to(result or dtype)
-            values = [torch.rand(rows, generator=generator) + 0.3 for _ in range(5)]
-            values[0].neg_()
-            found = []
-            for compiled in (False, True):
-                kernels(compiled)
-                inputs = [value.clone().requires_grad_() for value in values[:3]]
-                leaf = x.detach().requires_grad_() if compiled else x.contiguous().requires_grad_()
-                if rows == 1:
-                    inputs.pop()
-                    y = quantize_activation(leaf, *inputs, bits=4, rounding=rounding, dtype=result)
-                else:
-                    y = quantize_weight(leaf, *inputs, *values[3:], bits=4, rounding=rounding, dtype=result)
-                y.backward(seed if compiled else seed.contiguous())
-                found.append([y.detach(), leaf.grad, *(value.grad for value in inputs)])
-            for part, (eager, fast) in enumerate(zip(*found, strict=True)):
-                what = f"{layout} {shape} {part}"
-                if part == 0:
-                    assert torch.equal(eager, fast), what
-                    assert eager.dtype == (result or dtype)
-                tolerance = 2e-4 if dtype == torch.float32 else 2e-2
-                torch.testing.assert_close(
-                    fast, eager, rtol=tolerance, atol=tolerance, msg=lambda m, w=what: f"{w}: {m}"
-                )
-
-
-def test_other_bits_gamma_and_sigma_need_no_other_kernel(kernels):
-    kernels(True)
-    bounds = torch.tensor([-1.0]), torch.tensor([1.0])
-    quantize_activation(torch.randn(300).requires_grad_(), *bounds, bits=3).sum().backward()
-    before = [len(kernels_.found) for kernels_ in (compiling._forward_kernels, compiling._backward_kernels)]
-    for bits, size, gamma in [(1, 7, 2.0), (8, 4001, 1.0), (5, 100000, 0.5)]:
-        x = torch.randn(size).requires_grad_()
-        quantize_activation(x, *bounds, bits=bits, gamma=gamma, sigma=gamma).sum().backward()
-    after = [len(kernels_.found) for kernels_ in (compiling._forward_kernels, compiling._backward_kernels)]
-    assert after == before

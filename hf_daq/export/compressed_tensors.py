@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CalibrationError, ExportError
+from ..errors import ExportError
 from ..files.atomic import temporary_folder
 from ..files.weights_file import weights_size
 from ..model.roles import is_transformers_model
+from ..nn.base import check_calibrated
 from ..nn.integers import Integers, integers
-from ..nn.packed import PackedLayer, daq_layers, shared_copy
+from ..nn.packed import daq_layers, shared_copy
 from ..nn.quantizers import is_shard
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
@@ -155,8 +156,7 @@ def _check(model: nn.Module) -> None:
         raise ExportError("there is no quantized layer; export the model that apply_daq or from_pretrained returned")
     for name, layer in layers.items():
         if not isinstance(layer, nn.Linear):
-            quantized: Any = getattr(layer, "quantized_class", layer)
-            kind = quantized.float_class.__name__
+            kind = layer.float_class.__name__
             raise ExportError(
                 f"layer {name!r} is a {kind}, and compressed-tensors holds linear layers only; leave such layers in full "
                 f"precision, DaqConfig(..., modules_to_not_convert=[{name!r}, ...]), or write "
@@ -164,8 +164,7 @@ def _check(model: nn.Module) -> None:
             )
         if any(is_shard(parameter) for parameter in layer.parameters()):
             raise ExportError("the model is sharded; gather and save it, open it again, then export it")
-        if any(not quantizer.calibrated for quantizer in layer.quantizers.values()):
-            raise CalibrationError(f"layer {name!r} is not calibrated; run hf_daq.calibrate(model) before the export")
+    check_calibrated(layers, "the export")
 
 
 # ------------------------------------------------------------------------------------------------------ numbers
@@ -223,9 +222,8 @@ def _compress(model: Any, widths: Sequence[int]) -> dict[str, Container]:
     for name, layer in daq_layers(model).items():
         found = integers(layer)
         containers[name] = _container(name, found, widths)
-        dtype = layer.dtype if isinstance(layer, PackedLayer) else layer.weight.dtype
         stored = nn.Module()
-        for key, value in _tensors(found, containers[name], dtype).items():
+        for key, value in _tensors(found, containers[name], layer.weight_dtype).items():
             stored.register_buffer(key, value)
         if found.bias is not None:
             stored.register_buffer("bias", found.bias)

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import CalibrationError, ExportError
+from ..errors import ExportError
 from ..files.atomic import replace_file
 from ..model.batch import Inputs
-from ..nn.layers import QuantizedLayer, evaluating
+from ..nn.base import check_calibrated
+from ..nn.layers import evaluating
 from ..nn.packed import daq_layers
 from .onnx_emission import emitting
 from .onnx_verify import OnnxRuntime, Report, judge, verify_file
@@ -137,9 +138,7 @@ def _check(model: nn.Module, layers: Mapping[str, Any], weights: str, runtime: s
         raise ExportError(f"runtime={runtime!r}: write one of {', '.join(RUNTIMES)}")
     if opset < 21:
         raise ExportError(f"opset={opset}: write 21 or higher")
-    for name, layer in layers.items():
-        if isinstance(layer, QuantizedLayer) and not layer.calibrated:
-            raise CalibrationError(f"layer {name!r} is not calibrated; run hf_daq.calibrate(model) before exporting")
+    check_calibrated(layers, "export_onnx")
     other = {value.dtype for value in model.parameters() if value.is_floating_point()} - {torch.float32}
     if other:
         raise ExportError(f"the model has parameters in {', '.join(map(str, other))}; export model.float()")

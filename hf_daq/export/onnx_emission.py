@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.formula import levels
 from ..nn.integers import Integers, integers
 from ..nn.layers import replaced_forwards
 
@@ -26,13 +27,12 @@ class Emission:
 
     def __init__(self, layer: Any, name: str, multiply: bool) -> None:
         self.layer, self.name, found = layer, name, integers(layer)
-        self.compute = getattr(layer, "quantized_class", type(layer)).compute
         self.input_bits, self.bias = found.input_bits, found.bias
         device = found.weight.device
         self.input_scale = found.input_scale[0].clone()
         self.zero_point = torch.tensor(found.zero_point, dtype=torch.uint8, device=device)
         self.bounds = [
-            torch.tensor(code, dtype=torch.uint8, device=device) for code in (0, 2 ** (self.input_bits or 8) - 1)
+            torch.tensor(code, dtype=torch.uint8, device=device) for code in (0, levels(self.input_bits or 8))
         ]
         self.linear = not isinstance(layer, nn.Conv2d)
         self.offset = found.weight_bits == 8
@@ -70,7 +70,7 @@ class Emission:
             weight = self._dequantized("weight", self.codes, self.scale[:, 0], axis=0)
         else:
             weight = self._float_weight()
-        output: Tensor = self.compute(self.layer, x, weight, self.bias)
+        output: Tensor = self.layer.compute(x, weight, self.bias)
         return output
 
     def _quantized(self, x: Tensor) -> Tensor:
@@ -122,5 +122,4 @@ def _multiple(found: Integers) -> int:
     products in 16 bits."""
     if found.input_bits is None or found.group_size is not None:
         return 1
-    largest = 2**found.weight_bits - 1
-    return max(1, min(_INT8, _LARGEST_SUM // (2 * (int(2**found.input_bits) - 1))) // int(largest))
+    return max(1, min(_INT8, _LARGEST_SUM // (2 * levels(found.input_bits))) // levels(found.weight_bits))

@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import CalibrationError, CheckpointError
-from ..nn.layers import QuantizedLayer
+from ..errors import CheckpointError
+from ..nn.base import DaqLayer, check_calibrated
 from ..nn.leaf import ONLOAD
-from ..nn.packed import PackedLayer, daq_layers, packed_layers
+from ..nn.packed import daq_layers, packed_layers
 from ..nn.quantizers import is_shard
 from ..version import __version__
 from .atomic import replace_file
@@ -128,17 +128,16 @@ def check_values(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
         )
     if any(tensor.is_meta for tensor in tensors.values()):
         raise CheckpointError(f"the model is offloaded; {ONLOAD}")
+    check_calibrated(daq_layers(model), "saving")
     for name, layer in daq_layers(model).items():
-        if isinstance(layer, QuantizedLayer) and not layer.calibrated:
-            raise CalibrationError(f"layer {name!r} is not calibrated; run hf_daq.calibrate(model) before saving")
         problem = layer_problem(name, layer, tensors)
         if problem:
             raise CheckpointError(f"cannot save: {problem}; a smaller quantizer_lr usually helps")
 
 
-def layer_problem(name: str, layer: QuantizedLayer | PackedLayer, tensors: Mapping[str, Tensor]) -> str | None:
+def layer_problem(name: str, layer: DaqLayer, tensors: Mapping[str, Tensor]) -> str | None:
     """What is wrong with the bounds and scales of a layer among these tensors, or None."""
-    if isinstance(layer, PackedLayer) and not torch.isfinite(tensors[f"{name}.weight_scale"]).all():
+    if layer.w_quant is None and not torch.isfinite(tensors[f"{name}.weight_scale"]).all():
         return f"{name}.weight_scale is not finite"
     for side, quantizer in layer.quantizers.items():
         problem = bounds_problem({key: tensors[f"{name}.{side}.{key}"] for key in quantizer.state_dict()})

@@ -33,7 +33,7 @@ from ..files.weights_file import check_values, header_metadata, layer_problem
 from ..model.patch import patch, start_weights, unpatch
 from ..model.roles import is_transformers_model
 from ..nn.layers import quantized_layers
-from ..nn.packed import PackedLayer, daq_layers, packed_layers
+from ..nn.packed import daq_layers, packed_layers
 from ..nn.settle import settled
 from .build import building, foreign_kernel, model_class
 
@@ -288,7 +288,7 @@ def _check_loaded(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
     tensors = {name: tensor for part in (model.named_parameters, model.named_buffers) for name, tensor in part()}
     for name, layer in daq_layers(model).items():
         for key in layer.state_dict():
-            if "_quant." not in key and not isinstance(layer, PackedLayer):
+            if "_quant." not in key and layer.w_quant is not None:
                 continue
             full = f"{name}.{key}"
             shape = tuple(tensors[full].shape)

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from ..config import DaqConfig, pattern_matches
 from ..errors import CalibrationError, ModelError
+from ..nn.base import DaqLayer, check_calibrated
 from ..nn.init import start_from_weight
 from ..nn.layers import QuantizedLayer, StandardizedConv, quantize_layer, quantized_layers, restore_layer
 from ..nn.leaf import ONLOAD
-from ..nn.packed import PackedLayer, daq_layers, pack_layer, packed_layers, unpack_layer
+from ..nn.packed import daq_layers, pack_layer, packed_layers, unpack_layer
 from ..nn.quantizers import is_shard
 from ..nn.swap import hides_forward
 from .guards import ORDER, refuse_wrapped, watch
@@ -136,13 +137,12 @@ def pack_layers(model: nn.Module) -> None:
         state = "packed already" if packed_layers(model) else "not quantized, or wrapped"
         raise ModelError(f"pack needs the model that apply_daq returned, after training; this one is {state}")
     refuse_wrapped(model)
-    for name, layer in layers.items():
+    for layer in layers.values():
         if is_shard(layer.weight):
             raise ModelError("the model is sharded; gather and save it, open it again, then pack it")
-        if not layer.calibrated:
-            raise CalibrationError(f"layer {name!r} is not calibrated: there are no codes yet")
         if layer.weight.is_meta:
             raise ModelError(f"the model is offloaded; {ONLOAD}")
+    check_calibrated(layers, "pack")
     for layer in layers.values():
         pack_layer(layer)
     model.daq_config = config.replace(packed=True)
@@ -154,7 +154,7 @@ def unpack_layers(model: nn.Module) -> None:
     if not layers or config is None:
         raise ModelError("unpack needs a packed model, from pack or from a packed checkpoint")
     for name, layer in layers.items():
-        if issubclass(layer.quantized_class, StandardizedConv):
+        if layer.standardizes:
             raise ModelError(
                 f"layer {name!r} standardizes its weight in every forward, so its codes are no weights to train; "
                 "keep the checkpoint from before packing to train on"
@@ -171,8 +171,7 @@ def _dequantized_weight(name: str, layer: QuantizedLayer) -> Tensor:
             f"layer {name!r} ({layer.float_class.__name__}) standardizes its weight in every forward, so quantized "
             "values cannot be stored in it; use remove_daq(model, weights='float')"
         )
-    if not layer.calibrated:
-        raise CalibrationError(f"layer {name!r} is not calibrated: there are no quantized weights yet")
+    check_calibrated({name: layer}, "its quantized weights are stored")
     weight: Tensor = layer.w_quant(layer.float_weight())
     # The scale of a layer turns quantized inputs, which span one unit, into outputs.
     return weight if layer.a_quant is None else weight / layer.a_quant.span
@@ -226,8 +225,6 @@ def _check_computed_weights(model: nn.Module, config: DaqConfig) -> None:
 def _use_qkv_as_a_layer(model: nn.Module) -> None:
     """timm's BEiT, EVA and Swin-v2 attention read `qkv.weight` themselves unless told to call the layer."""
     for module in model.modules():
-        if isinstance(getattr(module, "qkv", None), QuantizedLayer | PackedLayer) and hasattr(
-            module, "qkv_bias_separate"
-        ):
+        if isinstance(getattr(module, "qkv", None), DaqLayer) and hasattr(module, "qkv_bias_separate"):
             module.daq_qkv_bias_separate = module.qkv_bias_separate
             module.qkv_bias_separate = True  # type: ignore[assignment]

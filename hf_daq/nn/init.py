@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .formula import round_half_down_
+from .formula import levels, round_half_down_
 from .quantizers import WeightQuantizer
 
 # Values outside the bounds get no gradient, so of all bounds whose squared error is within this share of the smallest,
@@ -23,7 +23,7 @@ def start_from_weight(quantizer: WeightQuantizer, weight: Tensor, init: str) -> 
         weight: shape (channels, ...). If it is not finite, neither are bounds and scale.
         init: "mse" or "3std".
     """
-    levels = 2**quantizer.bits - 1
+    last = quantizer.levels
     rows = quantizer.rows(weight)
     offset, unit = quantizer.statistics(rows)
     count = quantizer.lower.numel()
@@ -40,8 +40,8 @@ def start_from_weight(quantizer: WeightQuantizer, weight: Tensor, init: str) -> 
         for start in range(0, count, chunk):
             part = slice(start, start + chunk)
             mask = None if sample_valid is None else sample_valid[part]
-            chosen[part] = _widest_bound(sample[part].contiguous(), largest[part], levels, mask)
-    scale, _ = _fit(x, target, chosen, levels, valid)
+            chosen[part] = _widest_bound(sample[part].contiguous(), largest[part], last, mask)
+    scale, _ = _fit(x, target, chosen, last, valid)
     quantizer.lower.copy_(-chosen.flatten())
     quantizer.upper.copy_(chosen.flatten())
     quantizer.scale.copy_(scale.flatten().clamp_min(1e-8))
@@ -50,19 +50,19 @@ def start_from_weight(quantizer: WeightQuantizer, weight: Tensor, init: str) -> 
     quantizer.finish()
 
 
-def _widest_bound(x: Tensor, largest: Tensor, levels: int, valid: Tensor | None) -> Tensor:
+def _widest_bound(x: Tensor, largest: Tensor, last: int, valid: Tensor | None) -> Tensor:
     """The widest bound of each row, shape (rows, 1), whose squared error is within TOLERANCE of the smallest."""
     shrink = torch.logspace(0, -1.5, _CANDIDATES, device=x.device)
-    errors = torch.cat([_fit(x, x, factor * largest, levels, valid)[1] for factor in shrink], 1)
+    errors = torch.cat([_fit(x, x, factor * largest, last, valid)[1] for factor in shrink], 1)
     best = errors.amin(1, keepdim=True)
     widest = (errors <= best * (1 + TOLERANCE)).int().argmax(1)
     return shrink[widest, None] * largest
 
 
-def _fit(x: Tensor, target: Tensor, bound: Tensor, levels: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fit(x: Tensor, target: Tensor, bound: Tensor, last: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """Least-squares scale of the codes of `x` against `target`, and the squared error; per row, shape (rows, 1)."""
-    code = (x + bound).mul_(levels / (2 * bound)).clamp_(0, levels)
-    code = round_half_down_(code).mul_(2 / levels).sub_(1)
+    code = (x + bound).mul_(last / (2 * bound)).clamp_(0, last)
+    code = round_half_down_(code).mul_(2 / last).sub_(1)
     if valid is not None:
         code, target = code.mul_(valid), target * valid
     scale = (code * target).sum(1, keepdim=True) / code.square().sum(1, keepdim=True)
@@ -79,7 +79,7 @@ def activation_bounds(centers: Tensor, counts: Tensor, low: float, high: float, 
     Returns:
         lower, upper: lower is 0 where `low` is not negative, else below 0, with 0 inside the bounds.
     """
-    levels = 2**bits - 1
+    last = levels(bits)
     seen = counts > 0
     centers, counts = centers[seen], counts[seen]
     shrink = torch.logspace(0, -1.5, _CANDIDATES, device=centers.device, dtype=torch.float64)
@@ -88,9 +88,9 @@ def activation_bounds(centers: Tensor, counts: Tensor, low: float, high: float, 
     if low < 0:
         coarse = shrink[::2]
         lower, upper = (grid.flatten() for grid in torch.meshgrid(low * coarse, max(high, 0.0) * coarse, indexing="ij"))
-    step = ((upper - lower) / levels)[:, None]
+    step = ((upper - lower) / last)[:, None]
     zero_point = (-lower[:, None] / step).round()
-    code = round_half_down_(centers / step + zero_point).clamp_(0, levels)
+    code = round_half_down_(centers / step + zero_point).clamp_(0, last)
     errors = ((code - zero_point) * step - centers).square_().mul_(counts).sum(1)
     close = errors <= errors.min() * (1 + TOLERANCE)
     widest = torch.where(close, upper - lower, -1.0).argmax()

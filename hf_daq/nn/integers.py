@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CalibrationError, ModelError
-from .layers import QuantizedLayer, replaced_forwards
-from .packed import PackedLayer, daq_layers
+from ..errors import ModelError
+from .base import DaqLayer, check_calibrated
+from .formula import levels
+from .layers import replaced_forwards
+from .packed import daq_layers
 from .quantizers import wide
 
 
@@ -46,26 +48,18 @@ class Integers:
 
 
 @torch.no_grad()
-def integers(layer: Any) -> Integers:
+def integers(layer: DaqLayer) -> Integers:
     """The integers of a quantized or a packed layer."""
-    if isinstance(layer, PackedLayer):
-        codes, scale, bias = layer.codes(), layer.weight_scale, layer.bias
-        bits, group_size = layer.bits, layer.group_size
-    else:
-        quantizer = layer.w_quant
-        codes, scale = quantizer.codes(layer.float_weight()), quantizer.scale
-        bias = quantizer.shifted(layer.bias, layer.weight.dtype)
-        bits, group_size = quantizer.bits, quantizer.group_size if quantizer.groups > 1 else None
-    levels = 2**bits - 1
-    weight = codes.to(torch.int16) * 2 - levels
-    step = wide(scale).abs() / levels
-    input_bits, input_scale, zero_point = None, torch.ones_like(step[:1]), 0
+    bits, bias = layer.weight_bits, layer.quantized_bias()
+    weight = layer.codes().to(torch.int16) * 2 - levels(bits)
+    step = wide(layer.weight_scale).abs() / levels(bits) / layer.span
+    input_scale, zero_point = torch.ones_like(step[:1]), 0
     if layer.a_quant is not None:
-        span, input_bits = layer.a_quant.span, layer.a_quant.bits
-        step, input_scale, zero_point = step / span, span / (2**input_bits - 1), layer.a_quant.zero_point
+        input_scale, zero_point = layer.a_quant.span / layer.a_quant.levels, layer.a_quant.zero_point
     rows = len(weight) if len(step) > 1 else 1
     bias = None if bias is None else bias.detach().clone()
-    return Integers(weight, bits, step.view(rows, -1), group_size, bias, input_bits, input_scale, zero_point)
+    scale = step.view(rows, -1)
+    return Integers(weight, bits, scale, layer.group_size, bias, layer.input_bits, input_scale, zero_point)
 
 
 @contextmanager
@@ -85,9 +79,7 @@ def integer_arithmetic(model: nn.Module) -> Iterator[nn.Module]:
     layers = daq_layers(model)
     if not layers:
         raise ModelError("integer_arithmetic needs a model after apply_daq and calibrate, or a packed one")
-    for name, layer in layers.items():
-        if isinstance(layer, QuantizedLayer) and not layer.calibrated:
-            raise CalibrationError(f"layer {name!r} is not calibrated: it has no codes yet")
+    check_calibrated(layers, "integer_arithmetic")
     with replaced_forwards({layer: _IntegerForward(layer) for layer in layers.values()}):
         yield model
 
@@ -96,7 +88,6 @@ class _IntegerForward:
     def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.values = integers(layer)
-        self.compute = getattr(layer, "quantized_class", type(layer)).compute
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
@@ -113,7 +104,7 @@ class _IntegerForward:
 
     def _scaled_sums(self, codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         # Whole numbers in float64, exact far beyond int32: torch has no integer convolution on the CPU.
-        sums: Tensor = self.compute(self.layer, codes, weight.double(), None)
+        sums: Tensor = self.layer.compute(codes, weight.double(), None)
         if self.values.input_bits is not None:
             if sums.abs().max() >= 2**31:
                 raise OverflowError("the sums of a layer do not fit int32")

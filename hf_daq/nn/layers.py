@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import timm.layers
 import torch
@@ -20,30 +20,25 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import DaqConfig
 from ..errors import CalibrationError
+from .base import DaqLayer
 from .functional import node_of, recomputed
 from .kept import Fingerprint, Kept
-from .leaf import Leaf, traced
+from .leaf import traced
 from .quantizers import ActivationQuantizer, WeightQuantizer, is_shard
 from .swap import change_class
 
 
-class QuantizedLayer(Leaf):
+class QuantizedLayer(DaqLayer):
     """Quantizes input and weight, then does what the float layer does.
 
-    w_quant: `WeightQuantizer`. a_quant: `ActivationQuantizer`, or None for weights only. daq_name: the module's name in
-    the model, for error messages. low_memory: the quantized input and weight are not kept for the backward but computed
-    once more in it.
+    low_memory: the quantized input and weight are not kept for the backward but computed once more in it.
 
     Without gradients the quantized weight is kept until a parameter changes, whatever wrote it, `train()` or `eval()` is
     called, or a forward learns.
     """
 
-    float_class: ClassVar[type[nn.Module]]
     weight: Any
-    bias: Any
     w_quant: WeightQuantizer
-    a_quant: ActivationQuantizer | None
-    daq_name: str
     low_memory: bool
     _kept: Kept | None = None
     _sharded = False
@@ -61,23 +56,32 @@ class QuantizedLayer(Leaf):
         """Shape of `float_weight`: (out, in / groups, ...)."""
         return tuple(self.weight.shape)
 
-    def stored(self, weight: Tensor) -> Tensor:
-        """A weight as from `float_weight` in the layout of the parameter `weight`."""
-        return weight
+    def codes(self) -> Tensor:
+        return self.w_quant.codes(self.float_weight())
 
-    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The float layer's function of an input, a weight as from `float_weight`, and a bias."""
-        raise NotImplementedError
+    def quantized_bias(self) -> Tensor | None:
+        return self.w_quant.shifted(self.bias, self.weight.dtype)
 
     @property
-    def quantizers(self) -> dict[str, WeightQuantizer | ActivationQuantizer]:
-        """The quantizers there are, by the names of their modules."""
-        return {"w_quant": self.w_quant} | ({} if self.a_quant is None else {"a_quant": self.a_quant})
+    def weight_bits(self) -> int:  # type: ignore[override]
+        return self.w_quant.bits
 
     @property
-    def calibrated(self) -> bool:
-        """True once bounds and scale have values, from `calibrate` or from a state dict."""
-        return self.w_quant.calibrated and (self.a_quant is None or self.a_quant.calibrated)
+    def weight_scale(self) -> Tensor:  # type: ignore[override]
+        return self.w_quant.scale.detach()
+
+    @property
+    def weight_dtype(self) -> torch.dtype:  # type: ignore[override]
+        dtype: torch.dtype = self.weight.dtype
+        return dtype
+
+    @property
+    def group_size(self) -> int | None:  # type: ignore[override]
+        return self.w_quant.group_size if self.w_quant.groups > 1 else None
+
+    @property
+    def has_bias(self) -> bool:  # type: ignore[override]
+        return self.bias is not None
 
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(self, QuantizedLayer):  # somebody kept this method of a layer that has another class now
@@ -91,7 +95,7 @@ class QuantizedLayer(Leaf):
             )
         x = input if self.a_quant is None else self.a_quant(input)
         weight = self.quantized_weight()
-        bias = self.w_quant.shifted(self.bias, self.weight.dtype)
+        bias = self.quantized_bias()
         if self.low_memory and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             with _recomputing(x, weight):
                 return self.compute(x, weight, bias)
@@ -228,6 +232,7 @@ class DaqConv2dSame(_TimmConv, timm.layers.Conv2dSame):
 class StandardizedConv(_TimmConv):
     """timm's weight-standardized convolutions: the standardized weight is what gets quantized."""
 
+    standardizes = True
     eps: float
     gain: nn.Parameter
     scale: float

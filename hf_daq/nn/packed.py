@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from timm.models import register_notrace_module
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ..config import DaqConfig
 from ..errors import ModelError
+from .base import DaqLayer
 from .bitpack import pack_bits, packed_size, unpack_bits
 from .functional import dequantize_weight
-from .layers import LAYER_TYPES, QuantizedLayer, quantize_layer
-from .leaf import Leaf, traced
-from .quantizers import ActivationQuantizer
+from .layers import LAYER_TYPES, quantize_layer
+from .leaf import traced
 from .swap import change_class
 
 _READ_ONLY = (
@@ -39,29 +39,20 @@ class _ComputedWeight(Tensor):
             return func(*args, **(kwargs or {}))
 
 
-class PackedLayer(Leaf):
+class PackedLayer(DaqLayer):
     """Quantizes its input, then does what the float layer does with the weight that its codes mean.
 
     weight_codes: uint8, shape (bytes,): the codes q of the weight, in C order, as `bitpack` lays them out.
-    weight_scale: float32, shape (1,), (channels,) or (channels * groups,): the weight is `|scale| * (2q - R) / R`.
-    a_quant: `ActivationQuantizer`, or None for weights only.
-    bias: of the quantized layer; has_bias says whether the float layer has one.
+    weight_scale: float32.
+    bias: of the quantized layer.
     weight: the weight in the units of the float layer, computed when it is read.
 
     The weight exists in float only while the layer computes.
     """
 
-    quantized_class: ClassVar[Any]
+    w_quant = None
     weight_codes: Tensor
-    weight_scale: Tensor
-    a_quant: ActivationQuantizer | None
-    bias: Any
-    bits: int
     shape: tuple[int, ...]
-    group_size: int | None
-    has_bias: bool
-    dtype: torch.dtype
-    daq_name: str
 
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(self, PackedLayer):  # somebody kept this method of a layer that has another class now
@@ -69,30 +60,32 @@ class PackedLayer(Leaf):
         if isinstance(input, torch.fx.Proxy):
             return traced(self, input)  # type: ignore[no-any-return]
         x = input if self.a_quant is None else self.a_quant(input)
-        output: Tensor = self.quantized_class.compute(self, x, self.quantized_weight(x.dtype), self.bias)
+        output: Tensor = self.compute(x, self.quantized_weight(x.dtype), self.bias)
         return output
 
-    @property
-    def quantizers(self) -> dict[str, ActivationQuantizer]:
-        """The quantizers there are, by the names of their modules."""
-        return {} if self.a_quant is None else {"a_quant": self.a_quant}
+    def weight_shape(self) -> tuple[int, ...]:
+        return self.shape
 
     def codes(self) -> Tensor:
-        """uint8, shape (out, in / groups, ...)."""
-        return unpack_bits(self.weight_codes, self.bits, math.prod(self.shape)).view(self.shape)
+        return unpack_bits(self.weight_codes, self.weight_bits, math.prod(self.shape)).view(self.shape)
 
-    def quantized_weight(self, dtype: torch.dtype) -> Tensor:
-        """What the layer computes with, as the quantized layer it was."""
+    def quantized_bias(self) -> Tensor | None:
+        bias: Tensor | None = self.bias
+        return bias
+
+    def quantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """What the layer computes with, as the quantized layer it was; in `weight_dtype` if no other is given."""
+        dtype = dtype or self.weight_dtype
         return dequantize_weight(
-            self.codes(), self.weight_scale, bits=self.bits, group_size=self.group_size, dtype=dtype
+            self.codes(), self.weight_scale, bits=self.weight_bits, group_size=self.group_size, dtype=dtype
         )
 
     @property
     def weight(self) -> Tensor:
         # The scale of a layer turns quantized inputs, which span one unit, into outputs.
-        weight = self.quantized_weight(self.dtype)
+        weight = self.quantized_weight()
         weight = weight if self.a_quant is None else weight / self.a_quant.span.to(weight.dtype)
-        stored: Tensor = self.quantized_class.stored(self, weight)
+        stored = self.stored(weight)
         return stored if torch.compiler.is_compiling() else stored.as_subclass(_ComputedWeight)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -101,19 +94,20 @@ class PackedLayer(Leaf):
         super().__setattr__(name, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, bits={self.bits}".removeprefix(", ")
+        return f"{super().extra_repr()}, bits={self.weight_bits}".removeprefix(", ")
 
 
 def _packed_class(quantized_class: Any) -> type[PackedLayer]:
     float_class = quantized_class.float_class
-    name = f"Packed{float_class.__name__}"
-    return type(name, (PackedLayer, float_class), {"quantized_class": quantized_class, "__module__": __name__})
+    taken = {name: getattr(quantized_class, name) for name in ("float_class", "compute", "stored", "standardizes")}
+    return type(f"Packed{float_class.__name__}", (PackedLayer, float_class), {**taken, "__module__": __name__})
 
 
+_PLAIN = ("weight_bits", "shape", "group_size", "has_bias", "weight_dtype")
 PACKED_TYPES = {quantized: _packed_class(quantized) for quantized in LAYER_TYPES.values()}
 for _packed_type in PACKED_TYPES.values():
     register_notrace_module(_packed_type)
@@ -125,9 +119,9 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
 
 
-def daq_layers(model: nn.Module) -> dict[str, QuantizedLayer | PackedLayer]:
+def daq_layers(model: nn.Module) -> dict[str, DaqLayer]:
     """The quantized and the packed layers of a model by name, in the order of `named_modules`."""
-    return {name: part for name, part in model.named_modules() if isinstance(part, QuantizedLayer | PackedLayer)}
+    return {name: part for name, part in model.named_modules() if isinstance(part, DaqLayer)}
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
@@ -139,13 +133,13 @@ def shared_copy(model: nn.Module) -> nn.Module:
 def pack_layer(layer: Any, values: bool = True) -> None:
     """Turn a quantized layer into its packed form, in place. Without `values` there are none yet."""
     quantizer, dtype, device = layer.w_quant, layer.weight.dtype, layer.weight.device
-    bits, shape, has_bias = quantizer.bits, layer.weight_shape(), layer.bias is not None
+    bits, shape, group_size, has_bias = quantizer.bits, layer.weight_shape(), layer.group_size, layer.has_bias
     if values:
-        codes, scale = pack_bits(quantizer.codes(layer.float_weight()), bits), quantizer.scale.detach().float().clone()
+        codes, scale = pack_bits(layer.codes(), bits), layer.weight_scale.float().clone()
     else:
         codes = torch.zeros(packed_size(math.prod(shape), bits), dtype=torch.uint8, device=device)
         scale = torch.full(quantizer.scale.shape, torch.nan, dtype=torch.float32, device=device)
-    bias = quantizer.shifted(layer.bias, dtype)
+    bias = layer.quantized_bias()
     for name in list(layer._parameters):
         delattr(layer, name)
     del layer.w_quant
@@ -155,8 +149,8 @@ def pack_layer(layer: Any, values: bool = True) -> None:
     layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.clone(), requires_grad=False))
     layer.register_buffer("weight_codes", codes)
     layer.register_buffer("weight_scale", scale)
-    layer.bits, layer.shape, layer.dtype, layer.has_bias = bits, shape, dtype, has_bias
-    layer.group_size = quantizer.group_size if quantizer.groups > 1 else None
+    layer.weight_bits, layer.shape, layer.weight_dtype = bits, shape, dtype
+    layer.group_size, layer.has_bias = group_size, has_bias
     if layer.a_quant is not None:
         layer.a_quant = copy.deepcopy(layer.a_quant).requires_grad_(False)  # the model may be a shared copy
 
@@ -165,12 +159,12 @@ def pack_layer(layer: Any, values: bool = True) -> None:
 def unpack_layer(layer: Any, config: DaqConfig) -> None:
     """Turn a packed layer into a quantized one, in place, whose float weight lies on the codes."""
     weight, scale, a_quant, bias = layer.weight.as_subclass(Tensor), layer.weight_scale, layer.a_quant, layer.bias
-    bits, name, has_bias, largest = layer.bits, layer.daq_name, layer.has_bias, scale.abs().clamp_min(1e-12)
+    bits, name, has_bias, largest = layer.weight_bits, layer.daq_name, layer.has_bias, scale.abs().clamp_min(1e-12)
     if a_quant is not None:
         largest = largest / a_quant.span.to(scale.dtype)
-    for key in ("weight_codes", "weight_scale", "a_quant", "bias", "bits", "shape", "group_size", "has_bias", "dtype"):
+    for key in ("weight_codes", "weight_scale", "a_quant", "bias", *_PLAIN):
         delattr(layer, key)
-    change_class(layer, layer.quantized_class.float_class)
+    change_class(layer, layer.float_class)
     layer.weight = nn.Parameter(weight)
     layer.register_parameter("bias", nn.Parameter(bias) if has_bias else None)
     quantize_layer(layer, name, config, bits, None)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .formula import levels
 from .functional import quantize_activation, quantize_weight
 
 _SMALLEST_SCALE = 1e-8
@@ -54,6 +55,11 @@ class Quantizer(nn.Module):
         self._calibrated = False
         self.lower = nn.Parameter(torch.full((size,), torch.nan, device=device, dtype=torch.float32))
         self.upper = nn.Parameter(torch.full((size,), torch.nan, device=device, dtype=torch.float32))
+
+    @property
+    def levels(self) -> int:
+        """`R = 2**bits - 1`, the last code."""
+        return levels(self.bits)
 
     @property
     def calibrated(self) -> bool:
@@ -110,7 +116,7 @@ class Quantizer(nn.Module):
 
     def outside(self, positions: Tensor) -> Tensor:
         """Which values are clipped, from their `positions`; not those on a bound."""
-        outside: Tensor = (positions < -_ON_A_BOUND) | (positions > 2**self.bits - 1 + _ON_A_BOUND)
+        outside: Tensor = (positions < -_ON_A_BOUND) | (positions > self.levels + _ON_A_BOUND)
         return outside
 
     def extra_repr(self) -> str:
@@ -219,7 +225,7 @@ class WeightQuantizer(Quantizer):
         """Where weights lie between the codes, before rounding: the bounds are at 0 and `2**bits - 1`."""
         start, end = self.bounds(weight)
         rows = wide(self.rows(weight))
-        return self.unrows((rows - start) / (end - start) * (2**self.bits - 1), weight.shape)
+        return self.unrows((rows - start) / (end - start) * self.levels, weight.shape)
 
     def forward(self, weight: Tensor) -> Tensor:
         return self._quantized(weight, self.scale, self._options(weight))
@@ -227,7 +233,7 @@ class WeightQuantizer(Quantizer):
     @torch.no_grad()
     def codes(self, weight: Tensor) -> Tensor:
         """The codes q of a weight, uint8 of its shape."""
-        center = (2**self.bits - 1) / 2
+        center = self.levels / 2
         options = self._options(weight) | {"rounding": "ste", "dtype": None}
         centered = self._quantized(wide(weight), torch.full_like(self.scale, center), options)
         codes: Tensor = (centered + center).round_().to(torch.uint8)
@@ -280,23 +286,22 @@ class ActivationQuantizer(Quantizer):
     @property
     def zero_point(self) -> int:
         """The code of the real zero."""
-        levels = 2**self.bits - 1
-        step = self.span.detach().clamp_min(1e-12) / levels
-        return int((-self.lower.detach() / step).round().clamp(0, levels))
+        step = self.span.detach().clamp_min(1e-12) / self.levels
+        return int((-self.lower.detach() / step).round().clamp(0, self.levels))
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """The codes of inputs, uint8 of their shape; `forward` gives `(codes - zero_point) / R`."""
         options = self._options(x) | {"rounding": "ste", "dtype": None}
         values = quantize_activation(wide(x), self.lower, self.upper, **options)
-        codes: Tensor = (values * (2**self.bits - 1) + self.zero_point).round_().to(torch.uint8)
+        codes: Tensor = (values * self.levels + self.zero_point).round_().to(torch.uint8)
         return codes
 
     @torch.no_grad()
     def positions(self, x: Tensor) -> Tensor:
         """Where inputs lie between the codes, before rounding: the bounds, moved so that zero is a code, are at 0 and
         `2**bits - 1`."""
-        positions: Tensor = wide(x) / (self.span / (2**self.bits - 1)) + self.zero_point
+        positions: Tensor = wide(x) / (self.span / self.levels) + self.zero_point
         return positions
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .layers import QuantizedLayer, StandardizedConv, quantized_layers
+from .layers import QuantizedLayer, quantized_layers
 from .quantizers import WeightQuantizer
 
 _ULPS = 32  # of the outermost code in float32: the distance to a threshold that every weight gets
@@ -63,7 +63,7 @@ def _settled_weight(layer: Any) -> Tensor:
         moved = _moved(quantizer, before, codes)
         if torch.equal(moved, before):
             break
-        if isinstance(layer, StandardizedConv):  # affine in each channel of the parameter
+        if layer.standardizes:  # affine in each channel of the parameter
             factor = before.flatten(1).std(1) / weight.flatten(1).std(1)
             weight = weight + (moved - before) / factor.view(-1, 1, 1, 1)
         else:
@@ -75,7 +75,7 @@ def _settled_weight(layer: Any) -> Tensor:
 
 def _moved(quantizer: WeightQuantizer, weight: Tensor, codes: Tensor) -> Tensor:
     """The weight, where it lies nearer to a threshold than the margin, moved to that distance on the side of its code."""
-    levels = 2**quantizer.bits - 1
+    levels = quantizer.levels
     margin = _ULPS * levels * torch.finfo(torch.float32).eps
     positions = quantizer.positions(weight.double())
     threshold = positions.floor() + 0.5

@@ -181,7 +181,9 @@ def _without_values(found: Measurement, origin: bool) -> _Found:
 
 def _unusable(found: Measurement) -> tuple[str, float, str]:
     quantizers = list(found.layer.quantizers.values())
-    values = [value for part in quantizers for value in part.parameters()] + ([found.scale] if found.packed else [])
+    values = [value for part in quantizers for value in part.parameters()] + (
+        [found.scale] if found.w_quant is None else []
+    )
     bad, count = sum(count_bad(value) for value in values), sum(value.numel() for value in values)
     if any(bool(part.lower.isnan().all()) and not part.calibrated for part in quantizers):
         return (

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..model.batch import examples_in, run
+from ..nn.formula import levels
 from ..nn.layers import evaluating
-from ..nn.packed import PackedLayer
 from ..nn.quantizers import wide
 
 REACH = 3  # spans beyond either bound that bins cover; what lies farther is in the outermost ones
@@ -53,7 +53,7 @@ class Histogram:
 
 def bin_edges(bits: int) -> np.ndarray:
     """Edges of bins, in codes. Thresholds lie on edges; codes in the middle of a bin, of several from 7 bits on."""
-    width, largest = BIN_WIDTH[bits], 2**bits - 1
+    width, largest = BIN_WIDTH[bits], levels(bits)
     before, after = math.ceil(REACH * largest / width), math.ceil(((REACH + 1) * largest + 1) / width)
     edges: np.ndarray = -0.5 + width * np.arange(-before, after + 1)
     return edges
@@ -63,16 +63,15 @@ def bin_edges(bits: int) -> np.ndarray:
 def histogram_of_weights(name: str, layer: Any) -> Histogram:
     """The float weights of a quantized layer, in their own units, or with bounds for each channel or group in units of
     these: -1 and 1 are the bounds, and code_values are their medians. Of a packed layer the codes, in units of the scale."""
-    packed = isinstance(layer, PackedLayer)
-    bits = layer.bits if packed else layer.w_quant.bits
-    largest = 2**bits - 1
+    bits = layer.weight_bits
+    largest = levels(bits)
     code_values = np.arange(-largest, largest + 1, 2) / largest
-    if packed:
+    if layer.w_quant is None:
         codes = _code_counts(layer.codes(), bits)
         return Histogram(name, bits, None, codes, None, -1.0, 2 / largest, code_values, "weight / scale")
     quantizer, weight = layer.w_quant, wide(layer.float_weight())
     (start, end), v = quantizer.bounds(weight), quantizer.positions(weight)
-    scale = quantizer.scale.abs() if layer.a_quant is None else quantizer.scale.abs() / layer.a_quant.span
+    scale = quantizer.scale.abs() / layer.span
     origin, step, axis = -1.0, 2 / largest, f"weight, {quantizer.granularity} bounds at ±1"
     if quantizer.granularity == "tensor":
         origin, step, axis = start.item(), (end - start).item() / largest, "weight"
@@ -124,7 +123,7 @@ class _Inputs:
 
     def __init__(self, quantizer: Any) -> None:
         self.quantizer, self.bits, self.zero_point = quantizer, quantizer.bits, quantizer.zero_point
-        self.step = (quantizer.span.detach() / (2**self.bits - 1)).item()
+        self.step = (quantizer.span.detach() / quantizer.levels).item()
         self.bins = np.zeros(len(bin_edges(self.bits)) - 1, dtype=np.int64)
         self.codes = np.zeros(2**self.bits, dtype=np.int64)
         self.clipped = 0

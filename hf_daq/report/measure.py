@@ -17,7 +17,7 @@ from ..model.batch import examples_in, run
 from ..model.guards import ORDER
 from ..model.roles import largest_weight, weight_modules
 from ..nn.layers import QuantizedLayer, evaluating, replaced_forwards
-from ..nn.packed import PackedLayer, daq_layers
+from ..nn.packed import daq_layers
 from ..nn.quantizers import Quantizer, is_shard, wide
 
 _SAMPLES = 2**16
@@ -66,18 +66,18 @@ class Measurement:
     """
 
     def __init__(self, name: str, layer: Any) -> None:
-        self.name, self.layer, self.a_quant = name, layer, layer.a_quant
-        self.packed = isinstance(layer, PackedLayer)
-        kind = layer.quantized_class if self.packed else type(layer)
-        self.kind, self.compute = kind.float_class.__name__, kind.compute
-        self.shape: tuple[int, ...] = tuple(layer.shape if self.packed else layer.weight_shape())
+        self.name, self.layer, self.w_quant, self.a_quant = name, layer, layer.w_quant, layer.a_quant
+        self.kind = layer.float_class.__name__
+        self.shape: tuple[int, ...] = layer.weight_shape()
         self.parameters = math.prod(self.shape)
-        self.dtype: torch.dtype = layer.dtype if self.packed else layer.weight.dtype
-        self.weight_bits: int = layer.bits if self.packed else layer.w_quant.bits
-        self.input_bits: int | None = None if self.a_quant is None else self.a_quant.bits
-        self.scale: Tensor = layer.weight_scale if self.packed else layer.w_quant.scale.detach()
+        self.dtype: torch.dtype = layer.weight_dtype
+        self.weight_bits: int = layer.weight_bits
+        self.input_bits: int | None = layer.input_bits
+        self.scale: Tensor = layer.weight_scale
         self.usable = usable(layer)
-        self.in_float: Callable[[Tensor], Tensor] | None = None if self.usable or self.packed else self._float_output
+        self.in_float: Callable[[Tensor], Tensor] | None = (
+            None if self.usable or self.w_quant is None else self._float_output
+        )
         self.first_call: int | None = None
         self.macs = self.inputs = self.outputs = self.bad_inputs = self.bad_outputs = self.bad_weights = 0
         self.clipped_inputs = self.negative_inputs = self.distinct_weights = self.distinct_inputs = (
@@ -93,35 +93,34 @@ class Measurement:
 
     def _look_at_weight(self) -> None:
         layer = self.layer
-        if not self.packed:
+        if self.w_quant is not None:
             weight = wide(layer.float_weight())
             self.bad_weights = count_bad(weight)
         if self.bad_weights or not self.usable:
             return
-        codes = layer.codes() if self.packed else layer.w_quant.codes(layer.float_weight())
+        codes = layer.codes()
         self.weight_codes = int((torch.bincount(codes.flatten()) > 0).sum())
-        quantized = layer.quantized_weight(self.dtype) if self.packed else layer.quantized_weight()
+        quantized = layer.quantized_weight()
         self.distinct_weights = _distinct(self._rows_of_scales(quantized))
-        if not self.packed:
+        if self.w_quant is not None:
             lower, upper = layer.w_quant.bounds(weight)
             self.weight_lower, self.weight_upper = float(lower.min()), float(upper.max())
             clipped = layer.w_quant.outside(layer.w_quant.positions(weight)).count_nonzero()
             self.weights_clipped = int(clipped) / weight.numel()
-            quantized = wide(quantized) if self.a_quant is None else wide(quantized) / self.a_quant.span
+            quantized = wide(quantized) / layer.span
             self.weight_sqnr = decibels(_squares(weight), _squares(weight - quantized))
 
     def _rows_of_scales(self, weight: Tensor) -> Tensor:
         """The values that share a scale in a row, groups filled up with their last one."""
         flat = weight.reshape(1 if self.scale.numel() == 1 else len(weight), -1)
-        quantizer = None if self.packed else self.layer.w_quant
-        size = self.layer.group_size if quantizer is None else quantizer.group_size if quantizer.groups > 1 else None
+        size = self.layer.group_size
         if size is None:
             return flat
         missing = -flat.shape[1] % size
         return torch.cat([flat, flat[:, -1:].expand(-1, missing)], 1).view(-1, size)
 
     def _float_output(self, x: Tensor) -> Tensor:
-        output: Tensor = self.compute(self.layer, x, self.layer.float_weight(), self.layer.bias)
+        output: Tensor = self.layer.compute(x, self.layer.float_weight(), self.layer.bias)
         return output
 
     def observe(self, x: Tensor, output: Tensor) -> None:
@@ -137,7 +136,7 @@ class Measurement:
         self.energy += _squares(x)
         if self.a_quant is not None:
             self._look_at_inputs(self.a_quant, x)
-        if not self.packed and not self.bad_weights:
+        if self.w_quant is not None and not self.bad_weights:
             reference = wide(self._float_output(x))
             self.signal += _squares(reference)
             self.noise += _squares(reference - wide(output))
@@ -151,8 +150,8 @@ class Measurement:
     @property
     def output_sqnr(self) -> float | None:
         """In dB, None where nothing could be compared."""
-        compared = not self.packed and self.usable and self.inputs and not (self.bad_inputs or self.bad_weights)
-        return decibels(self.signal, self.noise) if compared else None
+        bad = self.w_quant is None or not self.usable or self.bad_inputs or self.bad_weights
+        return decibels(self.signal, self.noise) if self.inputs and not bad else None
 
     @property
     def bits(self) -> str:
@@ -169,7 +168,7 @@ def usable(layer: Any) -> bool:
     """Whether the layer has bounds and scales to compute with. Looks at the values, which training may have spoilt."""
     quantizers: list[Quantizer] = list(layer.quantizers.values())
     values: list[Tensor] = [value for quantizer in quantizers for value in quantizer.parameters()]
-    values += [layer.weight_scale] if isinstance(layer, PackedLayer) else []
+    values += [layer.weight_scale] if layer.w_quant is None else []
     ordered = all(bool((part.lower < part.upper).all()) and part.calibrated for part in quantizers)
     return ordered and not any(map(count_bad, values))
 

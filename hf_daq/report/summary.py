@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import CalibrationError, ModelError
 from ..model.roles import largest_weight, saved_tensors
 from ..nn.layers import LAYER_TYPES
-from ..nn.packed import PackedLayer, daq_layers
+from ..nn.packed import daq_layers
 from ..nn.quantizers import wide
 from ..text import as_text, bits_text, cell, plain, shape_text
 from .measure import Measurement, check_quantized, kept_modules, measure, usable
@@ -201,7 +201,7 @@ def _totals(
     inside = {id(value) for found in measured for value in saved_tensors(found.layer)}
     outside = [value for value in saved_tensors(model) if id(value) not in inside]
     other = sum(value.numel() for value in model.parameters() if id(value) not in inside | in_float.keys())
-    other += sum(found.shape[0] for found in measured if _has_bias(found.layer))
+    other += sum(found.shape[0] for found in measured if found.layer.has_bias)
     sizes = [_sizes(found) for found in measured]
     before, after = (_size(outside) + sum(side) for side in zip(*sizes, strict=True))
     return {
@@ -215,15 +215,10 @@ def _totals(
     }
 
 
-def _has_bias(layer: Any) -> bool:
-    """Whether the float layer has one; a quantized layer's may be no more than a correction."""
-    return layer.has_bias if isinstance(layer, PackedLayer) else layer.bias is not None
-
-
 def _sizes(found: Measurement) -> tuple[int, int]:
     """Bytes of all that a layer holds, in float and packed."""
     layer = found.layer
-    if found.packed:
+    if found.w_quant is None:
         before = (found.parameters + (found.shape[0] if layer.has_bias else 0)) * found.dtype.itemsize
         return before, _size(saved_tensors(layer))
     corrected = layer.bias is not None or layer.w_quant.shift is not None

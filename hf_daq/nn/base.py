@@ -1,0 +1,84 @@
+"""What quantized and packed layers have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CalibrationError
+from .leaf import Leaf
+from .quantizers import ActivationQuantizer, WeightQuantizer
+
+
+class DaqLayer(Leaf):
+    """A layer that computes with codes of its weight.
+
+    w_quant: None for packed layers, which have no float weight. a_quant: None for weights only. daq_name: the module's name
+    in the model, for error messages.
+    weight_scale: shape (1,), (channels,) or (channels * groups,): the weight is `|weight_scale| * (2q - R) / R`.
+    group_size: columns that share a scale; None without groups.
+    weight_dtype: of the float layer's weight. has_bias: whether the float layer has one.
+    """
+
+    float_class: ClassVar[type[nn.Module]]
+    standardizes: ClassVar[bool] = False
+    """Whether the float layer standardises its weight in every forward: then its codes are no weights to train."""
+    bias: Any
+    w_quant: WeightQuantizer | None
+    a_quant: ActivationQuantizer | None
+    daq_name: str
+    weight_bits: int
+    weight_scale: Tensor
+    weight_dtype: torch.dtype
+    group_size: int | None
+    has_bias: bool
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The float layer's function of an input, a weight of `weight_shape`, and a bias."""
+        raise NotImplementedError
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """A weight of `weight_shape` in the layout of the parameter `weight`."""
+        return weight
+
+    def weight_shape(self) -> tuple[int, ...]:
+        """(out, in / groups, ...)."""
+        raise NotImplementedError
+
+    def codes(self) -> Tensor:
+        """Of the weight: uint8, shape `weight_shape`."""
+        raise NotImplementedError
+
+    def quantized_bias(self) -> Tensor | None:
+        """What the layer adds: the float layer's bias, and a correction."""
+        raise NotImplementedError
+
+    @property
+    def input_bits(self) -> int | None:
+        """None where the input is not quantized."""
+        return None if self.a_quant is None else self.a_quant.bits
+
+    @property
+    def span(self) -> Tensor | float:
+        """The input that quantizing turns into 1, shape (1,); 1 where the input is not quantized."""
+        return 1.0 if self.a_quant is None else self.a_quant.span
+
+    @property
+    def quantizers(self) -> dict[str, WeightQuantizer | ActivationQuantizer]:
+        """The quantizers there are, by the names of their modules."""
+        both = {"w_quant": self.w_quant, "a_quant": self.a_quant}
+        return {name: quantizer for name, quantizer in both.items() if quantizer is not None}
+
+    @property
+    def calibrated(self) -> bool:
+        """True once bounds and scale have values, from `calibrate` or from a state dict."""
+        return all(quantizer.calibrated for quantizer in self.quantizers.values())
+
+
+def check_calibrated(layers: Mapping[str, DaqLayer], before: str) -> None:
+    for name, layer in layers.items():
+        if not layer.calibrated:
+            raise CalibrationError(f"layer {name!r} is not calibrated; run hf_daq.calibrate(model) before {before}")
