@@ -229,7 +229,7 @@ def test_faults_of_packed_models_are_found():
     assert problems(packed) == [(HIDDEN, "dead-weight-codes")]
     packed = copy.deepcopy(model)
     weight = torch.randn(48, 16)
-    packed.hidden.quantized_weight = lambda dtype: weight
+    packed.hidden.quantized_weight = lambda dtype=None: weight
     assert problems(packed) == [(HIDDEN, "unquantized-weights")]
 
 
