@@ -13,7 +13,7 @@ from ..config import DaqConfig, pattern_matches
 from ..errors import CalibrationError, ModelError
 from ..nn.base import DaqLayer, check_calibrated
 from ..nn.init import start_from_weight
-from ..nn.layers import QuantizedLayer, StandardizedConv, quantize_layer, quantized_layers, restore_layer
+from ..nn.layers import QuantizedLayer, quantize_layer, quantized_layers, restore_layer
 from ..nn.leaf import ONLOAD
 from ..nn.packed import daq_layers, pack_layer, packed_layers, unpack_layer
 from ..nn.quantizers import is_shard
@@ -166,7 +166,7 @@ def unpack_layers(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _dequantized_weight(name: str, layer: QuantizedLayer) -> Tensor:
-    if isinstance(layer, StandardizedConv):
+    if layer.standardizes:
         raise ModelError(
             f"layer {name!r} ({layer.float_class.__name__}) standardizes its weight in every forward, so quantized "
             "values cannot be stored in it; use remove_daq(model, weights='float')"
