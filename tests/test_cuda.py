@@ -68,9 +68,7 @@ def test_compiled_kernels_give_the_values_of_eager_ones(bits, granularity, dtype
         output.float().square().sum().backward()
         found[compiled] = [output, input.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
     for one, other in zip(*found.values(), strict=True):
-        assert (one.float() - other.float()).norm() <= 2e-2 * other.float().norm()
-    same = (found[True][0] == found[False][0]).float().mean()
-    assert same > 0.9
+        assert (one.float() - other.float()).norm() <= (1e-3 if dtype == torch.float32 else 2e-2) * other.float().norm()
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -91,7 +89,7 @@ def test_evaluation_sees_every_write():
     model = quantized("cuda", bits=4).eval()
     x = images(2, 64).cuda()
     before = model(x)
-    model.layer1[0].conv1.weight.data.mul_(1.5)
+    model.layer1[0].conv1.weight.data[0].mul_(-1.5)
     after = model(x)
     assert not torch.equal(before, after)
     assert torch.equal(copy.deepcopy(model)(x), after)

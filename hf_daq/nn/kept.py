@@ -26,14 +26,19 @@ class Fingerprint:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.places = _places(tensors)
-        self.values = [tensor.detach().clone() if tensor.numel() <= _WHOLE else _sums(tensor) for tensor in tensors]
+        self.values = [value.clone() for value in _values(tensors)]
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Whether nothing was written to these tensors since."""
-        return self.places == _places(tensors) and all(
-            torch.equal(tensor if tensor.numel() <= _WHOLE else _sums(tensor), value)
-            for tensor, value in zip(tensors, self.values, strict=True)
-        )
+        return self.places == _places(tensors) and all(map(torch.equal, _values(tensors), self.values))
+
+
+def _values(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What is compared: on a GPU one vector, so that the comparison waits for the device once."""
+    values = [tensor.detach() if tensor.numel() <= _WHOLE else _sums(tensor) for tensor in tensors]
+    if all(tensor.is_cpu for tensor in tensors):
+        return values
+    return [torch.cat([value.reshape(-1).view(_BITS[value.itemsize]).long() for value in values])]
 
 
 def _places(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:

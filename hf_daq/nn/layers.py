@@ -116,12 +116,13 @@ class QuantizedLayer(DaqLayer):
         return [value for name, value in parameters if value is not None and name not in ("bias", "shift")]
 
     def _may_keep(self) -> bool:
-        """Whether nothing learns here, and changes are seen without waiting for a device."""
+        """Whether nothing learns here, and changes of the parameters can be seen."""
         sources = self._sources()
         if self._sharded or (torch.is_grad_enabled() and any(source.requires_grad for source in sources)):
             return False
-        plain = (Tensor, nn.Parameter)
-        return all(type(source) in plain and source.is_cpu and not source.is_inference() for source in sources)
+        if self.weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        return all(type(source) in (Tensor, nn.Parameter) and not source.is_inference() for source in sources)
 
     def _kept_weight(self) -> Tensor:
         sources, kept = self._sources(), self._kept
