@@ -50,7 +50,7 @@ def test_both_forms_say_the_same(config):
         assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
-def test_packed_classes_know_which_weights_are_standardised():
+def test_packed_classes_know_which_weights_are_standardized():
     for quantized, packed in PACKED_TYPES.items():
         assert packed.standardizes is quantized.standardizes is issubclass(quantized, StandardizedConv)
 

@@ -138,7 +138,7 @@ def tied_layers(model: nn.Module) -> dict[str, str]:
 
 
 def computed_weights(model: nn.Module) -> dict[str, str]:
-    """Layers whose weight or bias is no Parameter but computed from others, as pruning and normalisation of weights do it, with
+    """Layers whose weight or bias is no Parameter but computed from others, as pruning and normalization of weights do it, with
     the call that makes it one again."""
     found = {}
     for name, module in model.named_modules():

@@ -25,7 +25,7 @@ class DaqLayer(Leaf):
 
     float_class: ClassVar[type[nn.Module]]
     standardizes: ClassVar[bool] = False
-    """Whether the float layer standardises its weight in every forward: then its codes are no weights to train."""
+    """Whether the float layer standardizes its weight in every forward: then its codes are no weights to train."""
     bias: Any
     w_quant: WeightQuantizer | None
     a_quant: ActivationQuantizer | None
