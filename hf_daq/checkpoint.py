@@ -33,9 +33,10 @@ from .files.header import (
 )
 from .files.push import push_folder
 from .files.weights_file import PROBE_NAME, check_values, load_weights, write_checkpoint
-from .integrations.timm import describe, is_timm_model
+from .integrations.timm import describe, described_model, is_timm_model
 from .model.patch import patch
 from .model.roles import is_transformers_model
+from .model.unchanged import check_opens, check_unchanged, refusal_of_parts
 from .nn.layers import evaluating
 from .nn.packed import daq_layers, packed_layers
 from .nn.settle import settled
@@ -78,7 +79,11 @@ def save_pretrained(
     """
     directory = Path(save_directory)
     if getattr(model, "daq_config", None) is None or not daq_layers(model):
-        raise ModelError("save_pretrained needs the model that apply_daq returned, not a float or wrapped one")
+        raise ModelError(
+            refusal_of_parts(model)
+            or "save_pretrained needs the model that apply_daq returned, not a float or wrapped one"
+        )
+    check_unchanged(model)
     if "push_to_hub" in kwargs:
         raise ModelError('write hf_daq.push_to_hub(model, "user/name") to upload a model')
     if packed and state_dict is not None:
@@ -152,7 +157,7 @@ def _write(
     if is_transformers_model(model):
         from .integrations.transformers import save_checkpoint
 
-        save_checkpoint(model, directory, state_dict, card, **kwargs)
+        save_checkpoint(model, directory, card, state_dict=state_dict, **kwargs)
         return
     if kwargs:
         raise ModelError(f"{next(iter(kwargs))!r} is an argument for transformers models only")
@@ -162,6 +167,7 @@ def _write(
     config: Any = model.daq_config
     if is_timm_model(model):
         description = describe(model, config)
+        check_opens(tensors, lambda: described_model(description))
     else:
         description = {"architecture": type(model).__name__, "quantization_config": config.to_dict()}
     write_checkpoint(directory, tensors, model, description, (card or CardFacts()).with_versions())

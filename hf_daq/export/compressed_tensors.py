@@ -23,6 +23,7 @@ from ..errors import ExportError
 from ..files.atomic import temporary_folder
 from ..files.weights_file import weights_size
 from ..model.roles import is_transformers_model
+from ..model.unchanged import check_unchanged
 from ..nn.base import check_calibrated
 from ..nn.integers import Integers, integers
 from ..nn.packed import daq_layers, shared_copy
@@ -124,6 +125,8 @@ def export_compressed_tensors(
     """
     _library("quantization")
     _check(model)
+    if "daq_config" in vars(model):
+        check_unchanged(model)
     stored: Any = shared_copy(model)
     containers = _compress(stored, widths)
     with temporary_folder(Path(directory)) as temporary:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import ExportError
 from ..files.atomic import replace_file
 from ..model.batch import Inputs
+from ..model.unchanged import check_unchanged
 from ..nn.base import check_calibrated
 from ..nn.layers import evaluating
 from ..nn.packed import daq_layers
@@ -94,6 +95,8 @@ def export_onnx(
     chosen = _chosen_runtimes(runtimes, for_one and _has_convolutions(layers)) if verify else ()
     _require("onnx", "onnxscript", *(["onnxruntime"] if int8_outputs else []), *chosen)
     _check(model, layers, weights, runtime, opset)
+    if "daq_config" in vars(model):
+        check_unchanged(model)
     batch.to(next(model.parameters()).device)
     with _inference(model):
         proto = _exported(model, layers, batch, opset, int8_outputs and weights == "int8")

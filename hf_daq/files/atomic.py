@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")  # without a variant
 
 
 def replace_file(target: Path, write_to: Callable[[Path], Any]) -> None:
@@ -43,6 +46,7 @@ def temporary_folder(directory: Path) -> Iterator[Path]:
         if not existed and not any(directory.iterdir()):
             directory.rmdir()
         raise
-    for path in directory.glob("model*.safetensors*"):  # shards of a larger model, or what shards replace
-        if path.name not in written:
-            path.unlink()
+    if any(map(_WEIGHTS.fullmatch, written)):  # shards of a larger model, or what shards replace
+        for path in list(directory.iterdir()):
+            if path.name not in written and _WEIGHTS.fullmatch(path.name):
+                path.unlink()

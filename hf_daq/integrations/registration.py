@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import wraps
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -57,9 +58,30 @@ def _register_with_transformers() -> None:
     from . import transformers  # noqa: F401
 
 
+def _guard_transformers() -> None:
+    """`PreTrainedModel.save_pretrained` refuses a model of which only a part is quantized: it would write its tensors and say
+    nothing of the quantization."""
+    from transformers import modeling_utils
+
+    save_pretrained: Any = modeling_utils.PreTrainedModel.save_pretrained
+
+    @wraps(save_pretrained)
+    def save(self: Any, *args: Any, **kwargs: Any) -> Any:
+        whole = "daq_config" in vars(self) or getattr(self, "_hf_peft_config_loaded", False)
+        if not whole and any("daq_config" in vars(module) for module in self.modules()):
+            from ..errors import ModelError
+            from ..model.unchanged import refusal_of_parts
+
+            raise ModelError(refusal_of_parts(self))
+        return save_pretrained(self, *args, **kwargs)
+
+    modeling_utils.PreTrainedModel.save_pretrained = save  # type: ignore[method-assign]
+
+
 for _name, _register in (
     ("timm", _register_with_timm),
     ("transformers.quantizers.auto", _register_with_transformers),
+    ("transformers.modeling_utils", _guard_transformers),
 ):
     if _name in sys.modules:
         _register()

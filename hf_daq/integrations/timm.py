@@ -66,6 +66,14 @@ def describe(model: nn.Module, config: DaqConfig) -> dict[str, Any]:
     return description | {"architecture": ARCHITECTURE, "model_args": model_args}
 
 
+def described_model(description: dict[str, Any]) -> nn.Module:
+    """The quantized model, without its values, that a config.json of `describe` gives."""
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(json.dumps(description))
+        model: nn.Module = timm.create_model(f"local-dir:{directory}", pretrained=False)
+    return model
+
+
 def _base_name(model: Any) -> str:
     args = getattr(model, "_model_args", {})
     return str(args.get("base") or model.pretrained_cfg.get("architecture"))

@@ -7,7 +7,9 @@ weight_bits=3))` quantizes a float one.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import inspect
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.initialization import no_init_weights
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
@@ -32,10 +35,12 @@ from ..files.push import push_folder
 from ..files.weights_file import check_values, header_metadata, layer_problem
 from ..model.patch import patch, start_weights, unpatch
 from ..model.roles import is_transformers_model
+from ..model.unchanged import check_opens, check_unchanged
 from ..nn.layers import quantized_layers
 from ..nn.packed import daq_layers, packed_layers
 from ..nn.settle import settled
 from .build import building, foreign_kernel, model_class
+from .configs import copy_configs, give_configs_back
 
 _TAGS = ["hf_daq", "quantization"]
 _HUB_OPTIONS = (
@@ -111,15 +116,16 @@ class DaqHfQuantizer(HfQuantizer):
         return model if dtype is None else model.to(dtype)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, str]]:
-        state_dict = self.__dict__.pop("state_dict", None)
-        if state_dict:  # gathered from shards, tied weights are tensors of their own
-            tied = model.all_tied_weights_keys.items()
-            state_dict = state_dict | {one: state_dict[other] for one, other in tied if other in state_dict}
-        if state_dict != {}:  # which ranks have that do not write
-            tensors = model.state_dict() if state_dict is None else state_dict
-            check_values(tensors, model)
-            state_dict = state_dict if self.__dict__.pop("exact", False) else settled(model, state_dict)
-        return state_dict, header_metadata(model, self.__dict__.pop("facts", None), _names_in_file(model))
+        state_dict, facts = self.__dict__.pop("state_dict", None), self.__dict__.pop("facts", None)
+        original_format, exact = self.__dict__.pop("original_format", True), self.__dict__.pop("exact", False)
+        if getattr(model, "_hf_peft_config_loaded", False):  # the adapter is written alone
+            return state_dict, {}
+        if state_dict:  # ranks that do not write have {}
+            state_dict = _with_tied(model, state_dict)
+        if state_dict != {} and not exact:
+            state_dict = settled(model, state_dict)
+        names = _names_in_file(model) if original_format else None
+        return state_dict, header_metadata(model, facts, names)
 
 
 def _names_in_file(model: Any) -> dict[str, str]:
@@ -131,30 +137,76 @@ def _names_in_file(model: Any) -> dict[str, str]:
     return {name: other.removesuffix(f".{key}") for name, other in renamed.items() if other != f"{name}.{key}"}
 
 
-def _write(model: Any, directory: Any, state_dict: Any, facts: CardFacts | None, *args: Any, **kwargs: Any) -> Any:
+def _check(model: Any, state_dict: Mapping[str, Any] | None) -> None:
+    """Refuse what would not open as the same model, before anything is written."""
+    check_unchanged(model)
+    tensors = model.state_dict() if state_dict is None else _with_tied(model, state_dict)
+    check_values(tensors, model)
+    check_opens(tensors, lambda: _described(model))
+
+
+def _described(model: Any) -> nn.Module:
+    """The quantized model, without its values, that the config of a model gives."""
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    with no_init_weights():
+        built: nn.Module = type(model)(config)
+    patch(built, model.daq_config)
+    return built
+
+
+def _with_tied(model: Any, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state dict that was gathered from shards, in which tied weights are tensors of their own, or left out."""
+    tied = model.all_tied_weights_keys.items()
+    return {**state_dict, **{one: state_dict[other] for one, other in tied if other in state_dict}}
+
+
+def _write(model: Any, directory: Any, facts: CardFacts | None, exact: bool, **kwargs: Any) -> None:
     """`save_pretrained` of the model's class."""
     # transformers drops the state dict that it is given where a model has a quantizer, and asks the quantizer for one.
-    model.hf_quantizer.state_dict = state_dict
+    model.hf_quantizer.state_dict = kwargs.pop("state_dict", None)
     model.hf_quantizer.facts = _with_origin(model, facts)
+    model.hf_quantizer.exact = exact
+    model.hf_quantizer.original_format = kwargs.get("save_original_format", True)
+    type(model).save_pretrained(model, directory, **kwargs)
+
+
+def save_checkpoint(model: Any, directory: Path, facts: CardFacts | None, **kwargs: Any) -> None:
+    """`save_pretrained` of the model's class into a temporary folder whose files are then renamed: a save that fails leaves
+    the old ones. Ranks that do not write, and those that write together, have no such folder."""
+    state_dict = kwargs.get("state_dict")
     # Trainer resumes from such a folder, bit for bit; elsewhere codes must not depend on the last bit of a weight.
-    model.hf_quantizer.exact = re.fullmatch(r"checkpoint-\d+", Path(directory).name) is not None
-    return type(model).save_pretrained(model, directory, *args, **kwargs)
+    exact = re.fullmatch(r"checkpoint-\d+", directory.name) is not None
+    if not kwargs.get("is_main_process", True) or state_dict == {} or kwargs.get("distributed_checkpoint"):
+        _write(model, directory, facts, exact, **kwargs)
+        return
+    _check(model, state_dict)
+    with temporary_folder(directory) as temporary:
+        _write(model, temporary, facts, exact, **kwargs)
 
 
 def _save_pretrained(self: Any, save_directory: Any, *args: Any, card: CardFacts | None = None, **kwargs: Any) -> Any:
-    names = ("is_main_process", "state_dict")
-    kwargs |= dict(zip(names, args[:2], strict=False))
-    state_dict = kwargs.pop("state_dict", None)
-    repository = kwargs.pop("repo_id", Path(save_directory).name) if kwargs.pop("push_to_hub", False) else None
-    hub_options = {key: kwargs.pop(key) for key in _HUB_OPTIONS if repository is not None and key in kwargs}
-    _write(self, save_directory, state_dict, card, *args[2:], **kwargs)
-    if kwargs.get("is_main_process", True) and state_dict != {}:
-        write_card(Path(save_directory))
+    signature = inspect.signature(type(self).save_pretrained)
+    given = signature.bind_partial(self, save_directory, *args, **kwargs).arguments
+    options = {key: value for key, value in given.items() if key not in ("self", "save_directory", "kwargs")}
+    options |= given.get("kwargs", {})
+    if getattr(self, "_hf_peft_config_loaded", False):
+        self.hf_quantizer.state_dict = options.get("state_dict")
+        return type(self).save_pretrained(self, save_directory, **options)
+    push = options.pop("push_to_hub", False)
+    repository = options.pop("repo_id", Path(save_directory).name) if push else None
+    hub_options = {key: options.pop(key) for key in _HUB_OPTIONS if repository is not None and key in options}
+    directory = Path(save_directory)
+    save_checkpoint(self, directory, card, **options)
+    if options.get("is_main_process", True) and options.get("state_dict") != {}:
+        write_card(directory)
         if repository is not None:
-            push_folder(Path(save_directory), repository, **hub_options)
+            push_folder(directory, repository, **hub_options)
 
 
 def _push_to_hub(self: Any, repo_id: str, *, card: CardFacts | None = None, **kwargs: Any) -> Any:
+    if getattr(self, "_hf_peft_config_loaded", False):
+        return type(self).push_to_hub(self, repo_id, **kwargs)
     options = {key: kwargs.pop(key) for key in _HUB_OPTIONS if key in kwargs}
     kwargs.pop("tags", None)
     with TemporaryDirectory() as folder:
@@ -179,6 +231,8 @@ def attach(model: Any) -> None:
     """Make a patched transformers model what `from_pretrained` gives: transformers knows that it is quantized, saves its
     config, and trains it."""
     config: Any = model.daq_config
+    if "hf_quantizer" not in vars(model):
+        copy_configs(model)
     quantizer = getattr(model, "hf_quantizer", None) or DaqHfQuantizer(config, pre_quantized=False)
     quantizer.quantization_config = config
     model.hf_quantizer = quantizer
@@ -201,15 +255,7 @@ def detach(model: Any) -> None:
     for part in _transformers_parts(model):
         for name in ("quantization_config", "_is_quantized"):
             part.config.__dict__.pop(name, None)
-
-
-def save_checkpoint(
-    model: Any, directory: Path, state_dict: Mapping[str, Any] | None, facts: CardFacts | None, **kwargs: Any
-) -> None:
-    """`model.save_pretrained` into a temporary folder whose files are then renamed: an interrupted save leaves the old
-    ones."""
-    with temporary_folder(directory) as temporary:
-        _write(model, temporary, state_dict, facts, **kwargs)
+    give_configs_back(model)
 
 
 def open_checkpoint(directory: Path, description: Mapping[str, Any], **kwargs: Any) -> nn.Module:

@@ -21,6 +21,7 @@ from ..nn.swap import hides_forward
 from .guards import ORDER, refuse_wrapped, watch
 from .plan import plan
 from .roles import computed_weights
+from .unchanged import check_unchanged, quantized_parts
 
 _WRAPPERS = (
     "DistributedDataParallel",
@@ -137,6 +138,7 @@ def pack_layers(model: nn.Module) -> None:
         state = "packed already" if packed_layers(model) else "not quantized, or wrapped"
         raise ModelError(f"pack needs the model that apply_daq returned, after training; this one is {state}")
     refuse_wrapped(model)
+    check_unchanged(model)
     for layer in layers.values():
         if is_shard(layer.weight):
             raise ModelError("the model is sharded; gather and save it, open it again, then pack it")
@@ -185,7 +187,8 @@ def _check_float_model(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("a TorchScript model cannot be changed; apply_daq before scripting")
     if daq_layers(model) or hasattr(model, "daq_config"):
-        raise ModelError("the model is already quantized; hf_daq.remove_daq(model) first to choose other bits")
+        part = next((f".get_submodule({name!r})" for name in quantized_parts(model)), "")
+        raise ModelError(f"the model is already quantized; hf_daq.remove_daq(model{part}) first to choose other bits")
     for parameter_name, parameter in model.named_parameters():
         if nn.parameter.is_lazy(parameter):
             raise ModelError(

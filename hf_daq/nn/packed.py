@@ -126,7 +126,9 @@ def daq_layers(model: nn.Module) -> dict[str, DaqLayer]:
 
 def shared_copy(model: nn.Module) -> nn.Module:
     """A copy of the modules with the very tensors of the model."""
-    return copy.deepcopy(model, {id(value): value for value in model.state_dict(keep_vars=True).values()})
+    tensors = list(model.state_dict(keep_vars=True).values())
+    tensors += [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    return copy.deepcopy(model, {id(value): value for value in tensors})
 
 
 @torch.no_grad()

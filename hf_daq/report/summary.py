@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import CalibrationError, ModelError
 from ..model.roles import largest_weight, saved_tensors
+from ..model.unchanged import check_unchanged
 from ..nn.layers import LAYER_TYPES
 from ..nn.packed import daq_layers
 from ..nn.quantizers import wide
@@ -130,9 +131,11 @@ def summary(model: nn.Module, batch: Any = None) -> Summary:
             model. Without it, what needs inputs is None.
 
     Raises:
-        ModelError: nothing in the model is quantized, or it is sharded. CalibrationError: a layer is not calibrated.
+        ModelError: nothing in the model is quantized, it is sharded, or its layers are not those of its `daq_config`. CalibrationError: a layer is not calibrated.
     """
     check_quantized(model, "summary")
+    if "daq_config" in vars(model):
+        check_unchanged(model, adapters=True)
     for name, layer in daq_layers(model).items():
         if not usable(layer):
             raise CalibrationError(

@@ -1,0 +1,116 @@
+"""Whether a model is still what its quantization config says: what is written, exported or shown is checked first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import DaqConfig
+from ..errors import ConfigError, ModelError
+from ..nn.layers import QuantizedLayer
+from ..nn.packed import PackedLayer, daq_layers
+from .roles import computed_weights
+
+_AGAIN = "write hf_daq.remove_daq(model), then apply_daq and calibrate anew"
+
+
+def quantized_parts(model: nn.Module) -> list[str]:
+    """Names of the parts to which `apply_daq` was applied by themselves."""
+    return [name for name, module in model.named_modules() if name and "daq_config" in vars(module)]
+
+
+def refusal_of_parts(model: nn.Module) -> str:
+    """What to tell someone who saves a model of which only a part was quantized; empty if none is."""
+    parts = quantized_parts(model)
+    if not parts:
+        return ""
+    return (
+        f"part {parts[0]!r} of this {type(model).__name__} is quantized, and a file of the whole would not say so: save that "
+        f"part, hf_daq.save_pretrained(model.get_submodule({parts[0]!r}), directory), or remove_daq from it and apply_daq on "
+        "the whole"
+    )
+
+
+def check_unchanged(model: nn.Module, adapters: bool = False) -> None:
+    """Refuse a quantized model whose layers are not those of its `daq_config`.
+
+    Args:
+        adapters: layers may have adapters of PEFT.
+
+    Raises:
+        ModelError: a layer was replaced, dropped, moved or added since `apply_daq`, or its weight is computed from others.
+    """
+    config: DaqConfig = model.daq_config  # type: ignore[assignment]
+    layers, modules = daq_layers(model), dict(model.named_modules())
+    if adapters:
+        layers = {name.removesuffix(".base_layer"): layer for name, layer in layers.items()}
+    for name, bits in (config.layers or {}).items():
+        layer = layers.get(name)
+        if layer is None:
+            now = f"is a {type(modules[name]).__name__} now" if name in modules else "is gone"
+            if _is_adapter(modules.get(name)):
+                raise ModelError(
+                    f"layer {name!r} has an adapter: model.save_pretrained of PEFT writes the adapter alone; to save the whole "
+                    "model, write model = model.merge_and_unload(), or model.unload(), first"
+                )
+            raise ModelError(f"the model has changed since apply_daq: layer {name!r} {now}; {_AGAIN}")
+        if _bits(layer) != dict(bits) or isinstance(layer, PackedLayer) is not config.packed:
+            raise ModelError(
+                f"layer {name!r} is not what model.daq_config says: {bits}, packed={config.packed}; {_AGAIN}"
+            )
+    for name, layer in layers.items():
+        if name not in (config.layers or {}):
+            raise ModelError(
+                f"the model has changed since apply_daq: its layer {layer.daq_name!r} is {name!r} now, which model.daq_config "
+                f"does not name; {_AGAIN}"
+            )
+    for name, call in computed_weights(model).items():
+        if name in layers:
+            raise ModelError(
+                f"quantized layer {name!r} computes its weight or bias from other parameters; write {call}, with "
+                f"layer = model.get_submodule({name!r})"
+            )
+
+
+def check_opens(tensors: Mapping[str, Tensor], build: Callable[[], nn.Module]) -> None:
+    """Refuse to write tensors that do not fit the model that their description builds.
+
+    Args:
+        tensors: name -> tensor.
+        build: of the quantized model as it will be opened; called on the meta device.
+
+    Raises:
+        ModelError: a name or a shape differs.
+    """
+    with torch.device("meta"):
+        try:
+            expected = build().state_dict()
+        except ConfigError as error:
+            raise ModelError(f"the model has changed, and its file would not open: {error}; {_AGAIN}") from None
+    missing, more = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    shapes = [name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape]
+    if missing:
+        problem = f"lacks {missing[0]!r}"
+    elif more:
+        problem = f"has {more[0]!r}, which a model built as it was does not have"
+    elif shapes:
+        name = min(shapes)
+        problem = f"has {name!r} of shape {tuple(tensors[name].shape)} for {tuple(expected[name].shape)}"
+    else:
+        return
+    raise ModelError(
+        f"the model has changed since it was built, and its file would not open as the same model: it {problem}. Change a "
+        f"model by its own methods (reset_classifier, resize_token_embeddings) and config, then {_AGAIN}"
+    )
+
+
+def _bits(layer: QuantizedLayer | PackedLayer) -> dict[str, int | None]:
+    weight_bits = layer.bits if isinstance(layer, PackedLayer) else layer.w_quant.bits
+    return {"weight_bits": weight_bits, "activation_bits": None if layer.a_quant is None else layer.a_quant.bits}
+
+
+def _is_adapter(module: Any) -> bool:
+    return isinstance(getattr(module, "base_layer", None), QuantizedLayer | PackedLayer)

@@ -1,0 +1,310 @@
+"""A model that is no longer what its config says is refused before the first byte, and the folder stays as it was."""
+
+import copy
+
+import peft
+import pytest
+import timm
+import torch
+import transformers as tf
+from models import images, quantized_timm, small_net
+from tiny import BERT, LLAMA, MARIAN, VIT
+from torch import nn
+from torch.nn.utils import prune
+
+import hf_daq
+from hf_daq.errors import ModelError
+
+SIZE = 64
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def llama(**kwargs):
+    torch.manual_seed(0)
+    return hf_daq.apply_daq(tf.LlamaForCausalLM(tf.LlamaConfig(**LLAMA)).eval(), weight_bits=4, **kwargs)
+
+
+def resnet(**kwargs):
+    return quantized_timm(weight_bits=4, **kwargs)
+
+
+def named_otherwise(model):
+    model.later = model.layer2
+    del model.layer2
+
+
+CHANGES = {
+    "timm head replaced": (resnet, lambda m: setattr(m, "fc", nn.Linear(m.fc.in_features, 7)), "'fc.bias' of shape"),
+    "timm quantized head": (
+        lambda: resnet(first_last_bits=8),
+        lambda m: m.reset_classifier(5),
+        "layer 'fc' is a Linear now",
+    ),
+    "timm block dropped": (
+        lambda: quantized_timm("test_vit", weight_bits=4),
+        lambda m: m.blocks.__delitem__(1),
+        "layer 'blocks.5.attn.qkv' is gone",
+    ),
+    "timm module added": (resnet, lambda m: setattr(m, "more", nn.Linear(3, 3)), "has 'more.bias'"),
+    "timm module renamed": (resnet, named_otherwise, "layer 'layer2.0.conv1' is gone"),
+    "quantized layer pruned": (
+        resnet,
+        lambda m: prune.l1_unstructured(m.layer1[0].conv1, "weight", 0.5),
+        r"prune.remove\(layer, 'weight'\)",
+    ),
+    "other module pruned": (resnet, lambda m: prune.l1_unstructured(m.bn1, "weight", 0.5), "lacks 'bn1.weight'"),
+    "quantized embedding of the output": (
+        lambda: llama(first_last_bits=8),
+        lambda m: m.resize_token_embeddings(70),
+        "layer 'lm_head' is a Linear now",
+    ),
+    "head of another size": (
+        llama,
+        lambda m: setattr(m, "lm_head", nn.Linear(32, 7, bias=False)),
+        "'lm_head.weight' of",
+    ),
+    "module added": (llama, lambda m: setattr(m, "value", nn.Linear(3, 3)), "has 'value.bias'"),
+    "block dropped": (llama, lambda m: m.model.layers.__delitem__(1), "'model.layers.1.self_attn.q_proj' is gone"),
+    "layer replaced": (
+        llama,
+        lambda m: setattr(m.model.layers[0].mlp, "up_proj", nn.Linear(32, 44, bias=False)),
+        "'model.layers.0.mlp.up_proj' is a Linear now",
+    ),
+    "layer moved": (
+        llama,
+        lambda m: setattr(m, "copy", m.model.layers[0].mlp.up_proj),
+        "'model.layers.0.mlp.up_proj' is 'copy' now|has 'copy",
+    ),
+    "other bits": (
+        llama,
+        lambda m: setattr(
+            m,
+            "daq_config",
+            m.daq_config.replace(layers={k: {"weight_bits": 2, "activation_bits": None} for k in m.daq_config.layers}),
+        ),
+        "is not what model.daq_config says",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_model_is_refused_by_every_way_to_save_it(name, tmp_path):
+    build, change, message = CHANGES[name]
+    model = build()
+    hf_daq.save_pretrained(model, tmp_path)
+    before = content(tmp_path)
+    change(model)
+    ways = [
+        lambda: hf_daq.save_pretrained(model, tmp_path),
+        lambda: hf_daq.save_pretrained(model, tmp_path, packed=True),
+    ]
+    if isinstance(model, tf.PreTrainedModel):
+        ways.append(lambda: model.save_pretrained(tmp_path))
+        ways.append(lambda: model.push_to_hub("user/name"))
+    for way in ways:
+        with pytest.raises(ModelError, match=message):
+            way()
+        assert content(tmp_path) == before
+    hf_daq.remove_daq(model)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        hf_daq.summary,
+        hf_daq.pack,
+        lambda m: hf_daq.export_compressed_tensors(m, "nowhere"),
+        lambda m: hf_daq.export_onnx(m, "nowhere.onnx", torch.ones(2, 4, dtype=torch.long)),
+    ],
+    ids=["summary", "pack", "compressed_tensors", "onnx"],
+)
+def test_a_changed_model_is_not_exported_packed_or_summed_up(function):
+    model = llama()
+    del model.model.layers[1]
+    with pytest.raises(ModelError, match="has changed since apply_daq"):
+        function(model)
+
+
+def replaced(model):
+    model.reset_classifier(5)
+    return model
+
+
+def grown(model):
+    model.resize_token_embeddings(70)
+    return model
+
+
+@pytest.mark.parametrize("change", [replaced, lambda m: m.reset_classifier(0) or m], ids=["5", "0"])
+def test_a_float_head_that_timm_replaced_is_saved(change, tmp_path):
+    model = change(resnet())
+    hf_daq.save_pretrained(model, tmp_path)
+    opened = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert torch.equal(opened(images(2, SIZE)), model(images(2, SIZE)))
+
+
+@pytest.mark.parametrize("original_format", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_names_in_the_file_are_those_that_its_header_says(original_format, packed, tmp_path):
+    model = tf.ViTForImageClassification(tf.ViTConfig(**VIT)).eval()
+    hf_daq.apply_daq(model, weight_bits=8)
+    want = model(images(2, 16)).logits
+    hf_daq.save_pretrained(model, tmp_path, packed=packed, save_original_format=original_format)
+    assert hf_daq.inspect(tmp_path).layers
+    assert torch.equal(hf_daq.from_pretrained(tmp_path)(images(2, 16)).logits, want)
+
+
+def test_grown_embeddings_are_saved(tmp_path):
+    model = grown(llama())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(tf.AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight, model.lm_head.weight)
+
+
+# ------------------------------------------------------------------------------------------------- parts and wholes
+
+
+def llava():
+    vision = tf.CLIPVisionConfig(**VIT)
+    part = hf_daq.apply_daq(tf.LlamaModel(tf.LlamaConfig(**LLAMA)), weight_bits=2)
+    config = tf.LlavaConfig(vision_config=vision, text_config=part.config, image_token_index=60)
+    model = tf.LlavaForConditionalGeneration(config)
+    model.model.language_model = part
+    return model, "model.language_model"
+
+
+def encoder_decoder():
+    encoder = hf_daq.apply_daq(tf.BertModel(tf.BertConfig(**BERT)), weight_bits=4)
+    decoder = tf.BertLMHeadModel(tf.BertConfig(**BERT, is_decoder=True, add_cross_attention=True))
+    return tf.EncoderDecoderModel(encoder=encoder, decoder=decoder), "encoder"
+
+
+def timm_in_transformers():
+    config = tf.TimmWrapperConfig(architecture="test_resnet", num_labels=5, initializer_range=0.02)
+    model = tf.TimmWrapperForImageClassification(config)
+    hf_daq.apply_daq(model.timm_model, weight_bits=4)
+    return model, "timm_model"
+
+
+def timm_in_a_module():
+    return nn.Sequential(resnet(), nn.Linear(10, 3)), "0"
+
+
+@pytest.mark.parametrize("build", [llava, encoder_decoder, timm_in_transformers, timm_in_a_module])
+def test_a_whole_of_which_a_part_is_quantized_is_refused_until_all_is(build, tmp_path):
+    model, part = build()
+    ways = [lambda: hf_daq.save_pretrained(model, tmp_path / "out")]
+    if hasattr(model, "save_pretrained"):
+        ways.append(lambda: model.save_pretrained(tmp_path / "out"))
+    for way in ways:
+        with pytest.raises(ModelError, match=f"part '{part}' of this {type(model).__name__} is quantized"):
+            way()
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(ModelError, match=rf"remove_daq\(model.get_submodule\('{part}'\)\)"):
+        hf_daq.apply_daq(model, weight_bits=4)
+    hf_daq.save_pretrained(model.get_submodule(part), tmp_path / "part")
+    hf_daq.remove_daq(model.get_submodule(part))
+    hf_daq.save_pretrained(hf_daq.apply_daq(model, weight_bits=4), tmp_path / "whole")
+
+
+# ---------------------------------------------------------------------------------------------------------- adapters
+
+
+@pytest.fixture
+def recent_peft(monkeypatch):
+    import transformers.integrations.peft as integration
+
+    monkeypatch.setattr(integration, "MIN_PEFT_VERSION", "0.10.0")
+
+
+LORA = peft.LoraConfig(r=2, target_modules=["q_proj"])
+
+
+def test_adapters_are_saved_alone(recent_peft, tmp_path):
+    model, inputs = llama(), torch.arange(8).view(2, 4)
+    hf_daq.save_pretrained(model, tmp_path / "base")
+    model.add_adapter(LORA)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+    }
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    again = hf_daq.from_pretrained(tmp_path / "base")
+    again.load_adapter(str(tmp_path / "adapter"))
+    assert torch.equal(again(inputs).logits, model(inputs).logits)
+    with pytest.raises(ModelError, match="has an adapter.*merge_and_unload"):
+        hf_daq.save_pretrained(model, tmp_path / "whole")
+    assert hf_daq.summary(model).layers
+
+
+@pytest.mark.filterwarnings("ignore:The PEFT config")
+def test_a_trainer_saves_the_adapters_of_a_peft_model(tmp_path):
+    base = llama()
+    model = peft.get_peft_model(copy.deepcopy(base), LORA)
+    args = tf.TrainingArguments(tmp_path / "trainer", report_to=[], use_cpu=True)
+    tf.Trainer(model=model, args=args).save_model(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+
+
+# --------------------------------------------------------------------------------------------------- shared configs
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda c: tf.BertForSequenceClassification(c),
+        lambda c: tf.MarianMTModel(tf.MarianConfig(**MARIAN)) if c is None else tf.BertModel(c),
+    ],
+)
+def test_a_teacher_with_the_same_config_stays_a_float_model(build, tmp_path):
+    config = tf.BertConfig(**BERT)
+    teacher, student = build(config), build(config)
+    before = config.to_dict()
+    hf_daq.apply_daq(student, weight_bits=8)
+    hf_daq.save_pretrained(student, tmp_path / "student")
+    assert config.to_dict() == before
+    assert teacher.config is config
+    teacher.save_pretrained(tmp_path / "teacher")
+    assert not hasattr(type(teacher).from_pretrained(tmp_path / "teacher"), "daq_config")
+
+
+def test_parts_of_a_model_share_its_config_as_before_and_get_it_back():
+    config = tf.LlavaConfig(vision_config=tf.CLIPVisionConfig(**VIT), text_config=tf.LlamaConfig(**LLAMA))
+    model = tf.LlavaForConditionalGeneration(config)
+    hf_daq.apply_daq(model, weight_bits=8)
+    assert model.config is not config
+    assert model.model.config is model.config
+    text = model.config.text_config
+    assert text is not config.text_config
+    assert model.model.language_model.config is text
+    assert model.model.language_model.layers[0].self_attn.config is text
+    hf_daq.remove_daq(model)
+    assert model.config is config
+    assert model.model.language_model.layers[0].self_attn.config is config.text_config
+
+
+def test_a_config_that_changed_meanwhile_keeps_its_changes():
+    config = tf.LlamaConfig(**LLAMA)
+    model = hf_daq.apply_daq(tf.LlamaForCausalLM(config), weight_bits=8)
+    model.resize_token_embeddings(70)
+    hf_daq.remove_daq(model)
+    assert (model.config.vocab_size, config.vocab_size) == (70, LLAMA["vocab_size"])
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_a_plain_model_is_checked_against_its_config(tmp_path):
+    model = hf_daq.apply_daq(small_net(), weight_bits=4)
+    hf_daq.save_pretrained(model, tmp_path)
+    before = content(tmp_path)
+    model.conv = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+    with pytest.raises(ModelError, match="layer 'conv' is a Conv2d now"):
+        hf_daq.save_pretrained(model, tmp_path)
+    assert content(tmp_path) == before
