@@ -172,7 +172,7 @@ def test_tied_weights_stay_in_full_precision():
     assert kept["other"].reason == "shares its weight with conv"
     hf_daq.apply_daq(tied, bits=2)
     assert tied.other.weight is tied.conv.weight
-    assert set(tied.daq_config.layers) == {"depthwise", "grouped", "hidden", "head"}
+    assert set(tied.daq_config.layers) == {"depthwise", "grouped", "hidden"}
     config = DaqConfig(bits=2, layers={"conv": {"weight_bits": 2, "activation_bits": 2}})
     with pytest.raises(ConfigError, match="layer 'conv', but in this model it shares its weight with other"):
         hf_daq.apply_daq(hf_daq.remove_daq(tied), config)

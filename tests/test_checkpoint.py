@@ -131,11 +131,28 @@ def test_a_new_number_of_classes_gives_a_new_classifier(saved, tmp_path):
     assert model(images(1, SIZE)).shape == (1, 4)
     hf_daq.save_pretrained(model, tmp_path)
     assert torch.equal(hf_daq.from_pretrained(tmp_path)(images(1, SIZE)), model.eval()(images(1, SIZE)))
-    model = quantized_timm(bits=3, first_last_bits=8)
-    hf_daq.save_pretrained(model, tmp_path / "eight")
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_a_new_classifier_in_place_of_a_quantized_one_starts_from_its_weights(granularity, tmp_path):
+    saved = quantized_timm(bits=8, first_last_bits=8, weight_granularity=granularity)
+    hf_daq.save_pretrained(saved, tmp_path / "eight")
     model = hf_daq.from_pretrained(tmp_path / "eight", num_classes=4)
+    assert model.daq_config == saved.daq_config
+    features = model.forward_head(model.forward_features(images(4, SIZE)), pre_logits=True)
+    want = torch.nn.functional.linear(features, model.fc.weight, model.fc.bias)
+    assert (model(images(4, SIZE)) - want).norm() < 0.03 * want.norm()
+    assert torch.equal(model.fc.a_quant.upper, saved.fc.a_quant.upper)
+    hf_daq.save_pretrained(model, tmp_path / "again")
+    assert torch.equal(hf_daq.from_pretrained(tmp_path / "again")(images(4, SIZE)), model(images(4, SIZE)))
+
+
+@pytest.mark.parametrize(("packed", "num_classes"), [(True, 4), (True, 0), (False, 0)])
+def test_where_no_quantized_classifier_can_be_there_is_none(packed, num_classes, tmp_path):
+    hf_daq.save_pretrained(quantized_timm(bits=8, first_last_bits=8), tmp_path, packed=packed)
+    model = hf_daq.from_pretrained(tmp_path, num_classes=num_classes)
     assert "fc" not in model.daq_config.layers
-    assert model(images(1, SIZE)).shape == (1, 4)
+    assert model(images(1, SIZE)).shape == (1, num_classes or model.num_features)
 
 
 def test_what_cannot_be_saved(tmp_path):

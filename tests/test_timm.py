@@ -135,7 +135,7 @@ def test_layer_types_without_a_quantized_form_are_reported():
         }
     )
     assert kept(model) == {
-        "stem": "first layer",
+        "stem": "first layer by its channels (the forward cannot be traced)",
         "conv1d": "no quantized form of Conv1d",
         "transposed": "no quantized form of ConvTranspose2d",
         "attention": "no quantized form of MultiheadAttention",
@@ -143,7 +143,7 @@ def test_layer_types_without_a_quantized_form_are_reported():
         "lstm": "no quantized form of LSTM",
         "embedding": "embedding",
         "custom": "no quantized form of MyLinear",
-        "head": "classifier",
+        "head": "last layer by its channels (the forward cannot be traced)",
     }
 
 

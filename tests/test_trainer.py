@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import peft
 import pytest
 import torch
 import transformers
@@ -11,7 +12,7 @@ from trainers import arguments, trainer_of
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 import hf_daq
-from hf_daq.errors import CalibrationError, ConfigError
+from hf_daq.errors import CalibrationError, ConfigError, ModelError
 from hf_daq.nn.layers import quantized_layers
 
 
@@ -138,3 +139,13 @@ def test_lora_on_a_quantized_model(tmp_path):
     trainer.save_model(tmp_path / "adapter")
     again = calibrated(tiny_bert())
     assert torch.equal(logits(peft.PeftModel.from_pretrained(again, tmp_path / "adapter")), trained)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_packed_model_is_not_trained(adapters, tmp_path):
+    model = hf_daq.pack(calibrated(tiny_bert()))
+    if adapters:
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query"]))
+    with pytest.raises(ModelError, match=r"hf_daq.unpack\(model\) first"):
+        trainer_of(model, arguments(tmp_path))

@@ -427,6 +427,23 @@ def test_what_an_earlier_save_wrote_is_not_loaded_later(tmp_path):
     assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_a_head_for_other_labels_starts_from_its_weights(granularity, tmp_path):
+    config = DaqConfig(bits=8, first_last_bits=8, weight_granularity=granularity)
+    model = calibrated(tiny_bert(), config)
+    model.save_pretrained(tmp_path / "saved")
+    other = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "saved", num_labels=7, ignore_mismatched_sizes=True
+    )
+    assert other.daq_config == model.daq_config
+    assert torch.equal(other.bert.pooler.dense.w_quant.scale, model.bert.pooler.dense.w_quant.scale)
+    head, features = other.classifier, other.bert(tokens()).pooler_output
+    want = nn.functional.linear(features, head.weight, head.bias)
+    assert (head(features) - want).norm() < 0.03 * want.norm()
+    other.save_pretrained(tmp_path / "again")
+    same_state(other, AutoModelForSequenceClassification.from_pretrained(tmp_path / "again"))
+
+
 def test_copies_and_pickles_of_a_model_still_work(saved):
     model, _ = saved
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

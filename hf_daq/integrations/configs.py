@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 
 
-def copy_configs(model: nn.Module) -> None:
+def copy_configs(model: nn.Module) -> list[tuple[Any, Any]]:
     """Give every module of a model a copy of its config, as other models may hold the same object; modules that shared one,
-    or a part of one, still do."""
+    or a part of one, still do.
+
+    Returns:
+        The copies and what they are copies of, for `give_configs_back`.
+    """
     copies: dict[int, Any] = {}
     originals: list[tuple[Any, Any]] = []
     for module in model.modules():
@@ -19,12 +24,11 @@ def copy_configs(model: nn.Module) -> None:
             if isinstance(value, PreTrainedConfig):
                 own = vars(module)[name] = copy.deepcopy(value, copies)
                 originals.append((own, value))
-    vars(model)["_daq_float_configs"] = originals
+    return originals
 
 
-def give_configs_back(model: nn.Module) -> None:
+def give_configs_back(model: nn.Module, originals: Sequence[tuple[Any, Any]]) -> None:
     """Inverse of `copy_configs`, unless a config has changed since."""
-    originals = vars(model).pop("_daq_float_configs", [])
     if any(own.to_dict() != original.to_dict() for own, original in originals):
         return
     found = {id(own): original for own, original in originals}

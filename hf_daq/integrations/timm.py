@@ -21,7 +21,7 @@ from ..config import DaqConfig
 from ..errors import CheckpointError, ConfigError
 from ..files.header import ARCHITECTURE, WEIGHTS_NAME, read_agreeing_header
 from ..files.weights_file import check_fits, load_weights
-from ..model.patch import patch, start_weights
+from ..model.patch import patch, quantize_replaced, start_weights
 from ..nn.packed import daq_layers
 from .build import building
 
@@ -93,7 +93,8 @@ def build(
 ) -> nn.Module:
     """Build the timm model `base`, quantize it, and with `pretrained` load the checkpoint it came from.
 
-    `num_classes` other than the saved one gives the loaded model a new classifier, in full precision.
+    `num_classes` other than the saved one gives the loaded model a new classifier. If the saved one was quantized, so is
+    the new one, starting from its own weights; in a packed model it is in full precision.
     """
     config = DaqConfig.from_dict(quantization_config)
     if not isinstance(base, str) or base == ARCHITECTURE or not is_model(base):
@@ -128,10 +129,9 @@ def build(
         start_weights(model)
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **source, "architecture": ARCHITECTURE}  # type: ignore
     if num_classes is not None and num_classes != model.num_classes:
+        before = daq_layers(model)
         model.reset_classifier(num_classes)  # type: ignore[operator]
-        layers = daq_layers(model)
-        assert config.layers is not None
-        model.daq_config = config.replace(layers={k: v for k, v in config.layers.items() if k in layers})  # type: ignore
+        quantize_replaced(model, before)
     return model
 
 

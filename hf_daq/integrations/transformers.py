@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MethodType
@@ -33,10 +33,10 @@ from ..files.facts import CardFacts
 from ..files.header import METADATA_KEY, check_agreement, parse_header, weights_files
 from ..files.push import push_folder
 from ..files.weights_file import check_values, header_metadata, layer_problem
-from ..model.patch import patch, start_weights, unpatch
+from ..model.patch import patch, start_layer, start_weights, unpatch
 from ..model.roles import is_transformers_model
 from ..model.unchanged import check_opens, check_unchanged
-from ..nn.layers import quantized_layers
+from ..nn.layers import QuantizedLayer, quantized_layers
 from ..nn.packed import daq_layers, packed_layers
 from ..nn.settle import settled
 from .build import building, foreign_kernel, model_class
@@ -59,10 +59,16 @@ class DaqHfQuantizer(HfQuantizer):
 
     quantization_config: DaqConfig
     is_compileable = True
+    float_configs: Sequence[tuple[Any, Any]] = ()
 
     @property
     def is_trainable(self) -> bool:
-        return not self.quantization_config.packed
+        if self.quantization_config.packed:  # instead of the advice that Trainer has for those who ask it for this
+            raise ModelError(
+                "a packed model holds no weights that Trainer could train, or train adapters on; write hf_daq.unpack(model) "
+                "first, and build the optimizer and adapters after it"
+            )
+        return True
 
     is_qat_trainable = is_trainable
 
@@ -231,9 +237,10 @@ def attach(model: Any) -> None:
     """Make a patched transformers model what `from_pretrained` gives: transformers knows that it is quantized, saves its
     config, and trains it."""
     config: Any = model.daq_config
-    if "hf_quantizer" not in vars(model):
-        copy_configs(model)
-    quantizer = getattr(model, "hf_quantizer", None) or DaqHfQuantizer(config, pre_quantized=False)
+    quantizer = vars(model).get("hf_quantizer")
+    if quantizer is None:
+        quantizer = DaqHfQuantizer(config, pre_quantized=False)
+        quantizer.float_configs = copy_configs(model)
     quantizer.quantization_config = config
     model.hf_quantizer = quantizer
     model.is_quantized = True
@@ -248,6 +255,7 @@ def attach(model: Any) -> None:
 
 def detach(model: Any) -> None:
     """Inverse of `attach`."""
+    float_configs = getattr(vars(model).get("hf_quantizer"), "float_configs", ())
     for name in ("hf_quantizer", "quantization_method", "save_pretrained", "push_to_hub"):
         model.__dict__.pop(name, None)
     model.model_tags = [tag for tag in model.model_tags or () if tag not in _TAGS] or None
@@ -255,7 +263,7 @@ def detach(model: Any) -> None:
     for part in _transformers_parts(model):
         for name in ("quantization_config", "_is_quantized"):
             part.config.__dict__.pop(name, None)
-    give_configs_back(model)
+    give_configs_back(model, float_configs)
 
 
 def open_checkpoint(directory: Path, description: Mapping[str, Any], **kwargs: Any) -> nn.Module:
@@ -333,6 +341,8 @@ def _check_loaded(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
     """Refuse a quantized checkpoint without all its codes or quantizers, or with values that no quantizer can have."""
     tensors = {name: tensor for part in (model.named_parameters, model.named_buffers) for name, tensor in part()}
     for name, layer in daq_layers(model).items():
+        if isinstance(layer, QuantizedLayer) and not getattr(layer.weight, "_is_hf_initialized", False):
+            _start_new(layer, model.daq_config)  # type: ignore[arg-type]
         for key in layer.state_dict():
             if "_quant." not in key and layer.w_quant is not None:
                 continue
@@ -347,6 +357,14 @@ def _check_loaded(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
             raise CheckpointError(problem)
         for quantizer in layer.quantizers.values():
             quantizer.finish(loaded=True)
+
+
+def _start_new(layer: QuantizedLayer, config: DaqConfig) -> None:
+    """Start the quantizers of a layer whose weight the checkpoint lacks, such as a head for other labels, from the weight it
+    was given; those of its inputs are loaded."""
+    start_layer(layer, config)
+    for parameter in layer.w_quant.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:

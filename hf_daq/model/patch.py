@@ -13,7 +13,7 @@ from ..config import DaqConfig, pattern_matches
 from ..errors import CalibrationError, ModelError
 from ..nn.base import DaqLayer, check_calibrated
 from ..nn.init import start_from_weight
-from ..nn.layers import QuantizedLayer, quantize_layer, quantized_layers, restore_layer
+from ..nn.layers import LAYER_TYPES, QuantizedLayer, quantize_layer, quantized_layers, restore_layer
 from ..nn.leaf import ONLOAD
 from ..nn.packed import daq_layers, pack_layer, packed_layers, unpack_layer
 from ..nn.quantizers import is_shard
@@ -88,11 +88,36 @@ def restart_weights(model: nn.Module) -> None:
             raise ModelError("restart needs whole weights, and the model is sharded: restart before it is prepared")
         if not layer.calibrated:
             raise CalibrationError(f"layer {name!r} is not calibrated: `with hf_daq.calibrate(model): model(batch)`")
-    start_weights(model)
-    with torch.no_grad():
-        for layer in layers.values():
-            if layer.a_quant is not None:
-                layer.w_quant.scale.mul_(layer.a_quant.span)
+    for layer in layers.values():
+        start_layer(layer, model.daq_config)  # type: ignore[arg-type]
+
+
+def start_layer(layer: QuantizedLayer, config: DaqConfig) -> None:
+    """Set the weight quantizer of a layer from its float weight, for the input bounds that it has."""
+    start_from_weight(layer.w_quant, layer.float_weight(), config.weight_init)
+    if layer.a_quant is not None:
+        with torch.no_grad():
+            layer.w_quant.scale.mul_(layer.a_quant.span)
+
+
+def quantize_replaced(model: nn.Module, before: dict[str, DaqLayer]) -> None:
+    """Quantize the layers that took the places of quantized ones, with the bits and input bounds of those; places where
+    nothing of the kind is left, and the layers of a packed model, are float from now on."""
+    config: DaqConfig = model.daq_config  # type: ignore[assignment]
+    assert config.layers is not None
+    modules, bits = dict(model.named_modules()), dict(config.layers)
+    for name in config.layers:
+        layer: Any = modules.get(name)
+        if isinstance(layer, DaqLayer):
+            continue
+        if type(layer) not in LAYER_TYPES or config.packed:
+            del bits[name]
+            continue
+        quantize_layer(layer, name, config, bits[name]["weight_bits"] or 0, None)
+        layer.a_quant = before[name].a_quant
+        if not layer.weight.is_meta:
+            start_layer(layer, config)
+    model.daq_config = config.replace(layers=bits)  # type: ignore[assignment]
 
 
 def unpatch(model: nn.Module, quantized: bool = False) -> None:

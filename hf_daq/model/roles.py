@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..nn.layers import LAYER_TYPES
+from .traced import likely_ends, traced_ends
 
 _ROUTER_NAMES = ("gate", "shared_expert_gate", "router")
 _NOT_THE_VALUES = ("dtype", "device", "shape", "data", "requires_grad", "ndim")
@@ -42,14 +43,24 @@ def outer_layers(model: nn.Module) -> dict[str, str]:
     """Names of the layers that read the input or give the output of a network, with the reason.
 
     timm models say so themselves (`pretrained_cfg`, `get_classifier`). In transformers models they are the convolution or
-    patch embedding that reads the image, the output embedding, and all that lies outside of the base model. For others,
-    and where the names do not fit (timm renames layers for `features_only`), they are the first convolution with those
-    beside it that read as many channels (or the first layer, where there is none), and the last layer.
+    patch embedding that reads the image, the output embedding, and all that lies outside of the base model. For others
+    they are found by `traced_ends`, and where the forward cannot be traced by `likely_ends`. Where the names of a timm
+    model do not fit (it renames layers for `features_only`), they are the first convolution with those beside it that read
+    as many channels, or the first layer, where there is none.
     """
     layers = dict(weight_modules(model))
     if is_transformers_model(model):
         return _outer_layers_of_transformers(model, layers)
-    return _outer_layers_of_timm(model, layers)
+    if getattr(model, "pretrained_cfg", None) or callable(getattr(model, "get_classifier", None)):
+        return _outer_layers_of_timm(model, layers)
+    return _outer_layers_of_any(model, layers)
+
+
+def _outer_layers_of_any(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, str]:
+    traced = traced_ends(model, layers)
+    rule = "in the traced forward" if traced else "by its channels (the forward cannot be traced)"
+    first, last = traced or likely_ends(layers)
+    return {**dict.fromkeys(last, f"last layer {rule}"), **dict.fromkeys(first, f"first layer {rule}")}
 
 
 def is_transformers_model(model: Any) -> bool:
@@ -69,8 +80,6 @@ def _outer_layers_of_timm(model: nn.Module, layers: dict[str, nn.Module]) -> dic
             found = None
         heads = [id(module) for head in _flatten(found) for module in head.modules()]
         last += [name for name, module in layers.items() if id(module) in heads and name not in last]
-    elif not config:
-        last = names[-1:]
     return {**dict.fromkeys(last, "classifier"), **dict.fromkeys(first, "first layer")}
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..config import DaqConfig
 from ..errors import ConfigError, ModelError
-from ..nn.layers import QuantizedLayer
-from ..nn.packed import PackedLayer, daq_layers
+from ..nn.base import DaqLayer
+from ..nn.packed import daq_layers
 from .roles import computed_weights
 
 _AGAIN = "write hf_daq.remove_daq(model), then apply_daq and calibrate anew"
@@ -57,7 +57,7 @@ def check_unchanged(model: nn.Module, adapters: bool = False) -> None:
                     "model, write model = model.merge_and_unload(), or model.unload(), first"
                 )
             raise ModelError(f"the model has changed since apply_daq: layer {name!r} {now}; {_AGAIN}")
-        if _bits(layer) != dict(bits) or isinstance(layer, PackedLayer) is not config.packed:
+        if _bits(layer) != dict(bits) or (layer.w_quant is None) is not config.packed:
             raise ModelError(
                 f"layer {name!r} is not what model.daq_config says: {bits}, packed={config.packed}; {_AGAIN}"
             )
@@ -107,10 +107,9 @@ def check_opens(tensors: Mapping[str, Tensor], build: Callable[[], nn.Module]) -
     )
 
 
-def _bits(layer: QuantizedLayer | PackedLayer) -> dict[str, int | None]:
-    weight_bits = layer.bits if isinstance(layer, PackedLayer) else layer.w_quant.bits
-    return {"weight_bits": weight_bits, "activation_bits": None if layer.a_quant is None else layer.a_quant.bits}
+def _bits(layer: DaqLayer) -> dict[str, int | None]:
+    return {"weight_bits": layer.weight_bits, "activation_bits": None if layer.a_quant is None else layer.a_quant.bits}
 
 
 def _is_adapter(module: Any) -> bool:
-    return isinstance(getattr(module, "base_layer", None), QuantizedLayer | PackedLayer)
+    return isinstance(getattr(module, "base_layer", None), DaqLayer)
