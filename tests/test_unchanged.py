@@ -244,6 +244,7 @@ def test_adapters_are_saved_alone(recent_peft, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The PEFT config")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
 def test_a_trainer_saves_the_adapters_of_a_peft_model(tmp_path):
     base = llama()
     model = peft.get_peft_model(copy.deepcopy(base), LORA)
