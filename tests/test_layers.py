@@ -5,12 +5,15 @@ import functools
 import pickle
 
 import pytest
+import timm.layers
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 import hf_daq
+import hf_daq.plots
 from hf_daq.errors import ModelError
 from hf_daq.nn.kept import Fingerprint
 from hf_daq.nn.layers import QuantizedLayer, quantized_layers
@@ -401,3 +404,31 @@ def test_nothing_can_be_written_to_the_weight_of_a_packed_layer(write):
         write(model[5])
     assert type(model[5].weight * 1) is torch.Tensor
     assert type(model[5].weight.data) is torch.Tensor
+
+
+class ByKeyword(nn.Module):
+    """Calls its layers by the names that the float layers have for their input."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.same, self.linear = nn.Conv2d(4, 6, 3), timm.layers.Conv2dSame(6, 8, 3), nn.Linear(8, 8)
+        self.gpt, self.head = Conv1D(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.same(x=self.conv(input=x).relu()).mean((2, 3))
+        return self.head(input=self.gpt(x=self.linear(input=x)))
+
+
+def test_layers_are_called_by_keyword_as_the_float_ones_are(tmp_path):
+    torch.manual_seed(0)
+    model = hf_daq.apply_daq(ByKeyword(), bits=8, first_last_bits=8)
+    with hf_daq.calibrate(model):
+        model(X)
+    with torch.no_grad():
+        before = model.eval()(X)
+        assert hf_daq.summary(model, X).layers[-1].input_codes
+        assert hf_daq.health(model, X).layers == 5
+        with hf_daq.integer_arithmetic(model):
+            assert torch.allclose(model(X), before, atol=1e-2)
+        hf_daq.plots.input_histogram(model, X)
+        assert torch.equal(hf_daq.pack(model)(X), before)

@@ -311,7 +311,7 @@ def _compare(model: Any, opened: Any, inputs: Mapping[str, Tensor] | Tensor) -> 
     batch = {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     errors: dict[str, float] = {}
     for name, layer in daq_layers(reference).items():
-        opened.get_submodule(name).register_forward_hook(_layer_check(name, layer, errors))
+        opened.get_submodule(name).register_forward_hook(_layer_check(name, layer, errors), with_kwargs=True)
     got = _outputs(opened, batch)
     if not errors:
         raise ExportError("the inputs reach no quantized layer; pass what model(**inputs) takes for all of its parts")
@@ -329,8 +329,8 @@ def _compare(model: Any, opened: Any, inputs: Mapping[str, Tensor] | Tensor) -> 
 def _layer_check(name: str, layer: nn.Module, errors: dict[str, float]) -> Any:
     """A hook that notes the largest error of a layer's outputs."""
 
-    def check(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        errors[name] = max(_relative_error([output], [layer(*args)]), errors.get(name, 0.0))
+    def check(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
+        errors[name] = max(_relative_error([output], [layer(*args, **named)]), errors.get(name, 0.0))
 
     return check
 

@@ -6,8 +6,9 @@ and its Parameter objects stay what they were.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import timm.layers
@@ -83,9 +84,10 @@ class QuantizedLayer(DaqLayer):
     def has_bias(self) -> bool:  # type: ignore[override]
         return self.bias is not None
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor | None = None, **named: Tensor) -> Tensor:
         if not isinstance(self, QuantizedLayer):  # somebody kept this method of a layer that has another class now
-            return type(self).forward(self, input)
+            return type(self).forward(self, input, **named)
+        input = layer_input((input,), named)
         if isinstance(input, torch.fx.Proxy):
             return traced(self, input)  # type: ignore[no-any-return]
         if not self.calibrated:
@@ -325,13 +327,24 @@ def restore_layer(layer: QuantizedLayer) -> None:
     change_class(layer, float_class)
 
 
+def _with_input(forward: Callable[[Tensor], Tensor], *args: Tensor, **named: Tensor) -> Tensor:
+    return forward(layer_input(args, named))
+
+
+def layer_input(args: tuple[Any, ...], named: Mapping[str, Tensor]) -> Tensor:
+    """The input of a layer, which a caller may give under the name that the float layer has for it."""
+    (found,) = (value for value in (*args, *named.values()) if value is not None)
+    tensor: Tensor = found
+    return tensor
+
+
 @contextmanager
 def replaced_forwards(forwards: Mapping[nn.Module, Any]) -> Iterator[None]:
     """Inside, modules compute with these functions."""
     before = {module: vars(module).get("forward") for module in forwards}  # Accelerate puts one of its own there
     try:
         for module, forward in forwards.items():
-            vars(module)["forward"] = forward
+            vars(module)["forward"] = partial(_with_input, forward)
         yield
     finally:
         for module, own in before.items():

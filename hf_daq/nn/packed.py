@@ -15,7 +15,7 @@ from ..errors import ModelError
 from .base import DaqLayer
 from .bitpack import pack_bits, packed_size, unpack_bits
 from .functional import dequantize_weight
-from .layers import LAYER_TYPES, quantize_layer
+from .layers import LAYER_TYPES, layer_input, quantize_layer
 from .leaf import traced
 from .swap import change_class
 
@@ -54,9 +54,10 @@ class PackedLayer(DaqLayer):
     weight_codes: Tensor
     shape: tuple[int, ...]
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor | None = None, **named: Tensor) -> Tensor:
         if not isinstance(self, PackedLayer):  # somebody kept this method of a layer that has another class now
-            return type(self).forward(self, input)
+            return type(self).forward(self, input, **named)
+        input = layer_input((input,), named)
         if isinstance(input, torch.fx.Proxy):
             return traced(self, input)  # type: ignore[no-any-return]
         x = input if self.a_quant is None else self.a_quant(input)

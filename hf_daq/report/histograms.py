@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..model.batch import examples_in, run
 from ..nn.formula import levels
-from ..nn.layers import evaluating
+from ..nn.layers import evaluating, layer_input
 from ..nn.quantizers import wide
 
 REACH = 3  # spans beyond either bound that bins cover; what lies farther is in the outermost ones
@@ -105,7 +105,9 @@ def histograms_of_inputs(model: nn.Module, batch: Any, layers: Mapping[str, Any]
     """
     examples_in(batch)
     observers = {name: _Inputs(layer.a_quant) for name, layer in layers.items()}
-    hooks = [layers[name].register_forward_pre_hook(observer.add) for name, observer in observers.items()]
+    hooks = [
+        layers[name].register_forward_pre_hook(observer.add, with_kwargs=True) for name, observer in observers.items()
+    ]
     try:
         with evaluating(model), torch.no_grad():
             run(model, batch)
@@ -128,8 +130,8 @@ class _Inputs:
         self.codes = np.zeros(2**self.bits, dtype=np.int64)
         self.clipped = 0
 
-    def add(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].detach()
+    def add(self, _: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        x = layer_input(args, named).detach()
         v = self.quantizer.positions(x)
         self.bins += _counts(v, self.bits)
         self.codes += _code_counts(self.quantizer.codes(x), self.bits)

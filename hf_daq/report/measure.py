@@ -16,7 +16,7 @@ from ..errors import ModelError
 from ..model.batch import examples_in, run
 from ..model.guards import ORDER
 from ..model.roles import largest_weight, weight_modules
-from ..nn.layers import QuantizedLayer, evaluating, replaced_forwards
+from ..nn.layers import QuantizedLayer, evaluating, layer_input, replaced_forwards
 from ..nn.packed import daq_layers
 from ..nn.quantizers import Quantizer, is_shard, wide
 
@@ -39,10 +39,12 @@ def measure(model: nn.Module, batch: Any = None) -> tuple[list[Measurement], dic
             )
             calls = iter(range(2**62))
             for found in measured:
-                hook = found.layer.register_forward_hook(_observing(found, calls), prepend=True)
+                hook = found.layer.register_forward_hook(_observing(found, calls), prepend=True, with_kwargs=True)
                 stack.callback(hook.remove)
             for name, module in kept_modules(model).items():
-                stack.callback(module.register_forward_hook(_counting(name, macs), prepend=True).remove)
+                stack.callback(
+                    module.register_forward_hook(_counting(name, macs), prepend=True, with_kwargs=True).remove
+                )
             run(model, batch)
             for found in measured:
                 found.macs = round(found.macs / examples)
@@ -216,8 +218,8 @@ def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
 
 
 def _observing(found: Measurement, calls: Iterator[int]) -> Callable[..., None]:
-    def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        x = args[0].to(found.scale.device)  # Accelerate moves inputs inside of the forward
+    def hook(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+        x = layer_input(args, named).to(found.scale.device)  # Accelerate moves inputs inside of the forward
         if x.numel() > 0:
             found.first_call = next(calls) if found.first_call is None else found.first_call
             found.observe(x, output.to(x.device))
@@ -226,12 +228,12 @@ def _observing(found: Measurement, calls: Iterator[int]) -> Callable[..., None]:
 
 
 def _counting(name: str, macs: dict[str, int]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         shape = tuple(largest_weight(module).shape)
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             macs[name] = 0
         elif isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-            macs[name] = macs.get(name, 0) + args[0].numel() * math.prod(shape[1:])
+            macs[name] = macs.get(name, 0) + layer_input(args[:1], {} if args else named).numel() * math.prod(shape[1:])
         elif isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | Conv1D):
             columns = shape[0] if isinstance(module, Conv1D) else math.prod(shape[1:])
             macs[name] = macs.get(name, 0) + output.numel() * columns
