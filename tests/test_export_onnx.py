@@ -14,6 +14,8 @@ import hf_daq
 from hf_daq.apply import pack
 from hf_daq.errors import CalibrationError, ExportError
 from hf_daq.export.onnx import Report, export_onnx
+from hf_daq.export.onnx_verify import class_axis
+from hf_daq.model.batch import Inputs
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -179,6 +181,7 @@ CALLS = {
     "same_input": lambda m, x, y: (m.norm(m.conv(x)), m.other(m.conv(x))),
     "one_after_the_other": lambda m, x, y: (x, m.other(m.conv(m.norm(m.conv(x)).relu()))),
     "norm_of_an_output": lambda m, x, y: (seen := m.conv(x), m.norm(seen)),
+    "three_calls": lambda m, x, y: (m.conv(x) + m.norm(m.conv(x)), m.other(m.conv(y))),
     "same_padded_input": lambda m, x, y: (m.norm(m.conv(x)), m.norm(m.reflecting(x))),
 }
 
@@ -357,11 +360,123 @@ def test_verification_catches_a_wrong_graph(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("bits", [2, 8])
+def test_a_file_that_is_wrong_by_a_percent_is_refused(bits, tmp_path, monkeypatch):
+    from hf_daq.export import onnx_passes
+
+    model, fold = quantized(small_net(), images(8), bits=bits), onnx_passes.fold_batch_norm
+
+    def wrong(graph):
+        fold(graph)
+        for node in graph.nodes("DequantizeLinear"):
+            scale = graph.constant(node.input[1])
+            if scale is not None and scale.shape == (8,) and "conv" in node.name:
+                node.input[1] = graph.add("wrong", (scale * 1.01).astype("float32"))
+
+    monkeypatch.setattr(onnx_passes, "fold_batch_norm", wrong)
+    with pytest.raises(ExportError, match="the input of layer 'depthwise' differ by more than rounding explains"):
+        exported(model, tmp_path / "a.onnx", images(8), min_agreement=0, max_error=1)
+    assert not (tmp_path / "a.onnx").exists()
+
+
+class Outputs(nn.Module):
+    """A model that knows its number of classes, or does not."""
+
+    def __init__(self, **known):
+        super().__init__()
+        for key, value in known.items():
+            setattr(self, key, value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "given", "known", "axis"),
+    [
+        ((4, 10), (4, 3, 8, 8), {}, 1),
+        ((4,), (4, 8), {}, None),
+        ((4, 1), (4, 8), {}, None),
+        ((4, 5, 8, 6), (4, 3, 16, 12), {}, 1),
+        ((4, 1, 8, 6), (4, 3, 16, 12), {}, None),
+        ((4, 8, 6), (4, 3, 16, 12), {}, None),
+        ((4, 100, 92), (4, 3, 16, 12), {}, 2),
+        ((4, 5, 8, 6), (4, 3, 16, 12), {"num_classes": 6}, 3),
+        ((4, 7, 11), (4, 7, 3), {}, 2),
+        ((4, 11, 9), (4, 3, 9), {}, 1),
+        ((4, 9, 11), (4, 7, 3), {"num_classes": 9}, 1),
+    ],
+)
+def test_the_dimension_of_classes(shape, given, known, axis):
+    batch = Inputs(torch.zeros(given))
+    assert class_axis(Outputs(**known), batch, torch.zeros(shape).numpy()) == axis
+    assert class_axis(Outputs(**known), batch, torch.zeros(shape, dtype=torch.int64).numpy()) is None
+
+
+class Several(nn.Module):
+    """Regression, class numbers, a constant and the input itself beside each other; one input goes unused."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.hidden, self.last = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x, unused=None, scale=None):
+        y = self.last(self.hidden(self.first(x).relu()).relu()) * scale
+        return {"value": y[:, 0], "parts": [y, y.argmax(-1), (x, None)]}
+
+
+def test_outputs_of_several_kinds(tmp_path):
+    torch.manual_seed(0)
+    x = {"scale": torch.rand(8, 1), "unused": torch.randn(8, 4), "x": torch.randn(8, 8)}
+    model = quantized(Several(), x, bits=8)
+    report = check(model, tmp_path / "a.onnx", x)
+    assert report.runtimes["onnxruntime"].top1 is None
+    assert report.runtimes["onnxruntime"].predictions == 0
+    assert "%" not in str(report).splitlines()[2]
+
+
 def test_a_report_without_verification(tmp_path):
     report = export_onnx(quantized(small_net(), images(8)), tmp_path / "a.onnx", images(8), verify=False)
     assert isinstance(report, Report)
     assert report.runtimes == {}
     assert "MiB" in str(report)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.net, self.change = small_net(), change
+
+    def forward(self, x):
+        return self.change(self.net(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda y: y if y.sum() > 0 else -y, "cannot export"),
+        (lambda y: torch.from_numpy(y.detach().numpy() + 1), "cannot export"),
+        (lambda y: {"nothing": y.tolist()}, "returns no tensor"),
+    ],
+)
+def test_models_that_cannot_be_exported(change, words, tmp_path):
+    with pytest.raises(ExportError, match=words):
+        export_onnx(quantized(Wrapped(change), images(8)), tmp_path / "a.onnx", images(8))
+
+
+def test_what_fails_later_is_explained(tmp_path, monkeypatch):
+    from hf_daq.export import onnx_passes, onnx_verify
+
+    model = quantized(small_net(), images(8))
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("odd")
+
+    for module, name, words in (
+        (ort, "InferenceSession", "does not open the file"),
+        (onnx_verify.OnnxRuntime, "__call__", "cannot be compared"),
+        (onnx_passes, "fold_pads", "cannot be rewritten"),
+    ):
+        with monkeypatch.context() as patched, pytest.raises(ExportError, match=f"{words}.*odd"):
+            patched.setattr(module, name, fail)
+            exported(model, tmp_path / "a.onnx", images(8))
 
 
 def test_errors(tmp_path, monkeypatch):
@@ -377,6 +492,12 @@ def test_errors(tmp_path, monkeypatch):
             export_onnx(model, path, x, **options)
     for inputs, words in ((x[:1], "two rows"), ([], "tensors"), (3, "tensors"), ((x, x[:4]), "the same number")):
         with pytest.raises(ExportError, match=words):
+            export_onnx(model, path, inputs)
+    for wrong in (tmp_path, tmp_path / "none" / "a.onnx"):
+        with pytest.raises(ExportError, match="a folder that exists"):
+            export_onnx(model, wrong, x)
+    for inputs in ({"y": x}, x[:, :2], (x, x)):
+        with pytest.raises(ExportError, match="does not run on two rows"):
             export_onnx(model, path, inputs)
     with pytest.raises(ExportError, match="apply_daq"):
         export_onnx(small_net(), path, x)

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from ..errors import ExportError
+from ..errors import DaqError, ExportError
 from ..files.atomic import replace_file
 from ..model.batch import Inputs
 from ..model.unchanged import check_unchanged
@@ -23,10 +24,14 @@ from ..nn.base import check_calibrated
 from ..nn.layers import evaluating
 from ..nn.packed import daq_layers
 from .onnx_emission import emitting
-from .onnx_verify import OnnxRuntime, Report, judge, verify_file
+from .onnx_exact import check_exact
+from .onnx_verify import RUNTIMES, OnnxRuntime, Report, judge, verify_file
 
-RUNTIMES = ("onnxruntime", "openvino")
 _LARGEST_FILE = 2**31 - 2**20
+_CANNOT = (
+    "torch.onnx cannot export this model (it must be free of Python branches on values of tensors, and of numpy; "
+    "wrap what cannot be traced in a module of its own and export the rest)"
+)
 
 
 def export_onnx(
@@ -77,11 +82,13 @@ def export_onnx(
         verify: run all inputs through the runtimes and compare.
         runtimes: those to compare with, of "onnxruntime" and "openvino"; None for those that compute the file rightly, if
             they are installed: ONNX Runtime alone if convolutions are written for it.
-        min_agreement: smallest share of equal top-1. One different prediction is always allowed: among fewer than 200 a
-            single one would decide.
+        min_agreement: smallest share of equal top-1 of the first output (see `Agreement`). One different prediction is
+            always allowed: among fewer than 200 a single one would decide.
         max_error: largest RMS of the difference of outputs, over the RMS of the outputs. A file that misses one of the two
             passes all the same if it is as close to the model as the reference, `integer_arithmetic`, is on these
-            inputs: a network may be that sensitive to inputs between two codes.
+            inputs: a network may be that sensitive to inputs between two codes. Apart from both, without
+            `int8_outputs`, each layer of the file is held against the integers of the model on the codes that the file
+            itself computes: other codes are allowed at thresholds alone, and outputs differ by 0.1 % at most.
 
     Returns:
         A `Report`; print it.
@@ -91,6 +98,8 @@ def export_onnx(
             `path`. CalibrationError: a layer is not calibrated.
     """
     path, batch, layers = Path(path), Inputs(inputs), daq_layers(model)
+    if not path.parent.is_dir() or path.is_dir():
+        raise ExportError(f"path={str(path)!r}: name a file in a folder that exists")
     for_one = runtime == "onnxruntime" and not int8_outputs
     chosen = _chosen_runtimes(runtimes, for_one and _has_convolutions(layers)) if verify else ()
     _require("onnx", "onnxscript", *(["onnxruntime"] if int8_outputs else []), *chosen)
@@ -100,11 +109,15 @@ def export_onnx(
     batch.to(next(model.parameters()).device)
     with _inference(model):
         proto = _exported(model, layers, batch, opset, int8_outputs and weights == "int8")
-        _rewrite(proto, batch, weights, int8_outputs, runtime)
+        with _explained("the traced graph cannot be rewritten; report it, with the model"):
+            _rewrite(proto, batch, weights, int8_outputs, runtime)
         _check_size(proto.ByteSize())
         report = Report(path, proto.ByteSize(), weights, int8_outputs)
         if verify:
-            verify_file(report, model, layers, proto, batch, chosen)
+            with _explained("the file cannot be compared with the model; report it, with the model"):
+                verify_file(report, model, layers, proto, batch, chosen)
+                if not int8_outputs:
+                    check_exact(report, model, layers, proto, batch)
             judge(report, model, batch, min_agreement, max_error)
     contents = proto.SerializeToString()
     replace_file(path, lambda temporary: temporary.write_bytes(contents))
@@ -170,10 +183,15 @@ def _inference(model: Any) -> Iterator[None]:
 def _exported(model: nn.Module, layers: Mapping[str, Any], batch: Inputs, opset: int, multiply: bool) -> Any:
     """The model traced, with its layers in integers."""
     args, kwargs = batch.arguments(batch.part(slice(2)))
-    names = _output_names(model(*args, **kwargs))
-    with emitting(layers, multiply), _quiet():
+    with _explained("the model does not run on two rows of these inputs, called as model(*inputs) or model(**inputs)"):
+        outputs = model(*args, **kwargs)
+    leaves = tree_leaves(outputs)
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
+        raise ExportError(f"the model returns no tensor but {type(outputs).__name__}: wrap it in a module that does")
+    names = _output_names(outputs)
+    with emitting(model, layers, multiply), _quiet():
         for sequence in (True, False) if batch.tokens else (False,):
-            with suppress(torch.onnx.OnnxExporterError) if sequence else _export_errors():
+            with suppress(torch.onnx.OnnxExporterError) if sequence else _explained(_CANNOT):
                 program = torch.onnx.export(
                     model,
                     args,
@@ -200,12 +218,16 @@ def _output_names(outputs: Any) -> list[str] | None:
 
 
 @contextmanager
-def _export_errors() -> Iterator[None]:
+def _explained(failure: str) -> Iterator[None]:
+    """What goes wrong inside, in other libraries, is an ExportError that begins with `failure`."""
     try:
         yield
-    except torch.onnx.OnnxExporterError as error:
-        cause = str(error.__cause__ or error).strip().splitlines()
-        raise ExportError(f"torch.onnx cannot export this model: {cause[0] if cause else error!r}") from error
+    except DaqError:
+        raise
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, torch.onnx.OnnxExporterError) and error.__cause__ else error
+        lines = str(cause).strip().splitlines()
+        raise ExportError(f"{failure}: {type(cause).__name__}{': ' + lines[0] if lines else ''}") from error
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,16 +17,29 @@ _LARGEST_SUM = 2**15 - 1
 _INT8 = 127
 
 
-def emitting(layers: Mapping[str, Any], multiply: bool) -> AbstractContextManager[None]:
+@contextmanager
+def emitting(model: nn.Module, layers: Mapping[str, Any], multiply: bool) -> Iterator[None]:
     """Inside, quantized layers emit ONNX operators."""
-    return replaced_forwards({layer: Emission(layer, name, multiply) for name, layer in layers.items()})
+    emissions = {layer: Emission(layer, name, multiply) for name, layer in layers.items()}
+
+    def restart(*_: Any) -> None:
+        for emission in emissions.values():
+            emission.calls = 0
+
+    handle = model.register_forward_pre_hook(restart)
+    try:
+        with replaced_forwards(emissions):
+            yield
+    finally:
+        handle.remove()
 
 
 class Emission:
-    """The forward of a layer while it is traced."""
+    """The forward of a layer while it is traced. calls: how many there were in this forward of the model; the notes of
+    what is emitted end in their number, from the second on."""
 
     def __init__(self, layer: Any, name: str, multiply: bool) -> None:
-        self.layer, self.name, found = layer, name, integers(layer)
+        self.layer, self.name, self.calls, found = layer, name, 0, integers(layer)
         self.input_bits, self.bias = found.input_bits, found.bias
         device = found.weight.device
         self.input_scale = found.input_scale[0].clone()
@@ -63,6 +76,7 @@ class Emission:
         self.half = (self.scale / 2).unsqueeze(1)
 
     def __call__(self, x: Tensor) -> Tensor:
+        self.calls += 1
         x = self._quantized(x)
         if self.in_integers and self.linear:
             return self._product(x)
@@ -73,20 +87,24 @@ class Emission:
         output: Tensor = self.layer.compute(x, weight, self.bias)
         return output
 
+    def _note(self, role: str) -> dict[str, str]:
+        number = f".{self.calls - 1}" if self.calls > 1 else ""
+        return {"hf_daq": f"{self.name}.{role}{number}"}
+
     def _quantized(self, x: Tensor) -> Tensor:
         if self.input_bits is None:
             return x
         constants, emit = (self.input_scale, self.zero_point), torch.onnx.ops.symbolic
-        role = {"hf_daq": f"{self.name}.input_codes"}
+        role = self._note("input_codes")
         name = role if self.input_bits == 8 else {}
         x = emit("QuantizeLinear", (x, *constants), dtype=torch.uint8, shape=x.shape, metadata_props=name)
         if self.input_bits < 8:
             x = emit("Clip", (x, *self.bounds), dtype=torch.uint8, shape=x.shape, metadata_props=role)
-        name = {"hf_daq": f"{self.name}.input"}
+        name = self._note("input")
         return emit("DequantizeLinear", (x, *constants), dtype=torch.float32, shape=x.shape, metadata_props=name)
 
     def _dequantized(self, role: str, codes: Tensor, scale: Tensor, axis: int = 0) -> Tensor:
-        notes = {"hf_daq": f"{self.name}.{role}"}
+        notes = self._note(role)
         if self.offset and role == "weight":
             notes["hf_daq_offset"] = "1"
         return torch.onnx.ops.symbolic(

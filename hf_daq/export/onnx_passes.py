@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,15 +33,11 @@ _MOVING = ("Pad", "Slice", "Concat", "Transpose", "Reshape", "Squeeze", "Unsquee
 def name_values(graph: Graph) -> None:
     """Give the codes and constants of a layer the layer's name: `layer.input_codes`, `layer.weight_codes`, and so on. A
     layer that is called more than once has `layer.input_codes.1`, ... too."""
-    counts: dict[str, int] = defaultdict(int)
     names: dict[str, str] = {}
     for node in graph.graph.node:
         role = note(node, "hf_daq")
         if role is not None:
-            number = counts[role]
-            counts[role] += 1
-            new = f"{role}.{number}" if number else role
-            names[node.output[0]], node.name = new, new
+            names[node.output[0]], node.name = role, role
     for node in graph.graph.node:
         for field in (node.input, node.output):
             for position, name in enumerate(field):

@@ -24,11 +24,15 @@ _REFERENCE = "integers, PyTorch"
 class Agreement:
     """A runtime against PyTorch, over all rows of the inputs.
 
-    top1: share of equal argmax over the last dimension of the first output. flips: how many are not equal.
+    top1: share of equal predictions of the first output: its argmax over the classes, (rows, classes), (rows, length,
+        classes) or (rows, classes, height, width), or the dimension whose size is the model's number of classes; the
+        values themselves where they are integers; None where there are no classes, as in regression, (rows,) or
+        (rows, 1), and in maps such as depth, (rows, height, width).
+    flips: how many are not equal, of `predictions`.
     error: RMS of the difference of the outputs over the RMS of PyTorch's. largest: the largest absolute difference.
     """
 
-    top1: float
+    top1: float | None
     flips: int
     predictions: int
     error: float
@@ -60,12 +64,16 @@ class Report:
                 f"{'against PyTorch':<20}{'equal top-1':>12}{'RMS error':>12}{'largest':>12}   {self.rows} rows"
             )
         for name, found in self.runtimes.items():
-            lines.append(f"{name:<20}{found.top1:>12.2%}{found.error:>12.2e}{found.largest:>12.2e}")
+            lines.append(f"{name:<20}{_percent(found.top1):>12}{found.error:>12.2e}{found.largest:>12.2e}")
         if self.layers:
             width = max(map(len, [*self.layers, "layer"])) + 2
             lines.append(f"{'layer':<{width}}different input codes")
             lines += [f"{name:<{width}}{share:>21.4%}" for name, share in self.layers.items()]
         return "\n".join(lines)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.2%}"
 
 
 @dataclass
@@ -78,19 +86,41 @@ class _Comparison:
     total: float = 0.0
     largest: float = 0.0
 
-    def add(self, expected: list[Any], found: list[Any]) -> None:
-        different = expected[0].argmax(-1) != found[0].argmax(-1)
-        self.flips += int(different.sum())
-        self.predictions += different.size
+    def add(self, expected: list[Any], found: list[Any], axis: int | None) -> None:
+        first, other = expected[0], found[0]
+        if axis is not None:
+            first, other = first.argmax(axis), other.argmax(axis)
+        if axis is not None or first.dtype.kind != "f":
+            self.flips += int((first != other).sum())
+            self.predictions += first.size
         for reference, values in zip(expected, found, strict=True):
-            difference = values.astype(np.float64) - reference
-            self.squares += float(np.square(difference).sum())
-            self.total += float(np.square(reference, dtype=np.float64).sum())
-            self.largest = max(self.largest, float(np.nan_to_num(np.abs(difference), nan=np.inf).max()))
+            if reference.dtype.kind == "f" and reference.size:
+                difference = values.astype(np.float64) - reference
+                self.squares += float(np.square(difference).sum())
+                self.total += float(np.square(reference, dtype=np.float64).sum())
+                self.largest = max(self.largest, float(np.nan_to_num(np.abs(difference), nan=np.inf).max()))
 
     def result(self) -> Agreement:
         error = (self.squares / max(self.total, 1e-30)) ** 0.5
-        return Agreement(1 - self.flips / self.predictions, self.flips, self.predictions, error, self.largest)
+        top1 = 1 - self.flips / self.predictions if self.predictions else None
+        return Agreement(top1, self.flips, self.predictions, error, self.largest)
+
+
+def class_axis(model: nn.Module, batch: Inputs, output: Any) -> int | None:
+    """The dimension of an output in which there are classes, or None; `Agreement` says which."""
+    shape, config = output.shape, getattr(model, "config", None)
+    if len(shape) < 2 or output.dtype.kind != "f":
+        return None
+    sizes = {getattr(model, "num_classes", None), *(getattr(config, key, None) for key in ("num_labels", "vocab_size"))}
+    known = {axis for axis in (1, len(shape) - 1) if shape[axis] in sizes and shape[axis] > 1}
+    if len(known) == 1:
+        return known.pop()
+    given = [tuple(tensor.shape) for tensor in batch.tensors.values() if tensor.is_floating_point()]
+    if len(shape) == 3 and any(len(size) == 4 and size[2] * shape[2] == size[3] * shape[1] for size in given):
+        return None  # a map of the image
+    along = any(len(size) == 3 and size[2] == shape[-1] and size[1] != shape[1] for size in given)
+    axis = 1 if len(shape) > 3 or (len(shape) == 3 and along) else len(shape) - 1
+    return axis if shape[axis] > 1 else None
 
 
 def verify_file(
@@ -101,8 +131,7 @@ def verify_file(
 
     from .onnx_graph import input_codes, with_outputs
 
-    builders = {"onnxruntime": OnnxRuntime, "openvino": OpenVino}
-    runtimes = {name: builders[name](proto) for name in names}
+    runtimes = {name: RUNTIMES[name](proto) for name in names}
     comparisons = {name: _Comparison() for name in names}
     values = input_codes(proto) if "onnxruntime" in names else []
     layered = OnnxRuntime(with_outputs(proto, values, TensorProto.UINT8), values) if values else None
@@ -112,7 +141,7 @@ def verify_file(
             recorded.clear()
             expected = [value.cpu().numpy() for value in outputs_of(model, batch, tensors)]
             for name, runtime in runtimes.items():
-                comparisons[name].add(expected, runtime(tensors))
+                comparisons[name].add(expected, runtime(tensors), class_axis(model, batch, expected[0]))
             if layered is not None:
                 for value, codes in zip(values, layered(tensors), strict=True):
                     different[value].append(float((codes != recorded[value]).mean()) * len(tensors[0]))
@@ -159,7 +188,7 @@ def judge(report: Report, model: nn.Module, batch: Inputs, min_agreement: float,
             continue
         advice = "int8_outputs=False is exact" if report.int8_outputs else "other limits are yours to set"
         raise ExportError(
-            f"{name}: {found.top1:.2%} of its top-1 are PyTorch's, with an RMS error of {found.error:.2e}; "
+            f"{name}: {_percent(found.top1)} of its top-1 are PyTorch's, with an RMS error of {found.error:.2e}; "
             f"min_agreement={min_agreement:g}, max_error={max_error:g}; {advice}. Nothing was written.\n{report}"
         )
 
@@ -170,8 +199,20 @@ def _reference(model: nn.Module, batch: Inputs) -> Agreement:
     for tensors in batch.batches():
         expected = [value.cpu().numpy() for value in outputs_of(model, batch, tensors)]
         with integer_arithmetic(model):
-            comparison.add(expected, [value.cpu().numpy() for value in outputs_of(model, batch, tensors)])
+            found = [value.cpu().numpy() for value in outputs_of(model, batch, tensors)]
+        comparison.add(expected, found, class_axis(model, batch, expected[0]))
     return comparison.result()
+
+
+@contextmanager
+def _loading(runtime: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # neither runtime has a class for its errors
+        raise ExportError(
+            f"{runtime} does not open the file: {str(error).strip()[:500]}\nWrite it for the other runtime "
+            '(runtime="onnxruntime" or "openvino"), or name the one to compare with: runtimes=["onnxruntime"]'
+        ) from error
 
 
 class OnnxRuntime:
@@ -183,9 +224,10 @@ class OnnxRuntime:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = torch.get_num_threads()
-        self.session = onnxruntime.InferenceSession(
-            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        with _loading("ONNX Runtime"):
+            self.session = onnxruntime.InferenceSession(
+                proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
         self.inputs = [value.name for value in self.session.get_inputs()]
         self.names = names
 
@@ -203,8 +245,12 @@ class OpenVino:
 
         core = openvino.Core()
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        self.request = core.compile_model(core.read_model(proto.SerializeToString()), "CPU", options)
+        with _loading("OpenVINO"):
+            self.request = core.compile_model(core.read_model(proto.SerializeToString()), "CPU", options)
 
     def __call__(self, tensors: Iterable[Tensor]) -> list[Any]:
         found = self.request([tensor.cpu().numpy() for tensor in tensors])
         return [found[position] for position in range(len(self.request.outputs))]
+
+
+RUNTIMES: dict[str, Any] = {"onnxruntime": OnnxRuntime, "openvino": OpenVino}

@@ -1,0 +1,136 @@
+"""Whether an ONNX file computes the integers of its model, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ExportError
+from ..model.batch import Inputs, outputs_of
+from ..nn.integers import Integers, integers
+from ..nn.layers import replaced_forwards
+from .onnx_verify import RUNTIMES, Report
+
+_BATCHES = 4
+_TIE = 1e-5
+"""How far from a threshold float32 may round to either side, as a share of the range."""
+_CODES, _OUTPUTS = 5e-4, 1e-3
+
+
+@dataclass
+class _Distances:
+    """Of codes that a file computes from those of the model: sums over batches. All in steps of the codes."""
+
+    excess: float = 0.0
+    squares: float = 0.0
+    count: int = 0
+
+    def add(self, place: Tensor, codes: Tensor, values: Integers) -> None:
+        """place: the input in steps, not rounded. Rounding moves it by half a step."""
+        tie = _TIE * 2 ** (values.input_bits or 0)
+        self.excess += float(((codes - place).abs() - 0.5 - tie).clamp_min(0).sum())
+        self.squares += float((place - values.zero_point).square().sum())
+        self.count += place.numel()
+
+    @property
+    def error(self) -> float:
+        """An error d moves a share d of evenly spread values to another code, by d / 2 beyond the threshold on average:
+        twice the mean excess is the mean square of the error. Here its root over the RMS of the input."""
+        count = max(self.count, 1)
+        return float((2 * self.excess / count) ** 0.5 / max((self.squares / count) ** 0.5, 1.0))
+
+
+@dataclass
+class _File:
+    """The codes that a file computes for a batch, by their names; and what was seen of them."""
+
+    codes: dict[str, Tensor] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    merged: list[tuple[Integers, Tensor, Tensor]] = field(default_factory=list)
+    distances: dict[str, _Distances] = field(default_factory=dict)
+
+    def start(self, codes: Mapping[str, Tensor]) -> None:
+        self.codes, self.calls, self.merged = dict(codes), {}, []
+
+    def of_call(self, name: str, values: Integers, own: Tensor) -> Tensor | None:
+        """The codes of the next call of a layer. Quantizers that do the same to the same input are one in the file."""
+        number = self.calls[name] = self.calls.get(name, -1) + 1
+        found = self.codes.get(f"{name}.input_codes" + (f".{number}" if number else ""))
+        if found is not None:
+            self.merged.append((values, own, found))
+            return found
+        return next(
+            (codes for other, known, codes in self.merged if _same(values, other) and torch.equal(own, known)), None
+        )
+
+
+def _same(one: Integers, other: Integers) -> bool:
+    return torch.equal(one.input_scale, other.input_scale) and (one.input_bits, one.zero_point) == (
+        other.input_bits,
+        other.zero_point,
+    )
+
+
+class _OnCodes:
+    """The forward of a layer on the codes that the file computes for its input."""
+
+    def __init__(self, layer: Any, name: str, file: _File) -> None:
+        self.layer, self.name, self.file, self.values = layer, name, file, integers(layer)
+        weight, scale = self.values.weight.flatten(1), self.values.weight_scale
+        if self.values.group_size is not None:
+            scale = scale.repeat_interleave(self.values.group_size, 1)[:, : weight.shape[1]]
+        self.weight = (weight * scale).view(self.values.weight.shape)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        values, own = self.values, self.layer.a_quant.codes(x)
+        codes = self.file.of_call(self.name, values, own)
+        if codes is not None and codes.shape == own.shape:
+            place = (x.double() / values.input_scale + values.zero_point).clamp(0, 2 ** (values.input_bits or 0) - 1)
+            codes = codes.to(x.device)
+            self.file.distances.setdefault(self.name, _Distances()).add(place, codes.double(), values)
+        else:
+            codes = own
+        x = (codes.to(torch.float32) - values.zero_point) * values.input_scale
+        output: Tensor = self.layer.compute(x, self.weight, values.bias)
+        return output
+
+
+def check_exact(report: Report, model: nn.Module, layers: Mapping[str, Any], proto: Any, batch: Inputs) -> None:
+    """Refuse a file that differs from the integers of the model by more than codes at thresholds explain.
+
+    The model computes with the codes of the file, so that a code at a threshold changes nothing behind it, however large
+    the network.
+    """
+    from onnx import TensorProto
+
+    from .onnx_graph import input_codes, with_outputs
+
+    names = input_codes(proto)
+    for runtime in [name for name in report.runtimes if name in RUNTIMES]:
+        compute = RUNTIMES[runtime](with_outputs(proto, names, TensorProto.UINT8))
+        file, difference, total = _File(), 0.0, 0.0
+        forwards = {layer: _OnCodes(layer, name, file) for name, layer in layers.items() if layer.a_quant is not None}
+        for tensors in islice(batch.batches(), _BATCHES):
+            found = [torch.from_numpy(values.copy()) for values in compute(tensors)]
+            outputs = found[: len(found) - len(names)]
+            file.start(dict(zip(names, found[len(outputs) :], strict=True)))
+            with replaced_forwards(forwards):
+                expected = [value.cpu() for value in outputs_of(model, batch, tensors)]
+            for ours, theirs in zip(expected, outputs, strict=True):
+                if ours.is_floating_point():
+                    difference += float((theirs.double() - ours.double()).square().sum())
+                    total += float(ours.double().square().sum())
+        error = (difference / max(total, 1e-30)) ** 0.5
+        wrong = [name for name, distances in file.distances.items() if not distances.error <= _CODES]
+        if wrong or not error <= _OUTPUTS:
+            where = f"the input of layer {wrong[0]!r}" if wrong else "the outputs"
+            raise ExportError(
+                f"{runtime}: the file computes something else than the model: {where} differ by more than rounding "
+                f"explains (outputs by {error:.1e}). This is a fault of the export or of {runtime}: try another `runtime=`, "
+                f"or leave what stands before it in float, and report it. Nothing was written.\n{report}"
+            )
