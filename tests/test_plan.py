@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import hf_daq
+from hf_daq.errors import ConfigError
 
 
 def test_first_and_last_layer_stay_in_full_precision_or_get_their_own_bits():
@@ -56,6 +57,33 @@ def test_a_plan_prints_its_totals_and_marks_what_it_cannot_quantize():
     assert lines[0].split() == ["layer", "type", "weight", "shape", "W", "A", "why"]
     assert lines[2].split() == ["1", "Linear", "4x4", "2", "float"]
     assert lines[-1].startswith("1 layers quantized, 3 kept in full precision, 1 unsupported; 16 of 66 parameters")
+
+
+def net_with_a_conv1d():
+    return nn.ModuleDict(
+        {"res": nn.ModuleDict({"c1": nn.Conv1d(4, 4, 1), "fc": nn.Linear(4, 4)}), "tokens": nn.Embedding(8, 4)}
+    )
+
+
+@pytest.mark.parametrize("rule", [{"bits": 4}, {"weight_bits": 4}, {"activation_bits": None}])
+@pytest.mark.parametrize(
+    ("pattern", "named"), [("res.c1", r"'res.c1' \(Conv1d\)"), ("re:t.*", r"'tokens' \(Embedding\)")]
+)
+def test_a_rule_that_gives_bits_to_what_cannot_be_quantized_is_refused(pattern, named, rule):
+    model = net_with_a_conv1d()
+    for function in (hf_daq.plan, hf_daq.apply_daq):
+        with pytest.raises(ConfigError, match=f"gives bits to {named}, which have no quantized form"):
+            function(model, bits=3, first_last_bits=8, rules=[{"pattern": pattern, **rule}])
+    assert type(model["res"]["fc"]) is nn.Linear
+    with pytest.raises(ConfigError, match=r"'2' \(Conv1d\) and 1 more"):
+        hf_daq.plan(nn.Sequential(*(nn.Conv1d(4, 4, 1) for _ in range(4))), bits=3, rules=[{"pattern": "*", **rule}])
+
+
+def test_a_rule_may_skip_or_match_more_than_what_cannot_be_quantized():
+    rules = [{"pattern": "tokens", "skip": True}, {"pattern": "res.*", "bits": 5}]
+    plan = hf_daq.plan(net_with_a_conv1d(), bits=3, first_last_bits=8, rules=rules)
+    assert [(name, layer.weight_bits) for name, layer in plan.quantized.items()] == [("res.fc", 5)]
+    assert plan.kept["res.c1"].reason == "no quantized form of Conv1d"
 
 
 GRANULARITIES = {

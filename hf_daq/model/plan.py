@@ -103,7 +103,8 @@ def plan(model: nn.Module, config: DaqConfig | None = None, **kwargs: Any) -> Pl
         config: a `DaqConfig`, or its arguments as keywords, e.g. `plan(model, bits=3)`.
 
     Raises:
-        ConfigError: a rule or pattern matches nothing, or a resolved layer is not in the model.
+        ConfigError: a rule or pattern matches nothing, a rule gives bits to nothing that has a quantized form, or a
+        resolved layer is not in the model.
     """
     config = config_from(config, kwargs)
     modules = dict(weight_modules(model))
@@ -111,7 +112,7 @@ def plan(model: nn.Module, config: DaqConfig | None = None, **kwargs: Any) -> Pl
     if config.layers is not None:
         _check_resolved(config.layers, modules, bypassed | tied)
     else:
-        _check_patterns(config, list(modules))
+        _check_patterns(config, modules)
     outer = outer_layers(model)
     layers = tuple(_plan_layer(name, module, config, outer, tied, bypassed) for name, module in modules.items())
     float_bytes = sum(value.nbytes for value in saved_tensors(model))
@@ -199,8 +200,25 @@ def _check_resolved(layers: Any, modules: dict[str, nn.Module], fixed: dict[str,
             raise ConfigError(f"the config quantizes layer {name!r}, but in this model it {fixed[name]}")
 
 
-def _check_patterns(config: DaqConfig, names: list[str]) -> None:
+def _check_patterns(config: DaqConfig, modules: dict[str, nn.Module]) -> None:
+    names = list(modules)
     for pattern in [*config.modules_to_not_convert, *(rule["pattern"] for rule in config.rules)]:
         if not any(pattern_matches(pattern, name) for name in names):
             hint = did_you_mean(pattern, names) or f"; layers are named like {', '.join(map(repr, names[:3]))}"
             raise ConfigError(f"pattern {pattern!r} matches no layer of the model{hint}")
+    for rule in config.rules:
+        if not rule.get("skip"):
+            _check_bits_rule(rule["pattern"], modules)
+
+
+def _check_bits_rule(pattern: str, modules: dict[str, nn.Module]) -> None:
+    """Refuse bits for nothing but layers that stay in float."""
+    matched = [(name, module) for name, module in modules.items() if pattern_matches(pattern, name)]
+    if any(type(module) in LAYER_TYPES for _, module in matched):
+        return
+    shown = ", ".join(f"{name!r} ({type(module).__name__})" for name, module in matched[:3])
+    more = f" and {len(matched) - 3} more" if len(matched) > 3 else ""
+    raise ConfigError(
+        f"rule {pattern!r} gives bits to {shown}{more}, which have no quantized form and stay in float: leave the rule out, or "
+        f"write {{'pattern': {pattern!r}, 'skip': True}} to say so; hf_daq.plan(model, bits=4) lists what can be quantized"
+    )
