@@ -309,3 +309,18 @@ def test_a_plain_model_is_checked_against_its_config(tmp_path):
     with pytest.raises(ModelError, match="layer 'conv' is a Conv2d now"):
         hf_daq.save_pretrained(model, tmp_path)
     assert content(tmp_path) == before
+
+
+class NeedsMore(tf.BertModel):
+    """A class that its config alone does not build."""
+
+    def __init__(self, config, extra):
+        super().__init__(config)
+        self.extra = extra
+
+
+def test_a_class_that_its_config_does_not_build_is_saved_all_the_same(tmp_path):
+    model = hf_daq.apply_daq(NeedsMore(tf.BertConfig(**BERT), extra=3), weight_bits=4)
+    model.save_pretrained(tmp_path)
+    opened = NeedsMore.from_pretrained(tmp_path, extra=3)
+    assert torch.equal(opened.encoder.layer[0].output.dense.weight, model.encoder.layer[0].output.dense.weight)

@@ -90,6 +90,8 @@ def check_opens(tensors: Mapping[str, Tensor], build: Callable[[], nn.Module]) -
             expected = build().state_dict()
         except ConfigError as error:
             raise ModelError(f"the model has changed, and its file would not open: {error}; {_AGAIN}") from None
+        except Exception:  # a class that its description alone does not build: there is nothing to compare with
+            return
     missing, more = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     shapes = [name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape]
     if missing:
