@@ -4,16 +4,12 @@ import importlib.util
 import json
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import hf_daq
-
-RECIPES = Path(__file__).parents[1] / "recipes"
-sys.path.insert(0, str(RECIPES))
-from measure import benchmark  # noqa: E402
+from measure import benchmark
 
 VARIANTS = ["daq", "ste", "fake_quantize"]
 QUICK = ["--quick", "--no-memory", "--device", "cpu"]

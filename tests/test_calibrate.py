@@ -2,12 +2,9 @@
 
 import copy
 import math
-import os
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from models import images, small_net, small_timm
 from torch import nn
 
@@ -178,31 +175,6 @@ def test_the_histogram_keeps_its_counts_while_it_grows():
     second_moment = (observer.histogram * observer.centers() ** 2).sum() / len(values)
     assert second_moment.item() == pytest.approx(values.square().mean().item(), rel=1e-2)
     assert observer.sums[1].item() == pytest.approx(values.double().sum().item())
-
-
-def _rank(rank, world_size, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-    for case, shares in enumerate(SHARES):
-        model = hf_daq.apply_daq(small_net(), bits=3)
-        with hf_daq.calibrate(model):
-            for seed in shares[rank]:
-                model(images(seed=seed) * (seed + 1))
-        torch.save(quantizer_values(model), f"{folder}/{case}-{rank}.pt")
-    dist.destroy_process_group()
-
-
-SHARES = [((0, 1), (2, 3)), ((0, 1, 2), (3,)), ((0, 1, 2, 3), ())]
-
-
-def test_ranks_end_with_equal_values_that_are_those_of_one_process(tmp_path):
-    mp.spawn(_rank, args=(2, tmp_path), nprocs=2)
-    want = quantizer_values(calibrated(small_net(), [images(seed=seed) * (seed + 1) for seed in range(4)], bits=3))
-    for case in range(len(SHARES)):
-        ranks = [torch.load(f"{tmp_path}/{case}-{rank}.pt", weights_only=True) for rank in range(2)]
-        for name, value in want.items():
-            assert torch.equal(ranks[0][name], ranks[1][name])
-            torch.testing.assert_close(ranks[0][name], value, rtol=1e-5, atol=0)
 
 
 def test_timm_models_of_every_kind_train_a_step_after_calibration():

@@ -4,13 +4,12 @@ import json
 import os
 import shutil
 import struct
-import subprocess
-import sys
 
 import pytest
 import timm
 import torch
 from models import images, quantized_timm, small_net, small_timm
+from processes import Program
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -88,33 +87,15 @@ def test_header_and_config_json_carry_the_same_config_and_version(saved):
     assert header.config.to_dict()["format_version"] == 1
 
 
-def test_a_file_opens_in_a_new_process_after_importing_the_library(saved):
-    code = (
+def test_a_file_opens_in_a_new_process_after_importing_the_library(saved, tmp_path):
+    program = tmp_path / "open.py"
+    program.write_text(
         "import sys, timm, hf_daq\n"
         f"model = timm.create_model('local-dir:{saved}', pretrained=True)\n"
         "assert len(hf_daq.plan.__doc__) and model.daq_config.weight_bits == 3\n"
         "assert timm.data.resolve_data_config(model=model)['crop_pct'] == 0.95\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_a_repository_in_the_hub_cache_opens_by_name(saved, tmp_path):
-    revision = "0" * 40
-    repository = tmp_path / "models--someone--small-resnet"
-    shutil.copytree(saved, repository / "snapshots" / revision)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(revision)
-    code = (
-        "import timm, torch, hf_daq\n"
-        "models = [timm.create_model('hf-hub:someone/small-resnet', pretrained=True),\n"
-        "          hf_daq.from_pretrained('someone/small-resnet'),\n"
-        f"          hf_daq.from_pretrained({str(saved)!r})]\n"
-        "x = torch.ones(1, 3, 64, 64)\n"
-        "first, *others = [model.eval()(x) for model in models]\n"
-        "assert all(torch.equal(first, other) for other in others)\n"
-    )
-    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    Program(program).finish()
 
 
 def test_channels_last_models_save_and_load(tmp_path):

@@ -1,7 +1,6 @@
 """Two processes (tests/programs/ranks.py) against one another, and against one process on the joined batches."""
 
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import ranks
@@ -9,7 +8,19 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from ranks import CONFIG, STEPS, batches, calibrated_vit, optimizer_of, targets, train, trained_by_trainer, vit
+from processes import Program
+from ranks import (
+    CONFIG,
+    STEPS,
+    batches,
+    calibrated_net,
+    calibrated_vit,
+    optimizer_of,
+    targets,
+    train,
+    trained_by_trainer,
+    vit,
+)
 from text_models import logits, tiny_bert
 from torch import nn
 from transformers import AutoModelForSequenceClassification
@@ -23,9 +34,7 @@ from hf_daq.nn.layers import quantized_layers
 def ended(tmp_path_factory):
     """folder, and what each scenario ended with: (rank 0, rank 1)."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*command, ranks.__file__, str(folder)], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-5000:]
+    Program(Path(ranks.__file__), folder, ranks=2).finish(timeout=600)
     names = [scenario.__name__ for scenario in ranks.SCENARIOS]
     return folder, {name: tuple(torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)) for name in names}
 
@@ -61,6 +70,14 @@ def test_calibration_is_equal_on_all_ranks_and_as_in_one_process(ended, alone, s
     first, second = ended[1][scenario]
     equal(first["state"], second["state"])
     close(first["state"], alone[0])
+
+
+def test_calibration_on_shares_unlike_one_another(ended):
+    first, second = (rank["states"] for rank in ended[1]["calibration_of_shares_unlike_one_another"])
+    want = calibrated_net(range(4)).state_dict()
+    for one, other in zip(first, second, strict=True):
+        equal(one, other)
+        close(one, want, 1e-5)
 
 
 def test_every_step_leaves_the_ranks_equal_and_where_one_process_would_be(ended, alone):

@@ -56,39 +56,42 @@ def small():
 
 
 LOADERS = {
-    "timm": "timm.create_model('hf-hub:' + repo, pretrained=True)",
+    "test_resnet": "timm.create_model('hf-hub:' + repo, pretrained=True)",
+    "test_vit": "timm.create_model('hf-hub:' + repo, pretrained=True)",
     "bert": "transformers.AutoModelForSequenceClassification.from_pretrained(repo)",
     "llama": "transformers.AutoModelForCausalLM.from_pretrained(repo)",
 }
 SCRIPT = """
 import sys, torch, timm, transformers, hf_daq
 from safetensors.torch import load_file, save_file
-inputs = load_file(sys.argv[1])
-outputs = {{}}
-for repo in ("user/trainable", "user/packed"):
-    for loader, model in (("own", {loader}), ("hf_daq", hf_daq.from_pretrained(repo))):
-        with torch.no_grad():
-            output = model.eval()(inputs["x"]) if "x" in inputs else model.eval()(**inputs).logits
-        outputs[repo + loader] = output
-save_file(outputs, sys.argv[2])
+folder = sys.argv[1]
+for name, load in {loaders}.items():
+    inputs, outputs = load_file(f"{{folder}}/{{name}}-inputs.safetensors"), {{}}
+    for repo in (f"user/{{name}}", f"user/{{name}}-packed"):
+        for loader, model in (("own", load(repo)), ("hf_daq", hf_daq.from_pretrained(repo))):
+            with torch.no_grad():
+                output = model.eval()(inputs["x"]) if "x" in inputs else model.eval()(**inputs).logits
+            outputs[repo + loader] = output
+    save_file(outputs, f"{{folder}}/{{name}}-outputs.safetensors")
 """
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "bert", "llama"])
-def test_a_new_process_opens_it_by_name_with_the_same_outputs(hub, tmp_path, name):
-    model, batch = trained(name)
-    hf_daq.push_to_hub(model, "user/trainable")
-    hf_daq.push_to_hub(model, "user/packed", packed=True)
-    save_file(batch if isinstance(batch, dict) else {"x": batch}, tmp_path / "inputs.safetensors")
-    arguments = [str(tmp_path / "inputs.safetensors"), str(tmp_path / "outputs.safetensors")]
-    script = SCRIPT.format(loader=LOADERS.get(name, LOADERS["timm"]))
+def test_a_new_process_opens_them_by_name_with_the_same_outputs(hub, tmp_path):
+    pushed = {name: trained(name) for name in LOADERS}
+    for name, (model, batch) in pushed.items():
+        hf_daq.push_to_hub(model, f"user/{name}")
+        hf_daq.push_to_hub(model, f"user/{name}-packed", packed=True)
+        save_file(batch if isinstance(batch, dict) else {"x": batch}, tmp_path / f"{name}-inputs.safetensors")
+    loaders = "{" + ", ".join(f"{name!r}: lambda repo: {load}" for name, load in LOADERS.items()) + "}"
+    command = [sys.executable, "-c", SCRIPT.format(loaders=loaders), str(tmp_path)]
     environment = os.environ | hub.environment(tmp_path / "home")
-    result = subprocess.run([sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
-    outputs = load_file(arguments[1])
-    assert len(outputs) == 4
-    with torch.no_grad():
-        assert all(torch.equal(output, run(model, batch)) for output in outputs.values())
+    for name, (model, batch) in pushed.items():
+        outputs = load_file(tmp_path / f"{name}-outputs.safetensors")
+        assert len(outputs) == 4
+        with torch.no_grad():
+            assert all(torch.equal(output, run(model, batch)) for output in outputs.values())
 
 
 def test_push_writes_weights_config_and_card_as_one_commit(hub, small):

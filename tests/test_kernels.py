@@ -1,5 +1,8 @@
 """When kernels are compiled, and what happens where they cannot be."""
 
+import contextlib
+import io
+import itertools
 import os
 import subprocess
 import sys
@@ -31,8 +34,16 @@ print(f"loss {loss:.6f}")
 """
 
 
-def train(tmp_path, **environment):
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)} | environment
+def usual_loss():
+    """Printed by TRAIN in this process, which compiles nothing."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(TRAIN, {})
+    return printed.getvalue()
+
+
+def in_new_process(tmp_path, **environment):
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "HF_DAQ_COMPILE": "1"} | environment
     result = subprocess.run([sys.executable, "-c", TRAIN], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout, result.stderr
@@ -42,23 +53,29 @@ def test_a_compiler_that_fails_is_done_without(tmp_path):
     broken = tmp_path / "broken-compiler"
     broken.write_text("#!/bin/sh\necho cannot compile >&2\nexit 1\n")
     broken.chmod(0o755)
-    usual, notes = train(tmp_path, HF_DAQ_COMPILE="0")
-    assert "compil" not in notes
-    fallen_back, notes = train(tmp_path, HF_DAQ_COMPILE="1", CXX=str(broken))
+    fallen_back, notes = in_new_process(tmp_path, CXX=str(broken))
     assert notes.count("compiling quantizers") == 1
     assert notes.count("quantizers are not compiled") == 1
-    assert usual == fallen_back
+    assert fallen_back == usual_loss()
 
 
 def test_a_process_says_once_that_it_compiles_and_learns_the_same(tmp_path):
-    usual, _ = train(tmp_path, HF_DAQ_COMPILE="0")
-    compiled, notes = train(tmp_path, HF_DAQ_COMPILE="1")
+    compiled, notes = in_new_process(tmp_path)
     assert notes.count("compiling quantizers") == 1
     assert "not compiled" not in notes
     assert any(tmp_path.rglob("*.so"))
-    assert float(compiled.split()[1]) == pytest.approx(float(usual.split()[1]), rel=1e-4)
-    _, notes = train(tmp_path, HF_DAQ_COMPILE="1", LOCAL_RANK="1")
-    assert "compiling" not in notes
+    assert float(compiled.split()[1]) == pytest.approx(float(usual_loss().split()[1]), rel=1e-4)
+
+
+def test_one_process_of_a_machine_says_it_once(monkeypatch, caplog):
+    monkeypatch.setattr(compiling, "_said", [])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    compiling._say("compiling")
+    assert not caplog.records
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    compiling._say("compiling")
+    compiling._say("compiling")
+    assert caplog.messages == ["compiling"]
 
 
 @pytest.mark.parametrize(
@@ -109,9 +126,15 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("rounding", ["daq", "ste"])
-@pytest.mark.parametrize("dtypes", [("float32", None), ("bfloat16", None), ("float32", "bfloat16")], ids=str)
-@pytest.mark.parametrize("rows", [1, 6])
+ALL = list(itertools.product(["daq", "ste"], [("float32", None), ("bfloat16", None), ("float32", "bfloat16")], [1, 6]))
+USUAL = [("daq", ("float32", None), 6), ("daq", ("float32", "bfloat16"), 1), ("ste", ("bfloat16", None), 6)]
+
+
+@pytest.mark.parametrize(
+    ("rounding", "dtypes", "rows"),
+    [*USUAL, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in USUAL)],
+    ids=str,
+)
 def test_compiled_kernels_give_the_same_values_for_every_layout(kernels, rounding, dtypes, rows):
     """Values bit for bit, gradients but for the last bits; compared with the eager form of the contiguous tensor."""
     dtype, result = (None if name is None else getattr(torch, name) for name in dtypes)

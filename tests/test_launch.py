@@ -3,41 +3,35 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import accelerate
+import image_classification as recipe
 import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
+from processes import Program
+from recipe_runs import RECIPES, reviews, tiny_bert  # noqa: F401  fixtures
 from safetensors.torch import load_file
-from test_recipes import reviews, tiny_bert  # noqa: F401  fixtures
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from shared import loop
+
 TESTS = Path(__file__).parent
-RECIPES = TESTS.parent / "recipes"
-sys.path.insert(0, str(RECIPES))
-import image_classification as recipe  # noqa: E402
 
-from shared import loop  # noqa: E402
 
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-SHARDED = [*TWO, str(TESTS / "programs" / "sharded_recipe.py")]
+VISION = RECIPES / "image_classification.py"
+SHARDED = TESTS / "programs" / "sharded_recipe.py"
 # No BatchNorm, whose statistics would be of a process; 8 updates of 32 images a phase, 4 checkpoints.
 VIT = "--model test_vit --image_size 32 --max_steps 8 --float_epochs 1 --epochs 1 --float_lr 0.02 --daq.bits 4"
 VIT += " --batch_size 16 --checkpoint_every 4"
 
 
-ON_CPU = os.environ | {"ACCELERATE_USE_CPU": "true"}
-
-
-def finish(command: list[str], *args: object) -> None:
-    done = subprocess.run([*command, *map(str, args)], capture_output=True, text=True, timeout=300, env=ON_CPU)
-    assert done.returncode == 0, done.stderr[-5000:]
+def start(program: Path, *args: object, ranks: int = 2) -> Program:
+    return Program(program, *args, ranks=ranks, ACCELERATE_USE_CPU="true")
 
 
 def alone(*args: object) -> dict:
@@ -75,7 +69,11 @@ def one_process(tmp_path_factory):
 
 def test_two_processes_train_what_one_does(one_process, tmp_path):
     """With half the accumulation, and calibration on as many images."""
-    finish(TWO, RECIPES / "image_classification.py", *VIT.split(), "--output_dir", tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(VISION)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    command += [*VIT.split(), "--output_dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-5000:]
     for phase in ("float", "quantized"):
         close(weights(tmp_path, phase), weights(one_process, phase))
     here, there = (json.loads((path / "results.json").read_text()) for path in (tmp_path, one_process))
@@ -93,22 +91,22 @@ def test_processes_that_do_not_know_of_one_another_are_refused(monkeypatch, tmp_
 def test_sharded_processes_train_what_one_does(tmp_path):
     adamw = [*VIT.split(), "--optimizer", "adamw", "--lr", 1e-3, "--float_lr", 1e-3, "--quantizer_lr", 1e-3]
     alone(*adamw, "--accumulation", 2, "--calibration_batches", 8, "--output_dir", tmp_path / "one")
-    finish(SHARDED, "image_classification", *adamw, "--output_dir", tmp_path / "sharded")
+    start(SHARDED, "image_classification", *adamw, "--output_dir", tmp_path / "sharded").finish()
     close(weights(tmp_path / "sharded", "float"), weights(tmp_path / "one", "float"), 2e-3)
     close(weights(tmp_path / "sharded"), weights(tmp_path / "one"), 1e-2)
     model = timm.create_model(f"local-dir:{tmp_path / 'sharded' / 'quantized'}", pretrained=True)
     assert model(torch.zeros(1, 3, 32, 32)).isfinite().all()
     killed = [*adamw, "--output_dir", tmp_path / "killed"]
-    kill(SHARDED, tmp_path / "killed" / "checkpoints" / "00000012", "image_classification", *killed)
-    finish(SHARDED, "image_classification", *killed, "--resume")
+    start(SHARDED, "image_classification", *killed).kill_when(tmp_path / "killed" / "checkpoints" / "00000012")
+    start(SHARDED, "image_classification", *killed, "--resume").finish()
     assert_equal(weights(tmp_path / "killed"), weights(tmp_path / "sharded"))
 
 
 @pytest.mark.slow
 def test_a_sharded_language_model(tmp_path):
     args = ["--max_steps", 4, "--checkpoint_every", 2, "--batch_size", 8, "--sample_tokens", 5]
-    finish(SHARDED, "language_modeling", *args, "--output_dir", tmp_path / "sharded")
-    finish(TWO, RECIPES / "language_modeling.py", *args, "--output_dir", tmp_path / "two")
+    start(SHARDED, "language_modeling", *args, "--output_dir", tmp_path / "sharded").finish()
+    start(RECIPES / "language_modeling.py", *args, "--output_dir", tmp_path / "two").finish()
     one, other = (json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("sharded", "two"))
     for key in ("float", "calibrated", "quantized"):
         assert one[key] == pytest.approx(other[key], abs=2e-3)
@@ -116,7 +114,7 @@ def test_a_sharded_language_model(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "sharded" / "quantized").daq_config.weight_bits == 4
 
 
-def test_a_text_classifier_through_trainer(reviews, tiny_bert, tmp_path):  # noqa: F811
+def test_a_text_classifier_through_trainer(reviews, tiny_bert, tmp_path):
     bert = shutil.copytree(tiny_bert, tmp_path / "bert")
     settings = json.loads((bert / "config.json").read_text())
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -125,8 +123,10 @@ def test_a_text_classifier_through_trainer(reviews, tiny_bert, tmp_path):  # noq
     args += ["--checkpoint", "null", "--float_epochs", 1, "--epochs", 1, "--training.bf16", "false"]
     args += ["--training.optim", "sgd", "--training.learning_rate", 0.05, "--training.warmup_steps", 0]
     args += ["--training.per_device_train_batch_size", 4, "--training.train_sampling_strategy", "sequential"]
-    finish(TWO, RECIPES / "text_classification.py", *args, "--output_dir", tmp_path / "two")
-    finish(SHARDED, "text_classification", *args, "--training.fsdp", "full_shard", "--output_dir", tmp_path / "sharded")
+    start(RECIPES / "text_classification.py", *args, "--output_dir", tmp_path / "two").finish()
+    start(
+        SHARDED, "text_classification", *args, "--training.fsdp", "full_shard", "--output_dir", tmp_path / "sharded"
+    ).finish()
     for phase in ("float", "quantized"):
         close(weights(tmp_path / "sharded", phase), weights(tmp_path / "two", phase))
     for name in ("two", "sharded"):
@@ -134,29 +134,8 @@ def test_a_text_classifier_through_trainer(reviews, tiny_bert, tmp_path):  # noq
         assert model.daq_config.activation_bits == 8
 
 
-def kill(command: list[str], when: Path, *args: object) -> None:
-    """Start, wait until the path is there, and kill all processes at once."""
-    process = subprocess.Popen(
-        [*command, *map(str, args)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env=ON_CPU,
-    )
-    end = time.monotonic() + 300
-    while not when.exists():
-        assert process.poll() is None, process.stderr.read()[-5000:]
-        assert time.monotonic() < end
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
-
-
 def test_one_process_continues_a_killed_run_of_two(one_process, tmp_path):
-    name = RECIPES / "image_classification.py"
-    kill(TWO, tmp_path / "checkpoints" / "00000012", name, *VIT.split(), "--output_dir", tmp_path)
+    start(VISION, *VIT.split(), "--output_dir", tmp_path).kill_when(tmp_path / "checkpoints" / "00000012")
     with pytest.raises(SystemExit, match="2 processes with 32 examples an update, and here it would be 16; change"):
         alone(*VIT.split(), "--resume", "--output_dir", tmp_path)
     alone(*VIT.split(), "--accumulation", 2, "--resume", "--output_dir", tmp_path)
@@ -167,7 +146,7 @@ def test_one_process_continues_a_killed_run_of_two(one_process, tmp_path):
 def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(when, one_process, tmp_path):
     """Killed while it writes a checkpoint or its best network, and while it computes."""
     args = [*VIT.split(), "--accumulation", 2, "--calibration_batches", 8, "--output_dir", tmp_path]
-    kill([sys.executable, str(RECIPES / "image_classification.py")], tmp_path / when, *args)
+    start(VISION, *args, ranks=0).kill_when(tmp_path / when)
     for folder in loop.list_checkpoints(tmp_path):
         assert json.loads((folder / "progress.json").read_text())["processes"] == 1
         load_file(folder / "model.safetensors")

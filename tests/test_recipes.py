@@ -6,58 +6,40 @@ import itertools
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import accelerate
 import datasets
+import image_classification as recipe
+import language_modeling
+import minimal
 import numpy as np
+import post_training
 import pytest
+import text_classification
 import timm
-import tokenizers
 import torch
 import transformers
-from accelerate.state import AcceleratorState
+from recipe_runs import (  # noqa: F401  fixtures
+    NO_HEADER,
+    RECIPES,
+    WORDS,
+    _datasets_cache,
+    _fresh_accelerate,
+    reviews,
+    run,
+    run_text,
+    text_float,
+    tiny_bert,
+)
 from safetensors.torch import load_file
 
 import hf_daq
-
-RECIPES = Path(__file__).parents[1] / "recipes"
-sys.path.insert(0, str(RECIPES))
-import image_classification as recipe  # noqa: E402
-import language_modeling  # noqa: E402
-import minimal  # noqa: E402
-import post_training  # noqa: E402
-import text_classification  # noqa: E402
-
-from measure import deploy  # noqa: E402
-from shared import loop, options  # noqa: E402
+from measure import deploy
+from shared import loop, options
 
 CONFIGS = sorted(path.name for path in (RECIPES / "configs").glob("*.yaml"))
 SMALL = "--max_steps 3 --batch_size 8 --checkpoint_every 0 --calibration_batches 2 --num_workers 0"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _datasets_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    """Each run of the recipe is a process of its own in life, with threads and Accelerate state of its own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def run(*args, module=recipe) -> dict:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return module.main([str(arg) for arg in args])
 
 
 @pytest.fixture(scope="module")
@@ -310,20 +292,20 @@ def assert_equal(a: tuple, b: tuple) -> None:
 @contextlib.contextmanager
 def stop_after(monkeypatch, count: int):
     """The run inside is stopped right after it wrote its checkpoint number `count`."""
-    calls = []
+    calls, save = [], loop.save_checkpoint
 
-    def then_stop(save):
-        def save_then_stop(*args):
-            save(*args)
-            calls.append(1)
-            if len(calls) == count:
-                raise StoppedError
+    def stop(*_, **__):
+        calls.append(1)
+        if len(calls) == count:
+            raise StoppedError
 
-        return save_then_stop
+    def save_then_stop(*args):
+        save(*args)
+        stop()
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_checkpoint", then_stop(loop.save_checkpoint))
-        patch.setattr(transformers.Trainer, "_save_checkpoint", then_stop(transformers.Trainer._save_checkpoint))
+        patch.setattr(loop, "save_checkpoint", save_then_stop)
+        patch.setattr(transformers.trainer_callback.DefaultFlowCallback, "on_save", stop)
         with pytest.raises(StoppedError):
             yield
 
@@ -339,7 +321,7 @@ def digits_uninterrupted(tmp_path_factory):
     return outcome(output)
 
 
-@pytest.mark.parametrize("checkpoints", [1, 4, 5, 6, 8])
+@pytest.mark.parametrize("checkpoints", [4, 5, 8, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 6))])
 def test_a_stopped_run_continues_bit_for_bit(checkpoints, digits_uninterrupted, tmp_path, monkeypatch):
     with stop_after(monkeypatch, checkpoints):
         run(*DIGITS.split(), "--output_dir", tmp_path)
@@ -547,74 +529,6 @@ def test_post_training_measures_calibrated_and_fine_tuned_networks(tmp_path):
 
 
 # Text classification ----------------------------------------------------------------------------------------------
-
-WORDS = [
-    "good",
-    "great",
-    "fine",
-    "lovely",
-    "bad",
-    "awful",
-    "poor",
-    "dull",
-    "film",
-    "plot",
-    "song",
-    "the",
-    "a",
-    "is",
-    "was",
-]
-
-
-@pytest.fixture(scope="module")
-def reviews(tmp_path_factory) -> Path:
-    """A folder of tsv files without a line of column names: good words or bad ones."""
-    folder = tmp_path_factory.mktemp("reviews")
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 40), ("dev", 20)):
-        labels = generator.integers(0, 2, count)
-        lines = []
-        for label in labels:
-            words = [*generator.choice(WORDS[4 - 4 * label : 8 - 4 * label], 2), *generator.choice(WORDS[8:], 5)]
-            lines.append(f"{' '.join(generator.permutation(words)[: generator.integers(3, 8)])}\t{label}\n")
-        (folder / f"{split}.tsv").write_text("".join(lines))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tiny_bert(tmp_path_factory) -> Path:
-    """A random checkpoint with its tokenizer."""
-    folder = tmp_path_factory.mktemp("bert")
-    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    config = transformers.BertConfig(vocab_size=len(vocabulary), max_position_embeddings=64, **sizes)
-    transformers.BertModel(config).save_pretrained(folder)
-    return folder
-
-
-TEXT = ["--training.per_device_train_batch_size", 8, "--training.disable_tqdm", "true", "--calibration_batches", 2]
-NO_HEADER = ["--dataset_kwargs.names", "[sentence, label]"]
-
-
-def run_text(*args) -> dict:
-    return run(*TEXT, *args, module=text_classification)
-
-
-@pytest.fixture(scope="module")
-def text_float(reviews, tiny_bert, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("text_float")
-    config = RECIPES / "configs" / "sst2_minilm_float.yaml"
-    run_text(
-        "--config", config, "--dataset", reviews, "--model", tiny_bert, "--output_dir", output, "--float_epochs", 1
-    )
-    return output / "float"
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("sst2_minilm_w")])
@@ -856,14 +770,17 @@ def test_a_language_run_ends_with_its_exports(play, language_float, tmp_path):
     assert (tmp_path / "model.onnx").exists()
 
 
-def test_sizes_and_parity_of_three_kinds_of_networks(
-    parquet, float_folder, reviews, text_float, play, language_float, tmp_path, capsys
-):
-    data = {float_folder: parquet, text_float: reviews / "train.tsv", language_float: play}
+@pytest.mark.parametrize(
+    "kinds", ["text", pytest.param("image next", marks=pytest.mark.slow)], ids=lambda kinds: kinds.replace(" ", "-")
+)
+def test_sizes_and_parity(kinds, parquet, float_folder, reviews, text_float, play, language_float, tmp_path, capsys):
+    data = {"image": (float_folder, parquet), "text": (text_float, reviews / "train.tsv")}
+    data["next"] = (language_float, play)
+    data = dict(data[kind] for kind in kinds.split())
     models = [f"{model}={source}" for model, source in data.items()]
     few = "--bits 3 --steps 2 --rows 8 --batch_size 8 --tokens 16 --threads 1"
     tables = deploy.main([*models, *few.split(), "--output", str(tmp_path / "table.json")])
-    assert len(tables["sizes"]) == 3
+    assert len(tables["sizes"]) == len(data)
     for row in tables["sizes"]:
         assert row["packed"] < row["trainable"]
         assert row["integers, float64"] < 1e-9
@@ -871,7 +788,7 @@ def test_sizes_and_parity_of_three_kinds_of_networks(
         assert ("compressed-tensors" in row) == (row["model"] != str(float_folder))
         assert row["onnx int4"] < row["onnx int8"]
     assert json.loads((tmp_path / "table.json").read_text())["sizes"] == tables["sizes"]
-    assert capsys.readouterr().out.count(str(text_float)) == 1
+    assert capsys.readouterr().out.count(models[0].partition("=")[0]) == 1
 
 
 @pytest.mark.filterwarnings("ignore:# The axis name")

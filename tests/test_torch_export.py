@@ -8,8 +8,16 @@ from text_models import tiny_bert, tokens
 import hf_daq
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("name", "strict"), [("test_resnet", False), ("test_resnet", True), ("test_vit", False)])
+@pytest.mark.parametrize(
+    ("name", "strict", "packed"),
+    [
+        ("test_resnet", True, False),
+        ("test_resnet", False, True),
+        ("test_vit", False, True),
+        pytest.param("test_vit", False, False, marks=pytest.mark.slow),
+        pytest.param("test_resnet", True, True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_timm_model_is_exported_with_a_dynamic_batch(name, strict, packed):
     model = quantized_timm(name, weight_bits=3, activation_bits=4)
     if packed:

@@ -1,4 +1,5 @@
-"""Each wing imports only from the wings named here, so that it can be read without the others."""
+"""Each wing imports only from the wings named here, so that it can be read without the others; every public name is where
+one looks for it; no test needs another."""
 
 import ast
 import re
@@ -53,3 +54,43 @@ def test_the_page_of_the_house_has_the_same_table():
     what = {name: cell for name, cell, _ in rows}
     for name, files in (("ground", GROUND), ("front", FRONT)):
         assert re.findall(r"`(\w+)\.py`", what[name]) == list(files)
+
+
+HOMES = {
+    "errors": "DaqError",
+    "version": "__version__",
+    "config": "DaqConfig",
+    "apply": "apply_daq remove_daq pack unpack",
+    "calibration": "calibrate",
+    "checkpoint": "save_pretrained from_pretrained push_to_hub",
+    "nn.integers": "integer_arithmetic",
+    "model.param_groups": "param_groups",
+    "model.plan": "plan",
+    "files.card": "update_card",
+    "files.facts": "CardFacts Result",
+    "files.inspect": "inspect",
+    "report.health": "health",
+    "report.monitor": "Monitor",
+    "report.summary": "summary",
+    "integrations.trainer": "MonitorCallback trainer_optimizer",
+    "export.compressed_tensors": "export_compressed_tensors",
+    "export.onnx": "export_onnx",
+}
+
+
+def test_every_public_name_is_written_in_the_file_that_is_named_for_it():
+    assert sorted(name for names in HOMES.values() for name in names.split()) == sorted(hf_daq.__all__)
+    for home, names in HOMES.items():
+        tree = ast.parse((FOLDER / home.replace(".", "/")).with_suffix(".py").read_text())
+        written = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        assigned = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
+        written |= {target.id for target in assigned if isinstance(target, ast.Name)}
+        assert written >= set(names.split()), home
+
+
+def test_no_test_file_imports_another():
+    for path in Path(__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.startswith("test_") or ".test_" in name], path.name

@@ -5,7 +5,7 @@ Each scenario writes what its rank ended with to DIR; the tests compare ranks wi
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from models import images, small_timm
+from models import images, small_net, small_timm
 from text_models import tiny_bert, tokens
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -100,6 +100,21 @@ def calibration_of_unequal_shares(rank: int, world: int) -> dict:
         for step in range(2 if rank == 0 else 0):
             model(batches(step))
     return {"state": model.state_dict()}
+
+
+SHARES = [((0, 1), (2, 3)), ((0, 1, 2), (3,)), ((0, 1, 2, 3), ())]
+
+
+def calibrated_net(seeds: Iterable[int]) -> nn.Module:
+    model = hf_daq.apply_daq(small_net(), bits=3)
+    with hf_daq.calibrate(model):
+        for seed in seeds:
+            model(images(seed=seed) * (seed + 1))
+    return model
+
+
+def calibration_of_shares_unlike_one_another(rank: int, world: int) -> dict:
+    return {"states": [calibrated_net(shares[rank]).state_dict() for shares in SHARES]}
 
 
 def ddp(rank: int, world: int, folder: Path) -> dict:
@@ -267,6 +282,7 @@ def mistakes(rank: int, world: int) -> dict:
 SCENARIOS = [
     calibration,
     calibration_of_unequal_shares,
+    calibration_of_shares_unlike_one_another,
     ddp,
     gradient_accumulation,
     gradient_checkpointing,
