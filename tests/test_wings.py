@@ -60,7 +60,7 @@ HOMES = {
     "errors": "DaqError",
     "version": "__version__",
     "config": "DaqConfig",
-    "apply": "apply_daq remove_daq pack unpack",
+    "apply": "apply_daq remove_daq pack unpack restart",
     "calibration": "calibrate",
     "checkpoint": "save_pretrained from_pretrained push_to_hub",
     "nn.integers": "integer_arithmetic",
