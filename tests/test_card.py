@@ -102,7 +102,8 @@ def test_the_lines_of_the_card_load_the_model(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("packed", "without"), [(False, "loads the float weights, which are not quantized"), (True, "takes random weights")]
+    ("packed", "without"),
+    [(False, "loads the float weights, which are not quantized"), (True, "transformers refuses the folder")],
 )
 def test_cards_of_transformers_models(tmp_path, monkeypatch, packed, without):
     model = tiny_bert()

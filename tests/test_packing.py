@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -108,7 +110,8 @@ def test_transformers_opens_packed_checkpoints(bits, tmp_path):
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert packed_layers(loaded)
     assert torch.equal(logits(loaded), want)
-    assert not loaded.hf_quantizer.is_trainable
+    with pytest.raises(ModelError, match="no weights that Trainer could train"):
+        _ = loaded.hf_quantizer.is_trainable
     assert packed_layers(AutoModel.from_pretrained(tmp_path))
     assert torch.equal(logits(hf_daq.from_pretrained(tmp_path)), want)
     half = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -128,6 +131,44 @@ def test_transformers_opens_packed_checkpoints(bits, tmp_path):
     dequantized = copy.deepcopy(model).dequantize()
     for one, other in zip(plain.parameters(), dequantized.parameters(), strict=True):
         assert torch.allclose(one, other, rtol=1e-6, atol=0)
+
+
+def test_transformers_alone_refuses_a_packed_checkpoint(tmp_path):
+    model = hf_daq.apply_daq(tiny_bert(), weight_bits=3)
+    hf_daq.save_pretrained(model, tmp_path / "packed", packed=True)
+    hf_daq.save_pretrained(model, tmp_path / "trainable")
+    code = """
+import sys
+from transformers import AutoConfig, AutoModel, BertForSequenceClassification
+for loader in (AutoModel, BertForSequenceClassification):
+    try:
+        loader.from_pretrained(sys.argv[1] + "/packed")
+    except ValueError as error:
+        assert "the weights are packed, and read after `import hf_daq` alone" in str(error), error
+    else:
+        raise SystemExit("a model of random weights")
+BertForSequenceClassification.from_pretrained(sys.argv[1] + "/trainable")
+assert "hf_daq" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_name_that_transformers_refuses_stays_in_the_file(tmp_path):
+    model = hf_daq.apply_daq(tiny_bert(), weight_bits=3)
+    hf_daq.save_pretrained(model, tmp_path, packed=True)
+    path = tmp_path / "config.json"
+    description = json.loads(path.read_text())
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert not hasattr(loaded.config, "transformers_weights")
+    loaded.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text()).keys() == description.keys()
+    hf_daq.unpack(loaded).save_pretrained(tmp_path / "unpacked")
+    del description["transformers_weights"]  # a folder that an older version wrote
+    assert json.loads((tmp_path / "unpacked" / "config.json").read_text()).keys() == description.keys()
+    path.write_text(json.dumps(description))
+    older = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(logits(older), logits(model.eval()))
 
 
 def test_a_packed_transformers_checkpoint_without_its_codes_is_refused(tmp_path):

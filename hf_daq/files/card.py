@@ -170,11 +170,10 @@ def _loading(inspection: Inspection, repo_id: str | None) -> list[str]:
     elif inspection.library == "transformers":
         cls = inspection.architecture
         lines = f'import hf_daq\nfrom transformers import {cls}\n\nmodel = {cls}.from_pretrained("{where}")'
-        without = "transformers prints `Unknown quantization type` and "
-        without += (
-            "takes random weights for the quantized layers"
+        without = (
+            "transformers refuses the folder"
             if inspection.packed
-            else "loads the float weights, which are not quantized"
+            else "transformers prints `Unknown quantization type` and loads the float weights, which are not quantized"
         )
     else:
         lines = f'import hf_daq\n\nmodel = hf_daq.from_pretrained("{where}", model=model)  # the float model'

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,10 +28,10 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..config import QUANT_METHOD, DaqConfig
 from ..errors import CheckpointError, DaqError, ModelError
-from ..files.atomic import temporary_folder
+from ..files.atomic import replace_file, temporary_folder
 from ..files.card import write_card
 from ..files.facts import CardFacts
-from ..files.header import METADATA_KEY, check_agreement, parse_header, weights_files
+from ..files.header import CONFIG_NAME, METADATA_KEY, check_agreement, parse_header, read_description, weights_files
 from ..files.push import push_folder
 from ..files.weights_file import check_values, header_metadata, layer_problem
 from ..model.patch import patch, start_layer, start_weights, unpatch
@@ -43,6 +44,9 @@ from .build import building, foreign_kernel, model_class
 from .configs import copy_configs, give_configs_back
 
 _TAGS = ["hf_daq", "quantization"]
+# The name of the weights file in config.json of a packed model. transformers refuses it, with this text, where no quantizer
+# takes it away; else it would skip the quantization that it does not know and answer from random weights.
+_PACKED_WEIGHTS = "the weights are packed, and read after `import hf_daq` alone"
 _HUB_OPTIONS = (
     "private",
     "token",
@@ -78,6 +82,12 @@ class DaqHfQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ModelError("a DAQ model must be in memory; leave 'disk' out of device_map")
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called with the config before transformers looks for the weights file that it names."""
+        if getattr(config, "transformers_weights", None) == _PACKED_WEIGHTS:
+            del config.transformers_weights
+        return config
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         """Swap the classes of a model on the meta device."""
@@ -175,6 +185,10 @@ def _write(model: Any, directory: Any, facts: CardFacts | None, exact: bool, **k
     model.hf_quantizer.exact = exact
     model.hf_quantizer.original_format = kwargs.get("save_original_format", True)
     type(model).save_pretrained(model, directory, **kwargs)
+    path = Path(directory) / CONFIG_NAME
+    if model.daq_config.packed and kwargs.get("is_main_process", True) and path.exists():
+        text = json.dumps(read_description(path.parent) | {"transformers_weights": _PACKED_WEIGHTS}, indent=2) + "\n"
+        replace_file(path, lambda target: target.write_text(text, encoding="utf-8"))
 
 
 def save_checkpoint(model: Any, directory: Path, facts: CardFacts | None, **kwargs: Any) -> None:
