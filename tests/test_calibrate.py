@@ -10,9 +10,9 @@ from torch import nn
 
 import hf_daq
 from hf_daq import DaqConfig
-from hf_daq.calibration import _Observer
 from hf_daq.errors import CalibrationError, ModelError
 from hf_daq.nn.layers import quantized_layers
+from hf_daq.nn.observers import Statistics
 
 
 def quantizer_values(model):
@@ -166,10 +166,10 @@ def test_half_precision_models_calibrate():
 
 
 def test_the_histogram_keeps_its_counts_while_it_grows():
-    observer = _Observer(torch.device("cpu"))
+    observer = Statistics(torch.device("cpu"))
     chunks = [torch.randn(1000) * 10.0**power for power in (-3, 2, 0)]
     for chunk in chunks:
-        observer.observe(None, (chunk,))
+        observer.add(chunk)
     values = torch.cat(chunks)
     assert observer.histogram.sum() == len(values)
     second_moment = (observer.histogram * observer.centers() ** 2).sum() / len(values)

@@ -13,16 +13,22 @@ from ..errors import ExportError, ModelError
 
 
 class Call(NamedTuple):
-    """A batch of a forward that was recorded."""
+    """A call of a module that was recorded."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    module: nn.Module
+
+
+class Calls(tuple[Call, ...]):
+    """Calls of a model or of its parts, one after the other."""
 
 
 def run(model: nn.Module, batch: Any) -> None:
-    """A forward of a tensor, a mapping, a tuple or a call."""
-    if isinstance(batch, Call):
-        model(*batch.args, **batch.kwargs)
+    """A forward of a tensor, a mapping or a tuple, or recorded calls."""
+    if isinstance(batch, Calls):
+        for call in batch:
+            call.module(*call.args, **call.kwargs)
     elif isinstance(batch, Mapping):
         model(**batch)
     else:
@@ -36,8 +42,8 @@ def examples_in(batch: Any) -> int:
             f"batch is a {type(batch).__name__}; pass a tensor, a mapping of tensors as tokenizers give it, or a tuple of "
             "positional arguments"
         )
-    if isinstance(batch, Call):
-        batch = (*batch.args, *batch.kwargs.values())
+    if isinstance(batch, Calls):
+        return max(examples_in((*call.args, *call.kwargs.values())) for call in batch)
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else (batch,)
     return next((len(value) for value in values if isinstance(value, Tensor) and value.ndim > 0), 1)
 

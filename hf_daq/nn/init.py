@@ -13,6 +13,7 @@ from .quantizers import WeightQuantizer
 TOLERANCE = 0.05
 _CANDIDATES = 64
 _SAMPLES = 2**16
+_TOP = 16  # the share of a sample that goes to the largest values
 
 
 @torch.no_grad()
@@ -33,14 +34,13 @@ def start_from_weight(quantizer: WeightQuantizer, weight: Tensor, init: str) -> 
     largest = (x if valid is None else x * valid).abs().amax(1, keepdim=True).clamp_min(1e-3)
     chosen = torch.full_like(largest, 3.0)
     if init == "mse":
-        step = (x.shape[1] // max(1024, _SAMPLES // count)) | 1
-        sample, sample_valid = x[:, ::step], None if valid is None else valid[:, ::step]
         budget = _SAMPLES if x.device.type == "cpu" else 256 * _SAMPLES
-        chunk = max(1, budget // sample.shape[1])  # rows that stay in the cache while all candidates are tried
+        size = max(1024, _SAMPLES // count)
+        chunk = max(1, budget // min(size, x.shape[1]))  # rows that stay in the cache while all candidates are tried
         for start in range(0, count, chunk):
             part = slice(start, start + chunk)
-            mask = None if sample_valid is None else sample_valid[part]
-            chosen[part] = _widest_bound(sample[part].contiguous(), largest[part], last, mask)
+            sample, weights = _sampled(x[part], size, None if valid is None else valid[part])
+            chosen[part] = _widest_bound(sample, largest[part], last, weights)
     scale, _ = _fit(x, target, chosen, last, valid)
     quantizer.lower.copy_(-chosen.flatten())
     quantizer.upper.copy_(chosen.flatten())
@@ -50,38 +50,62 @@ def start_from_weight(quantizer: WeightQuantizer, weight: Tensor, init: str) -> 
     quantizer.finish()
 
 
-def _widest_bound(x: Tensor, largest: Tensor, last: int, valid: Tensor | None) -> Tensor:
+def _sampled(x: Tensor, size: int, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Columns for an estimate of sums over rows, and their weights: the largest values of each row, which decide over its
+    bounds, all of them, and a sample of the others."""
+    columns = x.shape[1]
+    if columns <= size:
+        return x.contiguous(), weights
+    order = x.abs().topk(size // _TOP).indices
+    rest = torch.ones_like(x) if weights is None else weights.clone()
+    large, large_weights = x.gather(1, order), rest.gather(1, order)
+    rest.scatter_(1, order, 0.0)
+    chosen = spread(columns, size - order.shape[1], x.device)
+    return torch.cat([large, x[:, chosen]], 1), torch.cat([large_weights, rest[:, chosen] * (columns / len(chosen))], 1)
+
+
+def spread(count: int, number: int, device: torch.device) -> Tensor:
+    """Indices below `count`, one at random in each of `number` equal parts: all alike likely, always the same ones."""
+    if number >= count:
+        return torch.arange(count, device=device)
+    places = torch.rand(number, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    indices = places.add_(torch.arange(number)).mul_(count / number).long().clamp_(max=count - 1)
+    return indices.to(device)
+
+
+def _widest_bound(x: Tensor, largest: Tensor, last: int, weights: Tensor | None) -> Tensor:
     """The widest bound of each row, shape (rows, 1), whose squared error is within TOLERANCE of the smallest."""
     shrink = torch.logspace(0, -1.5, _CANDIDATES, device=x.device)
-    errors = torch.cat([_fit(x, x, factor * largest, last, valid)[1] for factor in shrink], 1)
+    errors = torch.cat([_fit(x, x, factor * largest, last, weights)[1] for factor in shrink], 1)
     best = errors.amin(1, keepdim=True)
     widest = (errors <= best * (1 + TOLERANCE)).int().argmax(1)
     return shrink[widest, None] * largest
 
 
-def _fit(x: Tensor, target: Tensor, bound: Tensor, last: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fit(x: Tensor, target: Tensor, bound: Tensor, last: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """Least-squares scale of the codes of `x` against `target`, and the squared error; per row, shape (rows, 1)."""
     code = (x + bound).mul_(last / (2 * bound)).clamp_(0, last)
     code = round_half_down_(code).mul_(2 / last).sub_(1)
-    if valid is not None:
-        code, target = code.mul_(valid), target * valid
-    scale = (code * target).sum(1, keepdim=True) / code.square().sum(1, keepdim=True)
-    return scale, (target - scale * code).square_().sum(1, keepdim=True)
+    weighted = code if weights is None else code * weights
+    scale = (weighted * target).sum(1, keepdim=True) / (weighted * code).sum(1, keepdim=True)
+    errors = (target - scale * code).square_()
+    return scale, (errors if weights is None else errors.mul_(weights)).sum(1, keepdim=True)
 
 
 def activation_bounds(centers: Tensor, counts: Tensor, low: float, high: float, bits: int) -> tuple[float, float]:
-    """Bounds of the smallest squared error for inputs with this histogram.
+    """Bounds of the smallest squared error for inputs with these histograms: the smallest product of their errors.
 
     Args:
-        centers, counts: float64, shape (bins,).
+        centers: float64, shape (bins,).
+        counts: float64, shape (histograms, bins).
         low, high: the smallest and largest value seen.
 
     Returns:
         lower, upper: lower is 0 where `low` is not negative, else below 0, with 0 inside the bounds.
     """
     last = levels(bits)
-    seen = counts > 0
-    centers, counts = centers[seen], counts[seen]
+    seen = counts.sum(0) > 0
+    centers, counts = centers[seen], counts[:, seen]
     shrink = torch.logspace(0, -1.5, _CANDIDATES, device=centers.device, dtype=torch.float64)
     upper = max(high, 0.0) * shrink
     lower = torch.zeros_like(upper)
@@ -91,7 +115,9 @@ def activation_bounds(centers: Tensor, counts: Tensor, low: float, high: float, 
     step = ((upper - lower) / last)[:, None]
     zero_point = (-lower[:, None] / step).round()
     code = round_half_down_(centers / step + zero_point).clamp_(0, last)
-    errors = ((code - zero_point) * step - centers).square_().mul_(counts).sum(1)
+    noise = ((code - zero_point) * step - centers).square_()
+    errors = noise @ counts.T
+    errors = errors.clamp_min(1e-9 * errors.max()).log().mean(1).exp()
     close = errors <= errors.min() * (1 + TOLERANCE)
     widest = torch.where(close, upper - lower, -1.0).argmax()
     return float(lower[widest]), float(upper[widest])

@@ -16,6 +16,7 @@ from ..errors import ModelError
 from ..model.batch import examples_in, run
 from ..model.guards import ORDER
 from ..model.roles import largest_weight, weight_modules
+from ..nn.init import spread
 from ..nn.layers import QuantizedLayer, evaluating, layer_input, replaced_forwards
 from ..nn.packed import daq_layers
 from ..nn.quantizers import Quantizer, is_shard, wide
@@ -251,7 +252,7 @@ def _squares(values: Tensor) -> float:
 
 
 def _sample(rows: Tensor) -> Tensor:
-    return rows[:, :: max(1, rows.shape[1] // _SAMPLES)]
+    return rows[:, spread(rows.shape[1], _SAMPLES, rows.device)]
 
 
 def _distinct(rows: Tensor) -> int:

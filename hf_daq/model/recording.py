@@ -1,0 +1,88 @@
+"""What goes through a model from outside: its calls, whichever module they start at, and the mask of their tokens."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..nn.layers import quantized_layers
+from .batch import Call, Calls, examples_in
+
+
+class Recorder:
+    """Hooks on all modules of a model, until `remove`.
+
+    mask: the attention mask in force, shape (batch, tokens), None without one. calls: a copy of the last call of each
+        module that was called from outside of the model and has quantized layers, for `run`.
+    """
+
+    def __init__(self, model: nn.Module, keep_calls: bool) -> None:
+        self.mask: Tensor | None = None
+        self._last: dict[nn.Module, Call] = {}
+        self._open: list[Tensor | None] = []  # the masks of the modules around
+        self._hooks = []
+        for module in model.modules():
+            keep = keep_calls and bool(quantized_layers(module))
+            before = self._before(keep, _mask_position(module))
+            self._hooks += [
+                module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+                module.register_forward_hook(self._after, always_call=True),
+            ]
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def calls(self) -> Calls:
+        return Calls(self._last.values())
+
+    def _before(self, keep: bool, position: int | None) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if keep and not self._open and examples_in((*args, *kwargs.values())) > 0 and not _continues(args, kwargs):
+                self._last.pop(module, None)
+                self._last[module] = Call(_copied(args), _copied(kwargs), module)
+            self._open.append(self.mask)
+            if position is not None:
+                found = args[position] if 0 <= position < len(args) else kwargs.get("attention_mask")
+                if found is None or (isinstance(found, Tensor) and found.ndim == 2):
+                    self.mask = found if found is not None and not found.is_floating_point() else None
+
+        return hook
+
+    def _after(self, *_: Any) -> None:
+        self.mask = self._open.pop()
+
+    def attended(self, x: Tensor) -> Tensor:
+        """The inputs of a layer without those of padding tokens."""
+        mask = self.mask
+        if mask is None or x.ndim != 3 or mask.shape != x.shape[:2]:
+            return x
+        return x[mask.to(x.device) > 0]
+
+
+def _mask_position(module: nn.Module) -> int | None:
+    """Where the module takes an attention mask: the position, -1 if it never does; None if masks are not its concern."""
+    names = list(inspect.signature(module.forward).parameters)
+    if "attention_mask" in names:
+        return names.index("attention_mask")
+    return -1 if "pixel_values" in names else None
+
+
+def _continues(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the call has a key-value cache with tokens in it, which are too many to copy at every step."""
+    values = pytree.tree_leaves((args, kwargs), is_leaf=lambda value: hasattr(value, "get_seq_length"))
+    return any(hasattr(value, "get_seq_length") and value.get_seq_length() > 0 for value in values)
+
+
+def _copied(value: Any) -> Any:
+    """A copy that the model cannot change, as it does with key-value caches, and no loader writes over."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    return type(value)(_copied(item) for item in value) if type(value) in (list, tuple) else copy.deepcopy(value)

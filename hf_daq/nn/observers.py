@@ -1,0 +1,183 @@
+"""What calibration sees of a layer: statistics of all its inputs, and a bounded random sample of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.layers import Conv2dSame
+from timm.layers.padding import pad_same
+from torch import Tensor, nn
+
+_BINS = 8192
+_SMALLEST_EXPONENT = -126
+_SAMPLE_VALUES, _SAMPLE_ROWS = 2**22, 1024
+
+
+def all_reduce(tensor: Tensor, operation: Any) -> None:
+    """Reduce over all ranks in place; nothing to do in a process that is alone."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor, operation)
+
+
+class Statistics:
+    """Count, range and moments of values, and a histogram over [-2**k, 2**k) that grows with them. Every value counts."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.exponent = _SMALLEST_EXPONENT
+        self.extremes = torch.full((2,), -math.inf, device=device)  # -min, max
+        self.sums = torch.zeros(3, device=device, dtype=torch.float64)  # count, sum, sum of squares
+        self.histogram = torch.zeros(_BINS, device=device, dtype=torch.float64)
+
+    def add(self, values: Tensor) -> None:
+        x = values.float().flatten()
+        low, high = x.aminmax()
+        self.extremes = torch.maximum(self.extremes, torch.stack([-low, high]))
+        total, squares = x.sum(dtype=torch.float64), torch.linalg.vector_norm(x, dtype=torch.float64).square()
+        self.sums += torch.stack([total.new_tensor(x.numel()), total, squares])
+        largest = float(torch.maximum(-low, high))
+        if math.isfinite(largest):
+            self.grow(math.frexp(largest)[1] if largest > 0 else _SMALLEST_EXPONENT)
+            edge = 2.0**self.exponent
+            self.histogram += torch.histc(x, _BINS, -edge, edge)
+
+    @property
+    def count(self) -> int:
+        return int(self.sums[0])
+
+    @property
+    def squares(self) -> float:
+        """Sum of squares."""
+        return float(self.sums[2])
+
+    @property
+    def low(self) -> float:
+        return -float(self.extremes[0])
+
+    @property
+    def high(self) -> float:
+        return float(self.extremes[1])
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation."""
+        count, total, squares = self.sums.tolist()
+        return math.sqrt(max(squares / count - (total / count) ** 2, 0.0))
+
+    def grow(self, exponent: int) -> None:
+        """Widen the range to [-2**exponent, 2**exponent), merging bins in pairs around the middle."""
+        if not self.histogram.any():
+            self.exponent = max(self.exponent, exponent)
+        while self.exponent < exponent:
+            merged = self.histogram.view(-1, 2).sum(1)
+            self.histogram = F.pad(merged, (_BINS // 4, _BINS // 4))
+            self.exponent += 1
+
+    def centers(self) -> Tensor:
+        edge = 2.0**self.exponent
+        steps = torch.arange(_BINS, device=self.histogram.device, dtype=torch.float64) + 0.5
+        return steps.mul_(2 * edge / _BINS).sub_(edge)
+
+    def weighted(self, values: Tensor, weights: Tensor) -> Tensor:
+        """A histogram of the same range, of other values with weights, over all ranks."""
+        edge = 2.0**self.exponent
+        places = (values.double() + edge).mul_(_BINS / (2 * edge)).long().clamp_(0, _BINS - 1)
+        histogram = torch.zeros_like(self.histogram).index_add_(0, places.flatten(), weights.flatten())
+        all_reduce(histogram, dist.ReduceOp.SUM)
+        return histogram
+
+    def reduce(self) -> None:
+        """Join the statistics of all ranks."""
+        exponent = torch.tensor(self.exponent, device=self.sums.device)
+        all_reduce(exponent, dist.ReduceOp.MAX)
+        self.grow(int(exponent))
+        all_reduce(self.extremes, dist.ReduceOp.MAX)
+        all_reduce(self.sums, dist.ReduceOp.SUM)
+        all_reduce(self.histogram, dist.ReduceOp.SUM)
+
+
+class InputSample:
+    """A random sample, without replacement, of what gives one position of a layer's output: the row of a token, or the
+    patch under the kernel of a convolution. Memory is bounded whatever comes; few inputs are kept whole.
+
+    rows: shape (positions, in) or (positions, in, height, width of the kernel), in the dtype of the inputs. seen: of how
+        many positions.
+    """
+
+    def __init__(self, layer: Any, shape: tuple[int, ...]) -> None:
+        self.layer, self.seen = layer, 0
+        self.convolution = isinstance(layer, nn.Conv2d)
+        width = layer.in_channels * math.prod(layer.kernel_size) if self.convolution else shape[1]
+        self.limit = max(_SAMPLE_ROWS, _SAMPLE_VALUES // max(width, shape[0]))
+        self.generator = torch.Generator().manual_seed(0)
+        self.keys = torch.empty(0)
+        kernel = layer.kernel_size if self.convolution else ()
+        columns = layer.in_channels if self.convolution else shape[1]
+        self.rows = layer.weight.detach().new_empty(0, columns, *kernel)
+
+    @property
+    def share(self) -> float:
+        """How many positions each one of the sample stands for."""
+        return self.seen / max(len(self.keys), 1)
+
+    def add(self, x: Tensor) -> None:
+        """Every position draws a number; those with the smallest numbers stay."""
+        if self.convolution:
+            x = _padded(self.layer, x if x.ndim == 4 else x[None])
+        count = math.prod(self._grid(x))
+        self.seen += count
+        keys = torch.rand(count, generator=self.generator)
+        chosen = keys.topk(self.limit, largest=False).indices if count > self.limit else torch.arange(count)
+        if len(self.keys) == self.limit:
+            chosen = chosen[keys[chosen] < self.keys.max()]
+        rows, keys = self._rows(x, chosen.to(x.device)), keys[chosen]
+        if len(self.keys):
+            rows, keys = torch.cat([self.rows, rows]), torch.cat([self.keys, keys])
+        if len(keys) > self.limit:
+            kept = keys.topk(self.limit, largest=False).indices
+            rows, keys = rows[kept.to(x.device)], keys[kept]
+        self.rows, self.keys = rows, keys
+
+    def _grid(self, x: Tensor) -> tuple[int, ...]:
+        """How many positions each dimension has; of padded images."""
+        if not self.convolution:
+            return tuple(x.shape[:-1])
+        sizes = zip(x.shape[2:], self.layer.kernel_size, self.layer.stride, self.layer.dilation, strict=True)
+        return (
+            len(x),
+            *((size - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, dilation in sizes),
+        )
+
+    def _rows(self, x: Tensor, chosen: Tensor) -> Tensor:
+        if not self.convolution:
+            return x.reshape(-1, x.shape[-1])[chosen]
+        layer = self.layer
+        image, top, left = torch.unravel_index(chosen, self._grid(x))
+        (height, width), (down, right), (step_down, step_right) = layer.kernel_size, layer.stride, layer.dilation
+        rows = (top * down)[:, None] + step_down * torch.arange(height, device=x.device)
+        columns = (left * right)[:, None] + step_right * torch.arange(width, device=x.device)
+        return x[image[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+    def reach(self, weight: Tensor) -> Tensor:
+        """By what factor the energy of noise in each column of `rows` comes out of the layer: of the shape of a row."""
+        squares = weight.double().square()
+        if not self.convolution:
+            return squares.sum(0)
+        return squares.view(self.layer.groups, -1, *squares.shape[1:]).sum(1).flatten(0, 1)
+
+    def output(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """The layer's output at these positions for a weight as from `float_weight`, without a bias: (positions, out)."""
+        if not self.convolution:
+            return F.linear(rows, weight.to(rows.dtype))
+        return F.conv2d(rows, weight.to(rows.dtype), groups=self.layer.groups).flatten(1)
+
+
+def _padded(layer: Any, x: Tensor) -> Tensor:
+    """The images with the padding the convolution gives them."""
+    if isinstance(layer, Conv2dSame) or getattr(layer, "same_pad", False):
+        x = pad_same(x, layer.kernel_size, layer.stride, layer.dilation)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(x, layer._reversed_padding_repeated_twice, mode)
