@@ -21,7 +21,7 @@ from .model.batch import Calls
 from .model.guards import ORDER, processes, refuse_wrapped
 from .model.recording import Recorder
 from .nn.init import activation_bounds, start_from_weight
-from .nn.layers import QuantizedLayer, evaluating, quantized_layers
+from .nn.layers import QuantizedLayer, evaluating, layer_input, quantized_layers
 from .nn.matching import OutputMatch, usual_weights
 from .nn.observers import InputSample, Statistics, all_reduce
 from .nn.quantizers import ActivationQuantizer, WeightQuantizer, is_shard
@@ -100,7 +100,7 @@ class _Observer:
         self.sample = InputSample(layer, layer.weight_shape())
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        x = (*args, *kwargs.values())[0].detach().to(self.statistics.sums.device)
+        x = layer_input(args, kwargs).detach().to(self.statistics.sums.device)
         x = self.recorder.attended(x)
         if x.numel() > 0:
             self.statistics.add(x)

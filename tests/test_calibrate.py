@@ -4,15 +4,19 @@ import copy
 import math
 
 import pytest
+import timm
 import torch
+import transformers
 from models import images, small_net, small_timm
+from text_models import tiny_bert
 from torch import nn
 
 import hf_daq
 from hf_daq import DaqConfig
 from hf_daq.errors import CalibrationError, ModelError
+from hf_daq.model.recording import Recorder
 from hf_daq.nn.layers import quantized_layers
-from hf_daq.nn.observers import Statistics
+from hf_daq.nn.observers import InputSample, Statistics
 
 
 def quantizer_values(model):
@@ -201,3 +205,178 @@ def test_calibration_ends_with_a_health_check_on_its_last_batch(caplog, call):
             call(model, torch.ones(64, 8))
         found = [record.getMessage() for record in caplog.records if record.name == "hf_daq"]
         assert sum("layer '0': its inputs use 1 of 16 codes" in message for message in found) == expected
+
+
+def layouts(channel, width, layout):
+    """Inputs of which one channel is 20 times larger, and a network whose layer "0" takes them."""
+    torch.manual_seed(0)
+    if layout == "rows":
+        x = torch.randn(2**21 // width, width)
+        x[:, channel] *= 20
+        return nn.Linear(width, 16), x
+    x = torch.randn(4, width, 16, 2**15 // width)
+    x[:, channel] *= 20
+    x = x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
+    return nn.Conv2d(width, 16, 1), x
+
+
+@pytest.mark.parametrize("width", [256, 768, 1000])
+@pytest.mark.parametrize("layout", ["rows", "channels_first", "channels_last"])
+def test_every_input_channel_is_seen(width, layout):
+    errors = []
+    for channel in (0, 1, width // 2):
+        layer, x = layouts(channel, width, layout)
+        want = layer(x).detach()
+        model = calibrated(nn.Sequential(layer), [x], bits=8, first_last_bits=8, weight_granularity="channel")
+        errors.append(float((model(x).detach() - want).norm() / want.norm()))
+    assert max(errors) < 1.2 * min(errors)
+
+
+@pytest.mark.parametrize("config", [{}, {"weight_granularity": "channel"}, {"group_size": 2304}])
+@pytest.mark.parametrize("width", [768, 2304, 4096])
+def test_every_column_of_a_weight_is_seen(config, width):
+    errors = []
+    for column in (0, 1, width // 2):
+        torch.manual_seed(0)
+        layer = nn.Linear(width, 256 if config else 768)
+        with torch.no_grad():
+            layer.weight[:, column] *= 8
+        quantized = hf_daq.apply_daq(nn.Sequential(layer), weight_bits=8, first_last_bits=8, **config)[0]
+        weight = layer.weight.detach()
+        errors.append(float((quantized.quantized_weight().detach() - weight).norm() / weight.norm()))
+    assert max(errors) < 1.2 * min(errors)
+
+
+def whole(model, x):
+    model(x)
+
+
+def parts(model, x):
+    model.forward_head(model.forward_features(x))
+
+
+@pytest.mark.parametrize("call", [whole, parts])
+def test_whatever_runs_the_layers_calibrates_them(call, caplog):
+    x = images(2, 160)
+    want = quantizer_values(calibrated(small_timm("test_vit"), [x], bits=8))
+    model = hf_daq.apply_daq(small_timm("test_vit"), bits=8)
+    with hf_daq.calibrate(model):
+        call(model, x)
+    assert all(torch.equal(value, want[name]) for name, value in quantizer_values(model).items())
+    assert not caplog.records
+
+
+def test_generate_calibrates_and_no_filled_cache_is_kept(caplog):
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=44
+        )
+    ).eval()
+    hf_daq.apply_daq(model, weight_bits=8, activation_bits=8)
+    prompt = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(0))
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with hf_daq.calibrate(model):
+        model.generate(prompt, **options)
+    recorder = Recorder(model, keep_calls=True)
+    model.generate(prompt, **options)
+    recorder.remove()
+    (call,) = recorder.calls
+    assert call.kwargs["input_ids"].shape == (2, 7)
+    assert all(value.isfinite().all() for value in quantizer_values(model).values())
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("position", ["keyword", "positional"])
+def test_padding_tokens_do_not_count(position):
+    torch.manual_seed(0)
+    tokens = torch.randint(3, 50, (4, 7))
+    padded = torch.cat([tokens, torch.zeros(4, 5, dtype=torch.int64)], 1)
+    mask = (padded > 0).long()
+    models = [hf_daq.apply_daq(tiny_bert(), bits=8) for _ in range(2)]
+    with hf_daq.calibrate(models[0], check=False):
+        models[0](tokens, torch.ones_like(tokens))
+    with hf_daq.calibrate(models[1], check=False):
+        models[1](padded, attention_mask=mask) if position == "keyword" else models[1](padded, mask)
+    want, got = map(quantizer_values, models)
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [512, 4096])
+def test_memory_does_not_grow_with_the_batches(width):
+    layer = nn.Linear(width, 8)
+    sample = InputSample(layer, (8, width))
+    for seed in range(12):
+        sample.add(torch.full((2048, width), float(seed)))
+    assert sample.rows.numel() <= max(2**22, 1024 * width)
+    assert sample.share == 12 * 2048 / len(sample.rows)
+    counts = torch.bincount(sample.rows[:, 0].long(), minlength=12).double()
+    assert (counts / counts.mean() - 1).abs().max() < 0.5
+
+
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        nn.Conv2d(6, 8, 3, padding=1),
+        nn.Conv2d(6, 6, 3, stride=2, padding=(2, 1), dilation=2, groups=3, padding_mode="reflect"),
+        nn.Conv2d(6, 12, (1, 3), padding="same", groups=6, padding_mode="circular"),
+        timm.layers.Conv2dSame(6, 8, 3, stride=2),
+        timm.layers.StdConv2dSame(6, 8, 3, stride=2, padding="same"),
+    ],
+)
+def test_patches_give_the_outputs_of_the_convolution(convolution):
+    x = images(6, 9).view(2, 9, 9, 9)[:, :6]
+    sample = InputSample(convolution, tuple(convolution.weight.shape))
+    sample.add(x)
+    model = hf_daq.apply_daq(nn.Sequential(convolution), weight_bits=8, first_last_bits=8)
+    want = model[0].compute(x, model[0].float_weight(), None).movedim(1, -1).flatten(0, -2)
+    torch.testing.assert_close(sample.output(sample.rows, model[0].float_weight()), want, rtol=1e-5, atol=1e-5)
+
+
+def test_an_image_without_a_batch_dimension_counts_as_a_batch_of_one():
+    image = images(1)[0]
+    one = quantizer_values(calibrated(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), [image], bits=4, first_last_bits=4))
+    torch.manual_seed(0)
+    assert one["0.w_quant.shift"].shape == (4,)
+    for shape in ((3, 16, 16), (1, 3, 16, 16)):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter).sin())
+        got = quantizer_values(calibrated(model, [image.view(shape)], bits=4, first_last_bits=4))
+        one = got if len(shape) == 3 else one
+    assert all(torch.equal(value, one[name]) for name, value in got.items())
+
+
+@pytest.mark.parametrize("order", [(4, 0), (0, 4), (0, 4, 0)])
+def test_empty_batches_change_nothing(order, caplog):
+    want = quantizer_values(calibrated(small_net(), [images()], bits=8))
+    got = quantizer_values(calibrated(small_net(), [images()[:count] for count in order], bits=8))
+    assert all(torch.equal(value, want[name]) for name, value in got.items())
+
+
+@pytest.mark.parametrize("large", [1, 30])
+@pytest.mark.parametrize("bits", [{"weight_bits": 4}, {"weight_bits": 4, "activation_bits": 8}])
+def test_a_few_massive_tokens_do_not_decide_for_the_others(large, bits):
+    """What is written is no worse than leaving it out, at the typical token and over all."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 64), torch.randn(512, 64)
+    x[:4] += large * torch.randn(64)
+    want = layer(x).detach()
+    model = calibrated(nn.Sequential(layer), [x], first_last_bits=None, **bits, rules=[{"pattern": "0", **bits}])
+    errors = (model(x).detach() - want).square().sum(1)
+    with torch.no_grad():
+        model[0].w_quant.shift.zero_()
+    plain = (model(x).detach() - want).square().sum(1)
+    assert errors.median() <= 1.01 * plain.median()
+    assert errors.sum() <= 1.01 * plain.sum()
+
+
+def test_what_is_frozen_stays_frozen():
+    model = calibrated(small_net(), [images()], bits=4)
+    model.conv.w_quant.requires_grad_(False)
+    model.grouped.a_quant.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with hf_daq.calibrate(model):
+        model(images(seed=5))
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before

@@ -295,3 +295,46 @@ def test_models_and_batches_it_cannot_look_at_are_refused():
         health(small_net(), images())
     with pytest.raises(ModelError, match="batch is a NoneType; pass a tensor"):
         health(network(), None)
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_one_channel_a_thousand_times_larger_is_said_and_the_advice_helps(kind, caplog):
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 32), nn.Linear(32, 4)] if kind == "linear" else [nn.Conv2d(64, 32, 3), nn.Conv2d(32, 4, 3)]
+    x = torch.randn(256, 64) if kind == "linear" else torch.randn(4, 64, 8, 8)
+    x[:, 5] *= 1000
+    with torch.no_grad():
+        layers[0].weight[:, 5] /= 1000
+    reference, errors = nn.Sequential(*layers), []
+    want = reference(x).detach()
+    for config in ({}, {"rules": [{"pattern": "0", "skip": True}]}):
+        caplog.clear()
+        model = hf_daq.apply_daq(copy.deepcopy(reference), bits=8, first_last_bits=8, **config)
+        with hf_daq.calibrate(model):
+            model(x)
+        errors.append(float((model(x).detach() - want).norm() / want.norm()))
+        said = [record.getMessage() for record in caplog.records]
+        found = [message for message in said if "'0': 63 of its 64 input channels are lost" in message]
+        assert found if not config else not said
+    assert errors[0] > 0.5
+    assert errors[1] < 0.05
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16])
+def test_a_shift_that_makes_few_positions_exact_is_no_bypass(rows):
+    model = nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 3))
+    hf_daq.apply_daq(model, weight_bits=8, modules_to_not_convert=["1"], first_last_bits=8)
+    x = torch.randn(1, 32).expand(rows, 32)
+    with hf_daq.calibrate(model):
+        model(x)
+    layer = model[0]
+    want = nn.functional.linear(x, layer.weight, layer.bias).detach()
+    with torch.no_grad():
+        layer.w_quant.shift.add_((want - layer(x))[0])
+        torch.testing.assert_close(layer(x), want, rtol=1e-5, atol=1e-6)
+    assert "unquantized-outputs" not in dict(problems(model, x)).values()
+
+
+def test_a_batch_without_examples_is_refused():
+    with pytest.raises(ModelError, match="the batch has no examples"):
+        health(network(), torch.empty(0, 3, 16, 16))

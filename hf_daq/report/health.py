@@ -25,6 +25,7 @@ _CLIPPED = 0.9
 _NEGATIVE = 0.001
 _LOW_SQNR, _BELOW_OTHERS = 2.0, 15.0
 _OTHERS = 3
+_FINE, _LOST = 7, 0.5  # bits from which on hardly a channel of the trained networks was lost
 _VALUES_PER_CODE = 16
 _WIDTH = 160
 
@@ -35,7 +36,7 @@ class Finding:
 
     problem: "not-calibrated", "crossed-bounds", "non-finite-bounds", "non-finite-weights", "non-finite-inputs", "non-finite-outputs",
         "not-reached", "unquantized-weights", "unquantized-inputs", "unquantized-outputs", "dead-weight-codes",
-        "dead-input-codes", "clipped-weights", "clipped-inputs", "negative-inputs" or "low-output-sqnr".
+        "dead-input-codes", "clipped-weights", "clipped-inputs", "outlier-channels", "negative-inputs" or "low-output-sqnr".
     value: the figure, which the message names with its unit.
     message: what it means and what to try.
     """
@@ -226,7 +227,7 @@ def _bypassed(found: Measurement) -> _Found:
             f"{2**found.input_bits}: {again}",
         )
     output, weight = found.output_sqnr, found.weight_sqnr
-    if output is not None and weight is not None and found.energy > 0 and output > max(100.0, weight + 40.0):
+    if output is not None and weight is not None and found.bypassed and output > max(100.0, weight + 40.0):
         yield (
             "unquantized-outputs",
             output,
@@ -262,6 +263,7 @@ def _badly_used(found: Measurement) -> _Found:
             f"its inputs use {used} of {2**found.a_quant.bits} codes: its bounds are too wide or far off; calibrate again "
             f"with more batches like this one, or keep its inputs in float: {_rule(found, 'activation_bits', None)}",
         )
+    yield from _crowded_out(found)
     if clipped > _CLIPPED:
         yield (
             "clipped-inputs",
@@ -276,6 +278,22 @@ def _badly_used(found: Measurement) -> _Found:
             negative,
             f"{negative:.1%} of its inputs are negative, but its quantizer is unsigned and makes them 0, since calibration "
             "saw none: calibrate again with batches like this one",
+        )
+
+
+def _crowded_out(found: Measurement) -> _Found:
+    """Input channels that vanish below half a step of bounds that a few large channels need."""
+    if found.a_quant is None or found.channels is None or found.a_quant.bits < _FINE:
+        return
+    energy, noise = found.channels[:, found.channels[0] > 0]
+    lost = int((noise > 0.5 * energy).sum())
+    if lost > _LOST * len(energy):
+        largest = math.sqrt(float(energy.max() / energy.median()))
+        yield (
+            "outlier-channels",
+            lost / len(energy),
+            f"{lost} of its {len(energy)} input channels are lost in quantization, since its bounds span a channel that is "
+            f"{largest:.0f} times larger than the median one: keep the layer in float: {_rule(found, 'skip', True)}",
         )
 
 

@@ -22,6 +22,7 @@ from ..nn.packed import daq_layers
 from ..nn.quantizers import Quantizer, is_shard, wide
 
 _SAMPLES = 2**16
+_EXACT = 1e-10  # of the energy of the output: -100 dB
 
 
 @torch.no_grad()
@@ -35,6 +36,10 @@ def measure(model: nn.Module, batch: Any = None) -> tuple[list[Measurement], dic
         measured = [Measurement(name, layer) for name, layer in daq_layers(model).items()]
         if batch is not None:
             examples = examples_in(batch)
+            if examples == 0:
+                raise ModelError(
+                    "the batch has no examples: its first tensor has length 0; pass a batch of a few dozen"
+                )
             stack.enter_context(
                 replaced_forwards({found.layer: found.in_float for found in measured if found.in_float})
             )
@@ -87,6 +92,8 @@ class Measurement:
             self.weight_codes
         ) = 0
         self.signal = self.noise = self.energy = 0.0
+        self.bypassed = 0
+        self.channels: Tensor | None = None
         self.weight_lower: float | None = None
         self.weight_upper: float | None = None
         self.weights_clipped: float | None = None
@@ -142,12 +149,25 @@ class Measurement:
         if self.w_quant is not None and not self.bad_weights:
             reference = wide(self._float_output(x))
             self.signal += _squares(reference)
-            self.noise += _squares(reference - wide(output))
+            noise = _squares(reference - wide(output))
+            self.noise += noise
+            self.bypassed += noise < _EXACT * _squares(reference) and self._deviates(x, reference)
+
+    def _deviates(self, x: Tensor, reference: Tensor) -> bool:
+        """Whether what the quantizers give is not this float output, which a shift can match on a few positions."""
+        layer = self.layer
+        bias = layer.w_quant.shifted(layer.bias, self.dtype)
+        expected = layer.compute(x if self.a_quant is None else self.a_quant(x), layer.quantized_weight(), bias)
+        return _squares(reference - wide(expected)) > 100 * _EXACT * _squares(reference)
 
     def _look_at_inputs(self, a_quant: Any, x: Tensor) -> None:
         self.input_counts += torch.bincount(a_quant.codes(x).flatten(), minlength=2**a_quant.bits)
         self.clipped_inputs += int(a_quant.outside(a_quant.positions(x)).count_nonzero())
         self.negative_inputs += int((x < 0).sum())
+        rows = wide(x).movedim(-3 if issubclass(self.layer.float_class, nn.Conv2d) else -1, 0).flatten(1)
+        noise = wide(a_quant(rows)) * a_quant.span - rows
+        energies = torch.stack([rows.square().sum(1), noise.square().sum(1)])
+        self.channels = energies if self.channels is None else self.channels + energies
         self.distinct_inputs = max(self.distinct_inputs, _distinct(a_quant(_sample(x.reshape(1, -1)))))
 
     @property
