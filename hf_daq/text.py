@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
+    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
+
+
+COLUMNS = 80  # of a text whose reader is not known
 
 
 def printable(text: str) -> str:
@@ -40,12 +45,41 @@ def cell(text: str, style: str = "") -> Text:
     return Text(printable(text).replace("\n", " "), style=style)
 
 
+class Name:
+    """The name of a layer, folded at its points."""
+
+    def __init__(self, text: Text) -> None:
+        self.text = text
+
+    def __rich_console__(self, console: Console, options: Any) -> Iterator[Any]:
+        from rich.cells import cell_len
+        from rich.text import Text
+
+        lines = [""]
+        for part in self._parts():
+            if lines[-1] and cell_len(lines[-1] + part) > options.max_width:
+                lines.append("")
+            lines[-1] += part
+        yield Text("\n".join(lines), style=self.text.style, overflow="fold")
+
+    def __rich_measure__(self, console: Console, options: Any) -> Measurement:
+        from rich.cells import cell_len
+        from rich.measure import Measurement
+
+        return Measurement(max(map(cell_len, self._parts()), default=1), max(1, cell_len(self.text.plain)))
+
+    def _parts(self) -> list[str]:
+        return re.findall(r"[^.]*\.?", self.text.plain.replace("\n", " "))
+
+
 def as_text(renderable: RenderableType, width: int = 0) -> str:
-    """Plain text without color, as wide as the content, or `width` wide with long cells folded."""
+    """Plain text without color, as wide as the content, or `width` wide with sentences and names folded; wider if words
+    and figures are."""
     from rich.console import Console
 
     console = Console(file=io.StringIO(), color_system=None, force_terminal=False, legacy_windows=False, width=10_000)
-    console.width = width or console.measure(renderable).maximum
+    measured = console.measure(renderable)
+    console.width = max(width, measured.minimum) if width else measured.maximum
     with console.capture() as capture:
         console.print(renderable)
     return "\n".join(line.rstrip() for line in capture.get().splitlines()).strip("\n")

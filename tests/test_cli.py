@@ -333,6 +333,16 @@ def test_inspect_of_what_is_nothing():
     assert "neither a folder, a file, nor a repository" in run("inspect", "absent", code=1)[1]
 
 
+def test_inspect_of_other_files(tmp_path):
+    for name, message in ("x.onnx", "is an ONNX file: a graph for runtimes"), ("x.bin", "not a whole safetensors file"):
+        (tmp_path / name).write_bytes(b"\x08\x0a\x12\x07pytorch")
+        _, err = run("inspect", tmp_path / name, code=1)
+        assert err.startswith(f"error: {tmp_path / name} ")
+        assert message in err
+        assert "has no config.json" not in err
+    assert f"`netron {tmp_path / 'x.onnx'}`" in run("inspect", tmp_path / "x.onnx", code=1)[1]
+
+
 def evil_folder(path):
     """A checkpoint whose layers have names that a terminal, or rich, would obey."""
     model = small_net()
@@ -379,6 +389,27 @@ def test_terminal_shows_names_and_figures_whole(folders, columns):
         assert name in names
     if columns == 160:
         assert any(re.match(r"bert\.encoder\.layer\.1\.attention\.output\.dense +32x32 +3 +8", line) for line in lines)
+
+
+def test_summary_and_health_in_80_columns(folders, tmp_path):
+    model = hf_daq.from_pretrained(folders / "bert")
+    with torch.no_grad():
+        model.bert.encoder.layer[1].intermediate.dense.a_quant.upper.mul_(1000)
+    hf_daq.save_pretrained(model, tmp_path / "broken", probe={"input_ids": tokens()})
+    shown, code = on_terminal(80, "summary", tmp_path / "broken", "--health")
+    assert code == 1
+    lines = [line.rstrip() for line in re.split(r"[\r\n]+", without_color(shown))]
+    assert max(map(len, lines)) <= 80
+    assert [line for line in lines if re.fullmatch(r"bert\.encoder\.layer\.0\.output\.dense +W3A8( +[\d.-]+){6}", line)]
+    broken = "bert.encoder.layer.1.intermediate.dense: "
+    at = next(i for i, line in enumerate(lines) if line.startswith(broken))
+    assert re.fullmatch(r"[a-z-]+", lines[at].removeprefix(broken))
+    assert lines[at + 1].startswith("  its ")
+    assert [line for line in lines[at + 1 :] if "'bert.encoder.layer.1.intermediate.dense'" in line], (
+        "a name is on one line"
+    )
+    for noise in ("compiling", "CUDA", "Loading", "%|"):
+        assert noise not in shown
 
 
 @pytest.mark.parametrize("columns", [40, 67])
@@ -458,10 +489,12 @@ def test_card(folders, tmp_path):
     assert 'timm.create_model("hf-hub:user/model", pretrained=True)' in card.read_text()
     printed, _ = run("card", folder, "--print", "--repo-id", "user/model")
     assert printed == card.read_text() == run_json("card", folder, "--print", "--repo-id", "user/model")["card"]
+    facts = {"path": str(card), "facts": json.loads(json.dumps(run_json("inspect", folder)["facts"]))}
+    assert facts["facts"]["base_model"] == "timm/test_resnet"
     card.write_text(card.read_text() + "Mine.\n")
     assert "was edited, so it is not replaced" in run("card", folder, code=1)[1]
     assert card.read_text().endswith("Mine.\n")
-    assert run_json("card", folder, "--overwrite") == {"path": str(card)}
+    assert run_json("card", folder, "--overwrite") == facts
     assert "Mine." not in card.read_text()
 
 
@@ -597,12 +630,48 @@ def test_export_onnx(folders, tmp_path):
     assert found["path"] == str(tmp_path / "model.onnx")
     assert found["bytes"] == (tmp_path / "model.onnx").stat().st_size
     assert found["runtimes"]["onnxruntime"]["top1"] == 1.0
+    probe = folders / "probed" / "probe.safetensors"
+    assert found["compared_on"] == str(probe)
     text, _ = run(
         *("export", folders / "timm", tmp_path / "ov.onnx", "--to", "onnx", "--runtime", "openvino"),
         *("--inputs", folders / "images.safetensors"),
     )
     assert text.startswith(f"{tmp_path / 'ov.onnx'}: ")
+    assert "--inputs FILE" not in text
     assert (tmp_path / "ov.onnx").read_bytes() != (tmp_path / "model.onnx").read_bytes()
+
+
+def test_commands_do_not_compile_and_say_nothing_but_their_result(folders, tmp_path):
+    """In processes of their own, with tensors that are large enough for compiled kernels, and a CUDA_HOME."""
+    save_file({"x": images(64, 64)}, tmp_path / "many.safetensors")
+    environment = os.environ | {"CUDA_HOME": str(tmp_path)}
+    environment.pop("HF_DAQ_COMPILE", None)
+    args = ["pack", folders / "timm", tmp_path / "packed", "--probe", tmp_path / "many.safetensors"]
+    command = [*COMMAND, *map(str, args)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.count("\n") == 1
+
+
+def test_models_that_no_library_builds_name_the_python_call(tmp_path):
+    model = hf_daq.apply_daq(small_net(), weight_bits=3)
+    hf_daq.save_pretrained(model, tmp_path / "own")
+    hf_daq.save_pretrained(model, tmp_path / "own_packed", packed=True)
+    opened = f"In Python: model = hf_daq.from_pretrained({str(tmp_path / 'own')!r}, model=SmallNet(...)); "
+    out = str(tmp_path / "out")
+    for args, then in (
+        (("summary",), "print(hf_daq.summary(model, inputs))"),
+        (("pack", out), f"hf_daq.save_pretrained(model, {out!r}, packed=True)"),
+        (("export", out, "--to", "onnx"), f"hf_daq.export_onnx(model, {out!r}, inputs)"),
+        (("export", out, "--to", "compressed-tensors"), f"hf_daq.export_compressed_tensors(model, {out!r}, inputs)"),
+    ):
+        _, err = run(args[0], tmp_path / "own", *args[1:], code=1)
+        assert "a SmallNet, a model of neither timm nor transformers" in err
+        assert err.endswith(f"{opened}{then}\n")
+    _, err = run("unpack", tmp_path / "own_packed", out, code=1)
+    assert f"hf_daq.unpack(model); hf_daq.save_pretrained(model, {out!r}, packed=False)" in err
+    same = hf_daq.from_pretrained(tmp_path / "own", model=small_net())
+    assert "conv" in str(hf_daq.summary(same, images())), "what the message says works"
 
 
 def test_export_needs_inputs(folders, tmp_path):
@@ -619,6 +688,11 @@ def test_export_compressed_tensors(folders, tmp_path):
     assert list(found["containers"].values()) == [13]
     assert found["agreement"] == 1.0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "vocab.txt"}
+    assert found["compared_on"] == str(folders / "tokens.safetensors")
+    folder = shutil.copytree(folders / "bert", tmp_path / "probed")
+    probe = shutil.copy(folders / "tokens.safetensors", folder / "probe.safetensors")
+    text, _ = run("export", folder, tmp_path / "again", "--to", "compressed-tensors")
+    assert text.endswith(f"with the inputs in {probe}; --inputs FILE takes others\n")
 
 
 # ------------------------------------------------------------------------------------------------------- summary
@@ -633,6 +707,9 @@ def test_summary_and_health(folders):
     text, _ = run("summary", folders / "probed", "--health")
     assert "no findings in 14 quantized layers" in text
     assert "layer2.0.downsample.1" in text
+    assert f"with the inputs in {folders / 'probed' / 'probe.safetensors'}; --inputs FILE takes others" in text
+    assert "48x32x1x1" not in text
+    assert "48x32x1x1" in run("summary", folders / "timm", "--wide")[0]
     assert run_json("summary", folders / "timm")["totals"]["macs"] is None
     assert "--health needs real inputs" in run("summary", folders / "timm", "--health", code=1)[1]
 

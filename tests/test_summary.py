@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import re
 import sys
 
 import numpy as np
@@ -362,7 +363,7 @@ def test_the_text_is_whole_and_names_are_no_markup():
         dataclasses.replace(found.layers[0], name=name),
         dataclasses.replace(found.layers[1], name="a\x1b[31m\nb"),
     ]
-    text = str(dataclasses.replace(found, layers=layers + found.layers[2:]))
+    text = dataclasses.replace(found, layers=layers + found.layers[2:]).to_text(wide=True)
     assert name in text
     assert "a[31m b" in text
     assert "…" not in text
@@ -373,13 +374,65 @@ def test_the_text_is_whole_and_names_are_no_markup():
     assert "MB in float" in lines[-2]
 
 
-def test_rich_prints_it_in_160_columns():
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(summary(quantized_timm(), images(2, 64)))
-    text = console.export_text()
-    assert "…" not in text
+def folded_name(lines):
+    """A name that stands in the first cells of some lines."""
+    return "".join(line.split()[0] for line in lines if line.strip())
+
+
+def test_the_text_has_what_matters_in_80_columns():
+    found = summary(quantized_timm(), images(2, 64))
+    lines = str(found).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert " ".join(f"{lines[0]} {lines[1]}".split()) == (
+        "clip clip SQNR SQNR packed MACs layer bits W % A % W dB out dB kB 10^6"
+    )
+    rows = {line.split()[0]: line.split()[1:] for line in lines[3 : 3 + len(found.layers) + len(found.kept)]}
+    for layer in found.layers:
+        shares = [f"{100 * value:.1f}" for value in (layer.weights_clipped, layer.inputs_clipped)]
+        noise = [f"{value:.1f}" for value in (layer.weight_sqnr, layer.output_sqnr)]
+        rest = [f"{layer.bytes / 1e3:,.1f}", f"{layer.macs / 1e6:,.2f}"]
+        assert rows[layer.name] == ["W3A3", *shares, *noise, *rest]
+    assert rows["fc"] == ["float", *"----", "3.8", "0.00"]
+
+
+def test_long_names_fold_at_points_and_figures_stay_whole():
+    model = hf_daq.apply_daq(tiny_bert(), weight_bits=3, activation_bits=8)
+    with hf_daq.calibrate(model):
+        model(tokens())
+    found = summary(model, {"input_ids": tokens()})
+    lines = [f"{line} " for line in str(found).splitlines()]
+    assert max(map(len, lines)) <= 81
+    start = next(i for i, line in enumerate(lines) if line.startswith("bert.encoder.layer.0.attention. "))
+    assert folded_name(lines[start : start + 2]) == "bert.encoder.layer.0.attention.self.query"
+    assert lines[start].split()[1] == "W3A8"
+    text = str(dataclasses.replace(found, layers=[dataclasses.replace(found.layers[0], name="n" * 90)]))
+    assert re.search("n{90} +W3A8 ", text), "a name without points makes the text wider"
+
+
+def test_columns_without_figures_are_left_out():
+    lines = str(summary(calibrated(small_net(), bits=3))).splitlines()
+    assert lines[1].split() == ["layer", "bits", "W", "%", "W", "dB", "kB"]
+    assert "MACs" not in "".join(lines)
+
+
+def test_wide_text_has_all_figures():
+    found = summary(quantized_timm(), images(2, 64))
+    text = found.to_text(wide=True)
     assert max(map(len, text.splitlines())) <= 160
     assert sum("Conv2d" in line for line in text.splitlines()) == 15
+    assert "48x32x3x3" in text
+    assert "lower" in text.splitlines()[0]
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_rich_prints_it_whole(wide):
+    columns = 160 if wide else 80
+    console = Console(width=columns, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    found = summary(quantized_timm(), images(2, 64))
+    console.print(found.to_table(wide=True) if wide else found)
+    text = console.export_text()
+    assert "…" not in text
+    assert [line.rstrip() for line in text.splitlines()] == found.to_text(wide).splitlines()
     console.file.close()
 
 

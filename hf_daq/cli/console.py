@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -12,14 +11,12 @@ from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from typing import Any
 
-from rich.cells import cell_len
 from rich.console import Console, Group
-from rich.measure import Measurement
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from ..text import plain, printable
+from ..text import Name, plain, printable
 
 _WIDEST = 100_000  # columns
 
@@ -33,27 +30,6 @@ class _Printable:
     def __rich_console__(self, console: Console, options: Any) -> Iterator[Segment]:
         for segment in console.render(self.renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
-
-
-class _Name:
-    """The name of a layer, folded at its points."""
-
-    def __init__(self, text: Text) -> None:
-        self.text = text
-
-    def __rich_console__(self, console: Console, options: Any) -> Iterator[Any]:
-        lines = [""]
-        for part in self._parts():
-            if lines[-1] and cell_len(lines[-1] + part) > options.max_width:
-                lines.append("")
-            lines[-1] += part
-        yield Text("\n".join(lines), style=self.text.style, overflow="fold")
-
-    def __rich_measure__(self, console: Console, options: Any) -> Measurement:
-        return Measurement(max(map(cell_len, self._parts()), default=1), max(1, cell_len(self.text.plain)))
-
-    def _parts(self) -> list[str]:
-        return re.findall(r"[^.]*\.?", self.text.plain.replace("\n", " "))
 
 
 def show(renderable: Any) -> None:
@@ -87,7 +63,7 @@ def _parts(renderable: Any) -> Iterator[Any]:
 def _folding(table: Table) -> Table:
     """Names fold at their points, sentences between words, and nothing else."""
     names, *others = table.columns
-    names._cells[:] = [_Name(cell) if isinstance(cell, Text) else cell for cell in names.cells]
+    names._cells[:] = [Name(cell) if isinstance(cell, Text) else cell for cell in names.cells]
     for column in others:
         column.overflow = "fold"
         column.no_wrap = not any(" " in str(cell) for cell in column.cells)

@@ -1,4 +1,4 @@
-"""What a command needs beside a model: inputs from a file, and the small files of a checkpoint folder."""
+"""What a command needs: the model, inputs from a file, and the small files of a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -7,17 +7,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from ..checkpoint import from_pretrained
 from ..errors import CheckpointError, ModelError
 from ..files.header import CARD_NAME, CONFIG_NAME
+from ..files.inspect import inspect
 from ..files.weights_file import PROBE_NAME
 from ..model.roles import is_transformers_model
 
 _NOT_COPIED = ("*.safetensors*", "*.onnx", "*.bin", "*.pt", "*.pth", "*.pkl", "trainer_state.json", ".*")
 _OWN = (CONFIG_NAME, CARD_NAME, "generation_config.json")  # which the library writes itself
+
+
+def open_model(folder: Path, then: str) -> nn.Module:
+    """The model of a checkpoint folder, without bars of progress. `then`: what to write in Python where nobody can build it.
+
+    Raises:
+        ModelError: a model of neither timm nor transformers. Others as of `from_pretrained`.
+    """
+    found = inspect(folder)
+    if found.library == "torch":
+        raise ModelError(
+            f"{folder} holds a {found.architecture}, a model of neither timm nor transformers, which the command line cannot "
+            f"build. In Python: model = hf_daq.from_pretrained({str(folder)!r}, model={found.architecture}(...)); {then}"
+        )
+    transformers.logging.disable_progress_bar()  # reading a folder takes a moment
+    return from_pretrained(folder)
 
 
 def read_inputs(model: nn.Module, folder: Path, path: Path | None) -> tuple[Any, Path | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from rich.text import Text
 from ..config import Granularity
 from ..errors import CheckpointError, ExportError, ModelError
 from ..files.inspect import every_layer
-from ..text import printable
+from ..text import plain, printable
 from .console import show, show_json, show_warnings, working
 from .options import Commands, Debug, Folder, Inputs, Json, OutFolder, Revision, Runtime, Target, Version, merged_config
 
@@ -168,15 +169,16 @@ def card_command(
     from ..files.header import CARD_NAME
     from ..files.inspect import inspect
 
+    found = inspect(folder)
     if print_it:
-        text = render(inspect(folder), repo_id)
-        show_json({"card": text}) if as_json else typer.echo(printable(text), nl=False)
+        text = render(found, repo_id)
+        show_json({"card": text, "facts": found.facts.to_dict()}) if as_json else typer.echo(printable(text), nl=False)
         return
     path = folder / CARD_NAME
     if not overwrite and has_edited_card(folder):
         raise CheckpointError(f"{path} was edited, so it is not replaced; --overwrite replaces it")
     write_card(folder, repo_id, overwrite)
-    show_json({"path": path}) if as_json else show(Text(f"wrote {path}"))
+    show_json({"path": path, "facts": found.facts.to_dict()}) if as_json else show(Text(f"wrote {path}"))
 
 
 @app.command("push")
@@ -273,9 +275,10 @@ def _convert(folder: Path, out: Path, packed: bool, probe: Path | None, as_json:
     with working(f"reading {folder}, writing {out}"):
         import hf_daq
 
-        from .inputs import copy_companions, read_inputs
+        from .inputs import copy_companions, open_model, read_inputs
 
-        model = hf_daq.from_pretrained(folder)
+        unpacked = "" if packed else "hf_daq.unpack(model); "
+        model = open_model(folder, f"{unpacked}hf_daq.save_pretrained(model, {str(out)!r}, packed={packed})")
         inputs, source = read_inputs(model, folder, probe)
         if not packed:
             hf_daq.unpack(model)
@@ -332,10 +335,11 @@ def export_command(
     with working(f"exporting {folder} to {out}"):
         import hf_daq
 
-        from .inputs import copy_companions, read_inputs
+        from .inputs import copy_companions, open_model, read_inputs
 
-        model = hf_daq.from_pretrained(folder)
-        batch, _ = read_inputs(model, folder, inputs)
+        function = "export_onnx" if to == "onnx" else "export_compressed_tensors"
+        model = open_model(folder, f"hf_daq.{function}(model, {str(out)!r}, inputs)")
+        batch, source = read_inputs(model, folder, inputs)
         if batch is None:
             raise ExportError(
                 f"real inputs are needed to compare the export with the model, and {folder} has no probe.safetensors; pass "
@@ -347,7 +351,15 @@ def export_command(
         else:
             report = hf_daq.export_compressed_tensors(model, out, batch)
             copy_companions(folder, out)
-    show_json(report) if as_json else show(Text(str(report)))
+    if as_json:
+        show_json(plain(report) | {"compared_on": source})
+    else:
+        show(Text(f"{report}{_taken(inputs, source)}"))
+
+
+def _taken(given: Path | None, source: Path | None) -> str:
+    """A line about inputs that nobody named."""
+    return "" if given or source is None else f"\nwith the inputs in {source}; --inputs FILE takes others"
 
 
 @app.command("summary")
@@ -357,12 +369,15 @@ def summary_command(
     health: Annotated[
         bool, typer.Option("--health", help="Look for broken layers; exit code 1 if there are some.")
     ] = False,
+    wide: Annotated[
+        bool, typer.Option("--wide", help="All figures, in some 150 columns: also shapes, bounds, codes in use.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Show what quantization does to each layer.
 
-    Bits, bounds, clipping, codes in use, noise, bytes, multiply-accumulates. Without inputs some figures are left out.
+    Bits, clipping, noise, bytes, multiply-accumulates; more with --wide. Without inputs some figures are left out.
 
     \b
     hf-daq summary out --inputs images.safetensors --health
@@ -370,10 +385,10 @@ def summary_command(
     with working(f"measuring {folder}"):
         import hf_daq
 
-        from .inputs import read_inputs
+        from .inputs import open_model, read_inputs
 
-        model = hf_daq.from_pretrained(folder)
-        batch, _ = read_inputs(model, folder, inputs)
+        model = open_model(folder, "print(hf_daq.summary(model, inputs))")
+        batch, source = read_inputs(model, folder, inputs)
         if health and batch is None:
             raise ModelError(
                 f"--health needs real inputs, and {folder} has no probe.safetensors; pass --inputs FILE.safetensors"
@@ -383,15 +398,18 @@ def summary_command(
     if as_json:
         show_json(figures.to_dict() | ({} if found is None else {"health": found.to_dict()}))
     else:
-        show(figures)
+        show(figures.to_table(wide))
+        if taken := _taken(inputs, source):
+            show(Text(taken.strip()))
         if found is not None:
-            show(found)
+            show(Group(Text(), found))  # type: ignore[arg-type]
     if found is not None and not found.ok:
         raise typer.Exit(1)
 
 
 def main() -> None:
     """The entry point."""
+    os.environ.setdefault("HF_DAQ_COMPILE", "0")  # compiling takes longer than the few passes of a command
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks

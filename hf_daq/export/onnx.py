@@ -27,6 +27,7 @@ from .onnx_emission import emitting
 from .onnx_exact import check_exact
 from .onnx_verify import RUNTIMES, OnnxRuntime, Report, judge, verify_file
 
+_TALKATIVE = "torch.onnx", "onnxscript", "torch.export", "torch.fx", "torch.utils.cpp_extension"
 _LARGEST_FILE = 2**31 - 2**20
 _CANNOT = (
     "torch.onnx cannot export this model (it must be free of Python branches on values of tensors, and of numpy; "
@@ -232,7 +233,7 @@ def _explained(failure: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "torch.fx")]
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

@@ -150,7 +150,13 @@ def inspect(path_or_repo: str | Path, *, revision: str | None = None, token: str
     """
     path, source = Path(path_or_repo), str(path_or_repo)
     if path.is_file():
-        return describe(source, read_description(path.parent), [read_header(path)])
+        if path.suffix == ".onnx":
+            raise CheckpointError(
+                f"{path} is an ONNX file: a graph for runtimes such as ONNX Runtime, not a checkpoint. `netron {path}` (pip "
+                "install netron) shows its layers; `hf-daq inspect FOLDER` is for the folder that it was exported from"
+            )
+        header = read_header(path)
+        return describe(source, read_description(path.parent), [header])
     if not path.is_dir():
         if not hub.is_repository(source):
             raise CheckpointError(f"{source!r} is neither a folder, a file, nor a repository such as 'user/name'")

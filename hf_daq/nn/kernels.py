@@ -65,6 +65,8 @@ class Kernels:
             return self.function(*tensors, *constants)
 
         _say("compiling quantizers: some seconds now, less the next time; HF_DAQ_COMPILE=0 does without")
+        # Where CUDA_HOME is set without a GPU it would say that there is none.
+        logging.getLogger("torch.utils.cpp_extension").addFilter(_no_cuda)
         try:
             import torch._inductor  # not before it is needed: this takes a second or two
             from torch.fx.experimental.proxy_tensor import make_fx
@@ -83,6 +85,11 @@ class Kernels:
             _say(f"quantizers are not compiled, and slower for it: {reason}")
             return function
         return compiled
+
+
+def _no_cuda(record: logging.LogRecord) -> bool:
+    """False for a remark that there is no GPU."""
+    return "No CUDA runtime" not in record.getMessage()
 
 
 def _say(text: str) -> None:

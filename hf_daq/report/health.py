@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rich import box
-from rich.table import Table
+from rich.console import Group
+from rich.padding import Padding
 from rich.text import Text
 from torch import nn
 
 from ..model.batch import examples_in
-from ..text import as_text, cell, plain
+from ..text import COLUMNS, as_text, cell, plain
 from .measure import Measurement, check_quantized, count_bad, measure
 
 # Chosen so that trained networks pass: those looked at used at least 30 % of their codes at 8 bits and 75 % at up to 4,
@@ -27,7 +27,6 @@ _LOW_SQNR, _BELOW_OTHERS = 2.0, 15.0
 _OTHERS = 3
 _FINE, _LOST = 7, 0.5  # bits from which on hardly a channel of the trained networks was lost
 _VALUES_PER_CODE = 16
-_WIDTH = 160
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Health:
-    """What `health` found. `print(health)` shows it as a table.
+    """What `health` found. `print(health)` shows it as paragraphs.
 
     findings: in the order of `named_modules`. layers: how many were looked at.
     """
@@ -66,22 +65,18 @@ class Health:
         """Plain JSON types; "inf", "-inf" and "nan" are strings."""
         return {"ok": self.ok, **plain(dataclasses.asdict(self))}
 
-    def __rich__(self) -> Table | Text:
+    def __rich__(self) -> Group | Text:
         if self.ok:
             return Text(f"no findings in {self.layers} quantized layers")
-        number = len(self.findings)
-        count = f"{number} finding{'' if number == 1 else 's'} in {self.layers} quantized layers"
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, caption=Text(count), caption_justify="left")
-        table.caption_style = ""
-        table.add_column("layer", overflow="fold", ratio=2)
-        table.add_column("problem", no_wrap=True)
-        table.add_column("what was found, and what to try", overflow="fold", ratio=5)
+        parts: list[Any] = []
         for finding in self.findings:
-            table.add_row(cell(finding.layer), finding.problem, cell(finding.message))
-        return table
+            parts += [Text.assemble(cell(finding.layer, "bold"), ": ", finding.problem, overflow="fold")]
+            parts += [Padding(cell(finding.message), (0, 0, 1, 2), expand=False)]
+        number = len(self.findings)
+        return Group(*parts, Text(f"{number} finding{'' if number == 1 else 's'} in {self.layers} quantized layers"))
 
     def __str__(self) -> str:
-        return as_text(self, _WIDTH)
+        return as_text(self, COLUMNS)
 
 
 def health(model: nn.Module, batch: Any) -> Health:

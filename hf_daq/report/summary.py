@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 from torch import nn
@@ -17,7 +19,7 @@ from ..model.unchanged import check_unchanged
 from ..nn.layers import LAYER_TYPES
 from ..nn.packed import daq_layers
 from ..nn.quantizers import wide
-from ..text import as_text, bits_text, cell, plain, shape_text
+from ..text import COLUMNS, Name, as_text, bits_text, cell, plain, shape_text
 from .measure import Measurement, check_quantized, kept_modules, measure, usable
 
 
@@ -80,7 +82,8 @@ class KeptLayer:
 
 @dataclass(frozen=True)
 class Summary:
-    """What quantization does to a model. `print(summary)` shows it as a table, rich prints it in color.
+    """What quantization does to a model. `print(summary)` shows the figures that matter in 80 columns,
+    `print(summary.to_text(wide=True))` all of them.
 
     layers, kept: quantized layers, and layers with weights that stay in float, in the order of `named_modules`.
     totals: `weights` and `macs`, how many by "W4A4", "W4A32" (inputs in float32) and "float"; `other_parameters`, of
@@ -111,11 +114,19 @@ class Summary:
         names = [field.name for field in dataclasses.fields(LayerSummary)]
         return pandas.DataFrame([dataclasses.asdict(layer) for layer in self.layers], columns=names)
 
-    def __rich__(self) -> Table:
-        return _table(self)
+    def to_table(self, wide: bool = False) -> Group:
+        """For rich: a table of layers and the totals; `wide` with all figures, in some 150 columns."""
+        return Group(_wide_table(self) if wide else _table(self), _totals_text(self.totals, wide))
+
+    def to_text(self, wide: bool = False) -> str:
+        """The same as text: in 80 columns if the figures leave room for it, or as wide as all figures are."""
+        return as_text(self.to_table(wide), 0 if wide else COLUMNS)
+
+    def __rich__(self) -> Group:
+        return self.to_table()
 
     def __str__(self) -> str:
-        return as_text(self)
+        return self.to_text()
 
 
 def summary(model: nn.Module, batch: Any = None) -> Summary:
@@ -123,7 +134,7 @@ def summary(model: nn.Module, batch: Any = None) -> Summary:
 
         print(hf_daq.summary(model, images))
 
-    The model computes in evaluation mode, without gradients, and is left as it was.
+    Printed are the figures that matter; `summary(...).to_text(wide=True)` has all. The model computes in evaluation mode, without gradients, and is left as it was.
 
     Args:
         model: calibrated or packed.
@@ -236,26 +247,43 @@ def _size(tensors: Any) -> int:
 
 # ------------------------------------------------------------------------------------------------------------- printing
 
-_HEADERS = (
-    *("weights", "bits\nW", "bits\nA", "lower\nW", "upper\nW", "lower\nA", "upper\nA", "clip\nW %", "clip\nA %"),
-    *("codes\nW", "codes\nA", "SQNR\nW dB", "SQNR\nout dB", "float\nkB", "packed\nkB", "MACs\n10^6"),
+_HEADERS = ("bits", "clip\nW %", "clip\nA %", "SQNR\nW dB", "SQNR\nout dB", "packed\nkB", "MACs\n10^6")
+_WIDE_HEADERS = (
+    *("type", "shape", "weights", "bits\nW", "bits\nA", "lower\nW", "upper\nW", "lower\nA", "upper\nA"),
+    *("clip\nW %", "clip\nA %", "codes\nW", "codes\nA", "SQNR\nW dB", "SQNR\nout dB", "float\nkB", "packed\nkB"),
+    "MACs\n10^6",
 )
 
 
 def _table(summary: Summary) -> Table:
-    table = Table(
-        *("layer", "type", "shape"),
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-        caption=_caption(summary.totals),
-        caption_justify="left",
-        caption_style="",
-    )
-    table.columns[0].overflow = "fold"
-    for header in _HEADERS:
-        table.add_column(header, justify="right", no_wrap=True)
+    """The columns that matter; those without any figure are left out."""
+    rows = []
+    for layer in summary.layers:
+        rows.append(
+            (
+                f"W{layer.weight_bits}A{layer.activation_bits or 8 * layer.float_bytes // layer.parameters}",
+                *(_cell(value, ".1f", 100) for value in (layer.weights_clipped, layer.inputs_clipped)),
+                *(_cell(value, ".1f") for value in (layer.weight_sqnr, layer.output_sqnr)),
+                _cell(layer.bytes, ",.1f", 1e-3),
+                _cell(layer.macs, ",.2f", 1e-6),
+            )
+        )
+    for kept in summary.kept:
+        rows.append(("float", *"-" * 4, _cell(kept.bytes, ",.1f", 1e-3), _cell(kept.macs, ",.2f", 1e-6)))
+    columns = [
+        (header, cells) for header, cells in zip(_HEADERS, zip(*rows, strict=True), strict=True) if {*cells} != {"-"}
+    ]
+    table = _empty_table([header for header, _ in columns])
+    names = [layer.name for layer in summary.layers] + [layer.name for layer in summary.kept]
+    for name, cells in zip(names, zip(*(cells for _, cells in columns), strict=True), strict=True):
+        table.add_row(Name(cell(name)), *cells)
+    return table
+
+
+def _wide_table(summary: Summary) -> Table:
+    table = _empty_table(_WIDE_HEADERS)
+    for column in table.columns[1:3]:
+        column.justify = "left"
     for layer in summary.layers:
         table.add_row(
             *_first_cells(layer),
@@ -275,16 +303,27 @@ def _table(summary: Summary) -> Table:
     return table
 
 
-def _first_cells(layer: LayerSummary | KeptLayer) -> tuple[Text | str, ...]:
-    return cell(layer.name), cell(layer.kind), shape_text(layer.shape), f"{layer.parameters:,}"
+def _empty_table(headers: Sequence[str]) -> Table:
+    table = Table("layer", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for header in headers:
+        width = max(map(len, header.splitlines()))
+        table.add_column(header, justify="right", no_wrap=True, min_width=width)
+    return table
 
 
-def _caption(totals: dict[str, Any]) -> Text:
+def _first_cells(layer: LayerSummary | KeptLayer) -> tuple[Any, ...]:
+    return Name(cell(layer.name)), cell(layer.kind), shape_text(layer.shape), f"{layer.parameters:,}"
+
+
+def _totals_text(totals: dict[str, Any], wide: bool) -> Text:
     weights = ", ".join(f"{count:,} {bits}" for bits, count in totals["weights"].items() if count)
     before, after = totals["bytes_before"] / 1e6, totals["bytes_after"] / 1e6
+    legend = "W: weights, A: layer inputs; clip: outside of the bounds"
+    legend += "" if totals["macs"] is None else "; MACs: of one example"
+    legend += "; bounds in units of weights and inputs; codes: in use" if wide else ""
     lines = [
         "",
-        "W: weights, A: layer inputs; bounds in their units, clip: outside of them, codes: in use, MACs: of one example",
+        legend,
         f"weights: {weights}; other parameters: {totals['other_parameters']:,}",
         f"size: {before:,.3f} MB in float, {after:,.3f} MB packed, {totals['compression']:.2f} times smaller",
     ]
