@@ -73,7 +73,7 @@ class Plan:
 
         table = plain_table("layer", "type", "weight shape", "W", "A", "why")
         for layer in self.layers:
-            style = "yellow" if layer.unsupported else "dim" if layer.weight_bits is None else ""
+            style = "magenta" if layer.unsupported else "dim" if layer.weight_bits is None else ""
             bits = map(bits_text, (layer.weight_bits, layer.activation_bits))
             add_row(table, style, layer.name, layer.kind, shape_text(layer.shape), *bits, layer.reason)
         return Group(table, cell(self._totals_text()))
