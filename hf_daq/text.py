@@ -108,3 +108,8 @@ def shape_text(shape: tuple[int, ...]) -> str:
 def bits_text(bits: int | None) -> str:
     """A number of bits, or "float"."""
     return "float" if bits is None else str(bits)
+
+
+def width_text(weight_bits: int, activation_bits: int | None) -> str:
+    """ "W4A8"; "W4" where inputs stay in float."""
+    return f"W{weight_bits}" + ("" if activation_bits is None else f"A{activation_bits}")

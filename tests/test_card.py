@@ -1,19 +1,26 @@
 """Model cards say what the files say and what was told, and what a person wrote in them stays."""
 
+import copy
 import json
 import logging
 import re
 
 import huggingface_hub
 import pytest
+import timm
 import torch
+import transformers
 from models import images, small_timm
+from PIL import Image
 from safetensors.torch import load_file
 from text_models import tiny_bert, tokens
 
 import hf_daq
 from hf_daq.errors import CheckpointError
-from hf_daq.files.card import is_edited, write_card
+from hf_daq.files.card import is_edited, render, write_card
+from hf_daq.files.feeding import _sentences, image_facts
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the ONNX exporter
 
 FACTS = hf_daq.CardFacts(
     base_model="timm/test_resnet.r160_in1k",
@@ -95,10 +102,61 @@ def test_nothing_is_invented(model, tmp_path):
 def test_the_lines_of_the_card_load_the_model(model, tmp_path, monkeypatch):
     hf_daq.save_pretrained(model, tmp_path / "PATH")
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "PATH" / "README.md").read_text(), re.DOTALL)
+    photo().save("image.jpg")
+    code, run = re.findall(r"```python\n(.*?)```", (tmp_path / "PATH" / "README.md").read_text(), re.DOTALL)
     scope = {}
     exec(code, scope)
     assert torch.equal(scope["model"](images(1, 64)), model.eval()(images(1, 64)))
+    exec(run, scope)
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    want = model(transform(Image.open("image.jpg"))[None]).softmax(1)[0]
+    assert torch.equal(scope["probabilities"], want)
+
+
+def photo():
+    pixels = torch.randint(0, 256, (12, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Image.fromarray(pixels.numpy()).resize((320, 240), Image.Resampling.BICUBIC)
+
+
+def test_the_card_says_how_images_are_fed(model, tmp_path):
+    model = copy.deepcopy(model)
+    names = [f"kind {number}" for number in range(model.num_classes)]
+    model.pretrained_cfg = (
+        model.pretrained_cfg
+        | {
+            "num_classes": model.num_classes,  # else timm leaves the labels out
+            "label_names": [*names[:2], "a`b"],
+            "crop_mode": 3,
+            "std": [0.5, "x", 1],
+        }
+    )
+    hf_daq.save_pretrained(model, tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    size, crop = model.pretrained_cfg["input_size"], model.pretrained_cfg["crop_pct"]
+    assert "RGB, {} x {} x {} (channels, height, width)".format(*size) in text
+    assert f"resized with `bilinear`, `crop_pct={crop:g}`, crop `center`" in text
+    assert "over the std" not in text
+    assert "`kind 0`, `kind 1`, `a'b`" in text
+    many = " ".join(_sentences({"label_names": [*names, "one", "more"]}))
+    assert f"`kind 9` and so on, {len(names) + 2} in all" in many
+    assert image_facts("nothing") == {}
+
+
+def test_images_through_an_onnx_file_beside_the_card(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ort = pytest.importorskip("onnxruntime")
+    photo().save("image.jpg")
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    x = transform(Image.open("image.jpg"))[None]
+    hf_daq.save_pretrained(model, tmp_path)
+    hf_daq.export_onnx(model, "model.onnx", x.repeat(2, 1, 1, 1), verify=False)
+    write_card(tmp_path)
+    *_, code = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL)
+    scope = {}
+    exec(code, scope)
+    assert (scope["x"].transpose(2, 0, 1) - x[0].numpy()).std() < 0.01  # of one
+    want = ort.InferenceSession("model.onnx").run(None, {scope["source"].name: x.numpy()})[0]
+    assert abs(scope["logits"] - want).max() < 0.2 * want.std()
 
 
 @pytest.mark.parametrize(
@@ -113,11 +171,40 @@ def test_cards_of_transformers_models(tmp_path, monkeypatch, packed, without):
     text = (tmp_path / "PATH" / "README.md").read_text()
     assert without in text
     assert card(tmp_path / "PATH").data.pipeline_tag == "text-classification"
-    assert "W2A32" in text
+    assert "with weights of a few bits (W2: bits of weights (W); inputs stay in float)" in text
+    assert "A32" not in text
+    assert "belongs into the folder" in text
+    load, run = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     scope = {}
-    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], scope)
+    exec(load, scope)
     with torch.no_grad():
         assert torch.equal(scope["model"](tokens()).logits, model.eval()(tokens()).logits)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "sentence", "."]
+    transformers.BertTokenizer(vocab={word: number for number, word in enumerate(vocabulary)}).save_pretrained("PATH")
+    write_card(tmp_path / "PATH")
+    assert "belongs into the folder" not in (tmp_path / "PATH" / "README.md").read_text()
+    exec(run, scope)
+    encoded = scope["run"].tokenizer("A sentence.", return_tensors="pt")
+    with torch.no_grad():
+        best = model(**encoded).logits.softmax(1).max().item()
+    assert scope["run"]("A sentence.")[0]["score"] == pytest.approx(best)
+    if not packed:
+        batch = {name: tensor.repeat(2, 1) for name, tensor in encoded.items()}
+        hf_daq.export_onnx(model, "PATH/model.onnx", batch, verify=False)
+        write_card(tmp_path / "PATH")
+        *_, code = re.findall(r"```python\n(.*?)```", (tmp_path / "PATH" / "README.md").read_text(), re.DOTALL)
+        monkeypatch.chdir(tmp_path / "PATH")
+        (tmp_path / "PATH" / "PATH").symlink_to(tmp_path / "PATH")
+        exec(code, scope)
+        assert torch.allclose(torch.from_numpy(scope["logits"]), model(**encoded).logits, atol=1e-3)
+
+
+def test_the_card_names_where_the_tokenizer_is(tmp_path):
+    model = hf_daq.apply_daq(tiny_bert(), weight_bits=2)
+    hf_daq.save_pretrained(model, tmp_path, card=hf_daq.CardFacts(base_model="user/base"))
+    assert 'AutoTokenizer.from_pretrained("user/base")' in (tmp_path / "README.md").read_text()
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert 'AutoTokenizer.from_pretrained("user/name")' in render(hf_daq.inspect(tmp_path), "user/name")
 
 
 def test_a_transformers_model_of_the_hub_names_its_base(tmp_path):

@@ -638,6 +638,7 @@ def test_export_onnx(folders, tmp_path):
     )
     assert text.startswith(f"{tmp_path / 'ov.onnx'}: ")
     assert "--inputs FILE" not in text
+    assert "sizes in numbers are fixed" in text
     assert (tmp_path / "ov.onnx").read_bytes() != (tmp_path / "model.onnx").read_bytes()
 
 

@@ -2,8 +2,10 @@
 
 import copy
 import importlib.util
+import json
 
 import pytest
+import timm
 import timm.layers
 import torch
 from models import images, small_net
@@ -14,6 +16,7 @@ import hf_daq
 from hf_daq.apply import pack
 from hf_daq.errors import CalibrationError, ExportError
 from hf_daq.export.onnx import Report, export_onnx
+from hf_daq.export.onnx_metadata import write_metadata
 from hf_daq.export.onnx_verify import class_axis
 from hf_daq.model.batch import Inputs
 
@@ -429,7 +432,7 @@ def test_outputs_of_several_kinds(tmp_path):
     report = check(model, tmp_path / "a.onnx", x)
     assert report.runtimes["onnxruntime"].top1 is None
     assert report.runtimes["onnxruntime"].predictions == 0
-    assert "%" not in str(report).splitlines()[2]
+    assert "%" not in next(line for line in str(report).splitlines() if line.startswith("onnxruntime"))
 
 
 def test_a_report_without_verification(tmp_path):
@@ -437,6 +440,62 @@ def test_a_report_without_verification(tmp_path):
     assert isinstance(report, Report)
     assert report.runtimes == {}
     assert "MiB" in str(report)
+    shape = tuple(images(8).shape[1:])
+    assert report.inputs == {"x": ("batch", *shape)}
+    assert f"input x (batch, {', '.join(map(str, shape))}); sizes in numbers are fixed" in str(report)
+    about = session(tmp_path / "a.onnx").get_modelmeta().custom_metadata_map
+    assert about == {
+        "hf_daq_version": hf_daq.__version__,
+        "architecture": type(small_net()).__name__,
+        "bits": "W4A4",
+        "input_size": json.dumps(shape),
+    }
+
+
+@pytest.mark.parametrize(("share", "passed"), [(0.1, True), (0.0, True), (0.1, False)])
+@pytest.mark.parametrize(("int8_outputs", "words"), [(False, "Different codes are fine"), (True, "codes are meant")])
+def test_the_report_says_whether_different_codes_are_fine(share, passed, int8_outputs, words, tmp_path):
+    report = Report(tmp_path, 1, "int8", int8_outputs, layers={"conv": share}, passed=passed)
+    assert (words in str(report)) == (passed and share > 0)
+
+
+def test_a_report_of_a_file_that_passed(tmp_path):
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)), torch.randn(2, 8)
+    report = exported(quantized(model, x, bits=8), tmp_path / "a.onnx", x)
+    assert report.passed
+
+
+def about(model, *shape):
+    """The metadata of a file with one input."""
+    source = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["batch", *shape])
+    proto = onnx.helper.make_model(onnx.helper.make_graph([], "graph", [source], []))
+    write_metadata(proto, model, {})
+    return {entry.key: entry.value for entry in proto.metadata_props}
+
+
+def test_metadata_of_a_model_of_timm():
+    model = timm.create_model("test_resnet", num_classes=2)
+    model.pretrained_cfg = model.pretrained_cfg | {"label_names": ["cat", "dog"]}
+    found, config = about(model, 3, 64, 48), model.pretrained_cfg
+    assert json.loads(found["input_size"]) == [3, 64, 48]
+    assert json.loads(found["mean"]) == list(config["mean"])
+    assert json.loads(found["std"]) == list(config["std"])
+    assert float(found["crop_pct"]) == config["crop_pct"]
+    assert (found["interpolation"], found["crop_mode"]) == (config["interpolation"], config["crop_mode"])
+    assert (json.loads(found["labels"]), found["channel_order"]) == (["cat", "dog"], "RGB")
+    model.reset_classifier(3)
+    assert "labels" not in about(model, 3, 64, 48)
+
+
+def test_metadata_of_a_model_of_transformers():
+    model = tiny_bert()
+    assert about(model, "sequence").keys() == {"hf_daq_version", "architecture", "bits"}
+    model.config.id2label = {1: "good", 0: "bad"}
+    model.config.name_or_path = "/home/user/bert"
+    assert "tokenizer" not in about(model, "sequence")
+    model.config._commit_hash, model.config.name_or_path = "0" * 40, "somebody/bert"
+    found = about(model, "sequence")
+    assert (json.loads(found["labels"]), found["tokenizer"]) == (["bad", "good"], "somebody/bert")
 
 
 class Wrapped(nn.Module):

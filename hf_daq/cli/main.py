@@ -290,7 +290,9 @@ def _convert(folder: Path, out: Path, packed: bool, probe: Path | None, as_json:
         show_json({"path": out, "packed": packed, **sizes, "compared_on": source, "copied": copied})
         return
     compared = (
-        "not compared; --probe FILE does" if source is None else f"outputs for {source} are the same, bit for bit"
+        "not compared with each other; --probe FILE compares their outputs for the inputs in FILE"
+        if source is None
+        else f"outputs for {source} are the same, bit for bit"
     )
     lines = [f"{out}: {after.tensor_bytes / 1e6:.2f} MB, of {before.tensor_bytes / 1e6:.2f} MB; {compared}"]
     lines += [f"copied: {', '.join(copied)}"] if copied else []
@@ -335,6 +337,7 @@ def export_command(
     with working(f"exporting {folder} to {out}"):
         import hf_daq
 
+        from ..files.card import write_card
         from .inputs import copy_companions, open_model, read_inputs
 
         function = "export_onnx" if to == "onnx" else "export_compressed_tensors"
@@ -348,6 +351,8 @@ def export_command(
             )
         if to == "onnx":
             report = hf_daq.export_onnx(model, out, batch, runtime=runtime or "onnxruntime")
+            if out.parent.resolve() == folder.resolve():
+                write_card(folder)  # says how the file is fed
         else:
             report = hf_daq.export_compressed_tensors(model, out, batch)
             copy_companions(folder, out)

@@ -25,6 +25,7 @@ from ..nn.layers import evaluating
 from ..nn.packed import daq_layers
 from .onnx_emission import emitting
 from .onnx_exact import check_exact
+from .onnx_metadata import input_shapes, write_metadata
 from .onnx_verify import RUNTIMES, OnnxRuntime, Report, judge, verify_file
 
 _TALKATIVE = "torch.onnx", "onnxscript", "torch.export", "torch.fx", "torch.utils.cpp_extension"
@@ -60,6 +61,8 @@ def export_onnx(
     and the missing half step is the sum of the inputs under the kernel times a constant for each channel, which takes
     some time. Sums of codes below 8 bits do not saturate the 16-bit accumulators of processors without VNNI. Layers
     without a quantized input, and groups of columns, have integers in the file and compute in float.
+
+    The file's metadata say how it is fed: size, mean and std of images, interpolation, labels, as far as they are known.
 
     Needs `pip install onnx onnxscript`, and onnxruntime for `verify` and `int8_outputs`.
 
@@ -112,14 +115,16 @@ def export_onnx(
         proto = _exported(model, layers, batch, opset, int8_outputs and weights == "int8")
         with _explained("the traced graph cannot be rewritten; report it, with the model"):
             _rewrite(proto, batch, weights, int8_outputs, runtime)
+        write_metadata(proto, model, layers)
         _check_size(proto.ByteSize())
-        report = Report(path, proto.ByteSize(), weights, int8_outputs)
+        report = Report(path, proto.ByteSize(), weights, int8_outputs, inputs=input_shapes(proto))
         if verify:
             with _explained("the file cannot be compared with the model; report it, with the model"):
                 verify_file(report, model, layers, proto, batch, chosen)
                 if not int8_outputs:
                     check_exact(report, model, layers, proto, batch)
             judge(report, model, batch, min_agreement, max_error)
+            report.passed = True
     contents = proto.SerializeToString()
     replace_file(path, lambda temporary: temporary.write_bytes(contents))
     return report

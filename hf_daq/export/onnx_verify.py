@@ -18,6 +18,13 @@ from ..model.batch import Inputs, outputs_of
 from ..nn.integers import integer_arithmetic
 
 _REFERENCE = "integers, PyTorch"
+_FINE = """\
+Different codes are fine here. They come from values next to a threshold, which
+float32 rounds to either side, and from such codes before them. Each layer was
+held against the model's integers on its own codes, and the outputs passed."""
+_FINE_ROUNDED = """\
+Different codes are meant here: outputs of convolutions are rounded to 8 bits.
+The outputs of the whole network decide, and they passed."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,8 @@ class Report:
 
     bytes: size of the file. rows: rows of the inputs compared. runtimes: by name; empty without verification.
     layers: layer -> share of the codes of its input that differ in ONNX Runtime, in the order of computation.
-    int8_outputs: whether outputs of convolutions were rounded to 8 bits.
+    int8_outputs: whether outputs of convolutions were rounded to 8 bits. inputs: by name, their shapes in the file, with
+    names for dimensions that are free. passed: whether the file was compared and kept.
     """
 
     path: Path
@@ -55,10 +63,15 @@ class Report:
     rows: int = 0
     runtimes: dict[str, Agreement] = field(default_factory=dict)
     layers: dict[str, float] = field(default_factory=dict)
+    inputs: dict[str, tuple[int | str, ...]] = field(default_factory=dict)
+    passed: bool = False
 
     def __str__(self) -> str:
         title = f"{self.path}: {self.bytes / 2**20:.2f} MiB, {self.weights} weights"
         lines = [title + (", outputs of convolutions in 8 bits" if self.int8_outputs else "")]
+        for name, shape in self.inputs.items():
+            fixed = "; sizes in numbers are fixed" if any(isinstance(size, int) for size in shape) else ""
+            lines.append(f"input {name} ({', '.join(map(str, shape))}){fixed}")
         if self.runtimes:
             lines.append(
                 f"{'against PyTorch':<20}{'equal top-1':>12}{'RMS error':>12}{'largest':>12}   {self.rows} rows"
@@ -69,6 +82,8 @@ class Report:
             width = max(map(len, [*self.layers, "layer"])) + 2
             lines.append(f"{'layer':<{width}}different input codes")
             lines += [f"{name:<{width}}{share:>21.4%}" for name, share in self.layers.items()]
+            if self.passed and any(self.layers.values()):
+                lines.append(_FINE_ROUNDED if self.int8_outputs else _FINE)
         return "\n".join(lines)
 
 

@@ -14,8 +14,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..text import printable
+from ..text import printable, width_text
 from .facts import CardFacts
+from .feeding import running
 from .header import CARD_NAME, weights_files, write_facts
 from .inspect import Inspection, grouped, inspect
 
@@ -84,15 +85,19 @@ def render(inspection: Inspection, repo_id: str | None = None, license: str | No
     """The text of the card.
 
     Args:
+        inspection: of a folder.
         repo_id: repository of the card, which shows how to load from there.
         license: license of the base model, used where the facts name none.
     """
     facts, config = inspection.facts, inspection.config
-    widths = sorted({_width(layer.weight_bits, layer.activation_bits) for layer in inspection.layers})
+    widths = sorted({width_text(layer.weight_bits, layer.activation_bits) for layer in inspection.layers})
     name = repo_id.split("/")[-1] if repo_id else f"{inspection.architecture} {' '.join(widths)}"
     origin = f"`{facts.base_model}`" if facts.base_model else f"A {inspection.architecture} of {inspection.library}"
+    inputs = any(layer.activation_bits is not None for layer in inspection.layers)
+    what = "weights and layer inputs" if inputs else "weights"
+    meaning = "bits of weights (W) and of inputs (A)" if inputs else "bits of weights (W); inputs stay in float"
     intro = (
-        f"{origin} with weights and layer inputs of a few bits ({', '.join(widths)}: bits of weights, bits of inputs), "
+        f"{origin} with {what} of a few bits ({', '.join(widths)}: {meaning}), "
         "trained or calibrated with Distance-aware Quantization (DAQ: Kim, Lee, Ham, ICCV 2021) in hf_daq."
     )
     parts = [
@@ -101,6 +106,7 @@ def render(inspection: Inspection, repo_id: str | None = None, license: str | No
         intro,
         "## Load it",
         *_loading(inspection, repo_id),
+        *running(inspection, _task(inspection), repo_id),
         "## Quantized layers",
         _table(("layers", "bits of weights", "bits of inputs", "number", "weights"), _quantized_rows(inspection)),
         f"`{config.weight_granularity}` granularity, `rounding={config.rounding!r}`, "
@@ -183,7 +189,8 @@ def _loading(inspection: Inspection, repo_id: str | None) -> list[str]:
         if inspection.packed
         else "The model can be evaluated, or trained on; its float weights are quantized in every forward."
     )
-    return [f"```bash\npip install hf-daq\n```\n\n```python\n{lines}\n```", f"Without `import hf_daq` {without}.", kind]
+    install = "pip install -e .  # in a clone of the repository of hf_daq"
+    return [f"```bash\n{install}\n```\n\n```python\n{lines}\n```", f"Without `import hf_daq` {without}.", kind]
 
 
 def _quantized_rows(inspection: Inspection) -> list[tuple[Any, ...]]:
@@ -256,10 +263,6 @@ def _versions(inspection: Inspection) -> dict[str, str]:
     if inspection.facts.versions:
         return {_text(name): _text(text) for name, text in inspection.facts.versions.items()}
     return {"hf_daq": inspection.version}
-
-
-def _width(weight_bits: int, activation_bits: int | None) -> str:
-    return f"W{weight_bits}A{32 if activation_bits is None else activation_bits}"
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
