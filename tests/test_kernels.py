@@ -53,7 +53,8 @@ def test_a_compiler_that_fails_is_done_without(tmp_path):
     broken = tmp_path / "broken-compiler"
     broken.write_text("#!/bin/sh\necho cannot compile >&2\nexit 1\n")
     broken.chmod(0o755)
-    fallen_back, notes = in_new_process(tmp_path, CXX=str(broken))
+    fallen_back, notes = in_new_process(tmp_path, CXX=str(broken), CUDA_HOME=str(tmp_path))
+    assert "No CUDA runtime" not in notes
     assert notes.count("compiling quantizers") == 1
     assert notes.count("quantizers are not compiled") == 1
     assert fallen_back == usual_loss()
