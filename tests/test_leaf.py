@@ -6,6 +6,7 @@ import torch
 from models import images, quantized_timm
 from timm.models import get_notrace_modules
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import hf_daq
@@ -64,3 +65,13 @@ def test_offloaded_layers_compute_what_they_did_and_are_refused_where_their_weig
 def test_scripting_is_refused(kind):
     with pytest.raises(ModelError, match=r"torch.jit.script cannot compile.*hf_daq.export_onnx"):
         torch.jit.script(KINDS[kind]())
+
+
+def test_torch_walks_through_the_quantizers_to_load_a_distributed_checkpoint():
+    model, twin = quantized_timm(bits=4), quantized_timm(bits=4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    set_model_state_dict(twin, get_model_state_dict(model))
+    for one, other in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+        assert torch.equal(one, other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -13,16 +14,17 @@ from ..errors import ModelError
 ONLOAD = "first write accelerate.hooks.remove_hook_from_submodules(model)"  # where the weights of a model are elsewhere
 
 
+_DEVICE_MAPS = {"accelerate.utils.modeling", "accelerate.hooks"}
+
+
 class Leaf(nn.Module):
-    """A layer whose parts stay together: on one device of Accelerate's device maps, which go by `named_children`, and in one
-    node of a graph of torch.fx."""
+    """A layer whose parts stay together: on one device of Accelerate's device maps, and in one node of a graph of
+    torch.fx."""
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        return iter(())
-
-    def children(self) -> Iterator[nn.Module]:
-        """The quantizers: `train`, `to` and `apply` go by these."""
-        return (child for child in self._modules.values() if child is not None)
+        """The quantizers, for all but Accelerate's device maps, whose names have no other way to keep a layer whole."""
+        caller = sys._getframe(1).f_globals.get("__name__")
+        return iter(()) if caller in _DEVICE_MAPS else super().named_children()
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise ModelError(
