@@ -13,7 +13,8 @@ assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["daq"] is hf_daq.DaqConfig
 assert auto.AUTO_QUANTIZER_MAPPING["daq"].__module__ == "hf_daq.integrations.transformers"
 import timm
 assert timm.models.is_model("hf_daq")
-assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("hf_daq")]
+waiting = [finder for finder in sys.meta_path if type(finder).__module__.startswith("hf_daq")]
+assert not [finder.name for finder in waiting if finder.name in sys.modules]
 """
 PLOTS = """
 import hf_daq.plots
