@@ -150,7 +150,7 @@ def test_trainer_ends_where_one_process_does(ended, tmp_path):
     twin.load_state_dict(first)
     equal(AutoModelForSequenceClassification.from_pretrained(folder / "trainer_saved").state_dict(), settled(twin))
     AcceleratorState._reset_state(reset_partial_state=True)
-    close(trained_by_trainer(tmp_path, 8).state_dict(), first)
+    close(trained_by_trainer(tmp_path, 8).state_dict(), first, tolerance=1e-4)
 
 
 def test_two_processes_continue_bit_for_bit(ended):

@@ -11,6 +11,7 @@ from torch import Tensor
 from .observers import all_reduce
 
 _CHUNK = 2**20
+_FIRM = 0.01  # of the energy of the output: how firmly the scale stays where it started beside a shift
 _GAIN = 0.05  # of the logarithms of both errors: for less, every channel keeps the mean of the float layer
 
 
@@ -82,7 +83,9 @@ class OutputMatch:
         if not paper:
             yield _ratio(yq, qq, per_layer), torch.zeros_like(y), free
             if shift:
-                ratio = _ratio(yq - y * mean_q, qq - q * mean_q, per_layer)
+                # Where all positions are nearly alike, the shift explains them, and what is left tells little of the scale.
+                firm = _FIRM * qq
+                ratio = _ratio(yq - y * mean_q + firm, qq - q * mean_q + firm, per_layer)
                 yield ratio, mean_y - ratio * mean_q, 1.0 + free
 
     def _equal_means(self, per_layer: bool) -> Tensor:

@@ -87,7 +87,11 @@ class PackedLayer(DaqLayer):
         weight = self.quantized_weight()
         weight = weight if self.a_quant is None else weight / self.a_quant.span.to(weight.dtype)
         stored = self.stored(weight)
-        return stored if torch.compiler.is_compiling() else stored.as_subclass(_ComputedWeight)
+        if torch.compiler.is_compiling():
+            return stored
+        computed: Any = stored.as_subclass(_ComputedWeight)
+        computed._is_hf_initialized = True  # transformers initializes what is not
+        return computed  # type: ignore[no-any-return]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
