@@ -121,7 +121,7 @@ def check(block, scope, printed, folder, hub):
     if "weights[name] =" in block:
         check_weights(scope)
     if ".upper.data.mul_(100)" in block:
-        assert re.search(r"layer2.0.conv1 +dead-input-codes +its inputs use 1 of 8 codes", printed)
+        assert re.search(r"layer2.0.conv1: dead-input-codes\n +its inputs use 1 of 8 codes", printed)
     if "monitor.step()" in block:
         assert scope["monitor"].history
     if "savefig" in block:

@@ -63,13 +63,17 @@ class Emission:
         self._prepare_rows()
 
     def _prepare_rows(self) -> None:
-        """The weight for layers that compute in float: a row of integers for each scale, and what to cut off. Runtimes
-        round the inputs of layers whose weight has blocks of its own (`block_size`) to 8 bits."""
+        """The weight for layers that compute in float: rows of integers with a scale each, and what to cut off. Runtimes
+        round the inputs of linear layers to 8 bits where they see a product with integers, of blocks (`block_size`) or of
+        whole rows; hence rows of half the length, joined by a Reshape."""
         self.shape = self.codes.shape
         if self.in_integers:
             return
         flat = self.codes.flatten(1)
         self.columns, size = flat.shape[1], self.group_size or flat.shape[1]
+        if self.linear and self.group_size is None:
+            size = -(-self.columns // 2)
+            self.scale = self.scale.repeat(1, -(-self.columns // size))
         flat = torch.nn.functional.pad(flat, (0, -self.columns % size))
         self.rows = flat.reshape(-1, size).contiguous()
         self.scale = self.scale.reshape(-1)
