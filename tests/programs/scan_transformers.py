@@ -88,19 +88,21 @@ def calibrate(case: Case, model: Any, dtype: torch.dtype = torch.float32) -> Non
 # ------------------------------------------------------------------------------------------------------- comparisons
 
 
-def different(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
-    """Names that only one has, or whose tensors are not the same; NaN equals NaN."""
+def different(one: dict[str, Tensor], other: dict[str, Tensor], near: bool = False) -> list[str]:
+    """Names that only one has, or whose tensors are not the same; NaN equals NaN. near: weights from a file, which holds
+    them a little off the thresholds between codes, are the same."""
+    tolerance = {"rtol": 1e-3, "atol": 1e-6} if near else {"rtol": 0.0, "atol": 0.0}
     found = sorted(one.keys() ^ other.keys())
     for name in one.keys() & other.keys():
         x, y = one[name], other[name]
-        if x.dtype != y.dtype or x.shape != y.shape or not ((x == y) | ((x != x) & (y != y))).all():
+        if x.dtype != y.dtype or x.shape != y.shape or not torch.allclose(x, y, equal_nan=True, **tolerance):
             found.append(name)
     return found
 
 
-def unlike(what: str, one: Any, other: Any) -> Iterator[str]:
+def unlike(what: str, one: Any, other: Any, near: bool = False) -> Iterator[str]:
     """All in which two models differ but their outputs."""
-    names = different(one.state_dict(), other.state_dict())
+    names = different(one.state_dict(), other.state_dict(), near)
     if names:
         yield f"{what}: {len(names)} tensors differ: {', '.join(names[:5])}"
     if plain_config(one) != plain_config(other):
@@ -458,14 +460,15 @@ def check_remove(case: Case) -> Iterator[str]:
     model = case.model_class.from_pretrained(case.saved)
     hf_daq.remove_daq(model)
     yield from dequantized_problems("removed", model)
-    yield from unlike("removed", model, case.new())
-    if not torch.equal(case.outputs(model), case.outputs(case.float_model)):
+    yield from unlike("removed", model, case.new(), near=True)
+    outputs, wanted = case.outputs(model), case.outputs(case.float_model)
+    if (outputs - wanted).norm() > 1e-3 * wanted.norm():
         yield "removed: other outputs than the float model"
     model.save_pretrained(case.folder / "removed")
     if "quantization_config" in json.loads((case.folder / "removed" / "config.json").read_text()):
         yield "removed: config.json has a quantization_config"
     again = hf_daq.apply_daq(model, CONFIG)
-    yield from unlike("removed and applied again", again, case.new(CONFIG))
+    yield from unlike("removed and applied again", again, case.new(CONFIG), near=True)
 
 
 def check_base(case: Case) -> Iterator[str]:
