@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from .config import DaqConfig
 from .errors import CalibrationError, ModelError
 from .model.batch import Calls
-from .model.guards import ORDER, processes, refuse_wrapped
+from .model.guards import ORDER, refuse_wrapped
 from .model.recording import Recorder
 from .nn.init import activation_bounds, start_from_weight
 from .nn.layers import QuantizedLayer, evaluating, layer_input, quantized_layers
 from .nn.matching import OutputMatch, usual_weights
 from .nn.observers import InputSample, Statistics, all_reduce
-from .nn.quantizers import ActivationQuantizer, WeightQuantizer, is_shard
+from .nn.quantizers import ActivationQuantizer, WeightQuantizer, is_shard, processes
 from .nn.swap import change_class
 from .report.health import health
 

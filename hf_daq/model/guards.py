@@ -9,7 +9,6 @@ import weakref
 from functools import cache
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -17,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..errors import ModelError
 from ..nn.layers import quantized_layers
-from ..nn.quantizers import is_shard
+from ..nn.quantizers import is_shard, processes
 
 logger = logging.getLogger("hf_daq")
 ORDER = "build or load the model, apply_daq, calibrate, optimizer, then prepare or wrap"
@@ -30,11 +29,6 @@ def refuse_wrapped(model: nn.Module) -> None:
     there were when it was made, so that others would drift apart."""
     if processes() > 1 and _is_wrapped(model):
         raise ModelError(f"a DistributedDataParallel holds this model already; the order is: {ORDER}")
-
-
-def processes() -> int:
-    """How many take part under `torch.distributed`; 1 without it."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _is_wrapped(model: nn.Module) -> bool:

@@ -143,7 +143,7 @@ def unpatch(model: nn.Module, quantized: bool = False) -> None:
             )
         with torch.no_grad():
             for name, layer in layers.items():
-                bias = layer.w_quant.shifted(layer.bias, layer.weight.dtype)
+                bias = layer.quantized_bias()
                 layer.bias = None if bias is None else nn.Parameter(bias.clone())
                 layer.weight.copy_(values[name])
     for layer in layers.values():

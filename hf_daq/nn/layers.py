@@ -106,8 +106,9 @@ class QuantizedLayer(DaqLayer):
     def quantized_weight(self) -> Tensor:
         """The weight the quantized layer computes with, as `float_weight`."""
         if not torch.compiler.is_compiling():
-            if self._may_keep():
-                return self._kept_weight()
+            sources = self._sources()
+            if self._may_keep(sources):
+                return self._kept_weight(sources)
             self._forget()
         weight: Tensor = self.w_quant(self.float_weight())
         return weight
@@ -117,17 +118,16 @@ class QuantizedLayer(DaqLayer):
         parameters = [*self._parameters.items(), *self.w_quant._parameters.items()]
         return [value for name, value in parameters if value is not None and name not in ("bias", "shift")]
 
-    def _may_keep(self) -> bool:
-        """Whether nothing learns here, and changes of the parameters can be seen."""
-        sources = self._sources()
+    def _may_keep(self, sources: list[Any]) -> bool:
+        """Whether nothing learns here, and changes of these parameters can be seen."""
         if self._sharded or (torch.is_grad_enabled() and any(source.requires_grad for source in sources)):
             return False
         if self.weight.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
         return all(type(source) in (Tensor, nn.Parameter) and not source.is_inference() for source in sources)
 
-    def _kept_weight(self) -> Tensor:
-        sources, kept = self._sources(), self._kept
+    def _kept_weight(self, sources: list[Any]) -> Tensor:
+        kept = self._kept
         options = self.w_quant.result_dtype(self.weight), self.w_quant.training
         known = kept is not None and kept.options == options and kept.source.fits(sources)
         if kept is not None and known and kept.weight is not None:

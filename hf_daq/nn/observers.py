@@ -12,6 +12,8 @@ from timm.layers import Conv2dSame
 from timm.layers.padding import pad_same
 from torch import Tensor, nn
 
+from .quantizers import processes
+
 _BINS = 8192
 _SMALLEST_EXPONENT = -126
 _SAMPLE_VALUES, _SAMPLE_ROWS = 2**22, 1024
@@ -19,7 +21,7 @@ _SAMPLE_VALUES, _SAMPLE_ROWS = 2**22, 1024
 
 def all_reduce(tensor: Tensor, operation: Any) -> None:
     """Reduce over all ranks in place; nothing to do in a process that is alone."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if processes() > 1:
         dist.all_reduce(tensor, operation)
 
 

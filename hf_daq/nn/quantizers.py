@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,6 +30,11 @@ def wide(tensor: Tensor) -> Tensor:
 def is_shard(tensor: Tensor) -> bool:
     """True for a DTensor, as FSDP2 makes of parameters."""
     return hasattr(tensor, "device_mesh")
+
+
+def processes() -> int:
+    """How many take part under `torch.distributed`; 1 without it."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _norm(rows: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .layers import QuantizedLayer, quantized_layers
-from .quantizers import WeightQuantizer
+from .quantizers import WeightQuantizer, processes
 
 _ULPS = 16  # of the outermost code in float32: nearer to a threshold a weight is moved, to twice the distance
 _ROUNDS = 3  # moving weights moves their statistics a little
@@ -29,7 +28,7 @@ def settled(model: nn.Module, gathered: Mapping[str, Tensor] | None = None) -> M
     several processes stays as it is, since the others would not know.
     """
     tensors = model.state_dict() if gathered is None else gathered
-    alone = gathered is None and not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+    alone = gathered is None and processes() == 1
     replaced: dict[int, Tensor] = {}
     for name, layer in quantized_layers(model).items():
         weight = tensors.get(f"{name}.weight")
