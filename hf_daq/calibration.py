@@ -20,8 +20,9 @@ from .errors import CalibrationError, ModelError
 from .model.batch import Calls
 from .model.guards import ORDER, refuse_wrapped
 from .model.recording import Recorder
+from .nn.base import layer_input
 from .nn.init import activation_bounds, start_from_weight
-from .nn.layers import QuantizedLayer, evaluating, layer_input, quantized_layers
+from .nn.layers import QuantizedLayer, evaluating, quantized_layers
 from .nn.matching import OutputMatch, usual_weights
 from .nn.observers import InputSample, Statistics, all_reduce
 from .nn.quantizers import ActivationQuantizer, WeightQuantizer, is_shard, processes

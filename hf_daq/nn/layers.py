@@ -21,10 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import DaqConfig
 from ..errors import CalibrationError
-from .base import DaqLayer
+from .base import DaqLayer, layer_input
 from .functional import node_of, recomputed
 from .kept import Fingerprint, Kept
-from .leaf import traced
 from .quantizers import ActivationQuantizer, WeightQuantizer, is_shard
 from .swap import change_class
 
@@ -84,18 +83,13 @@ class QuantizedLayer(DaqLayer):
     def has_bias(self) -> bool:  # type: ignore[override]
         return self.bias is not None
 
-    def forward(self, input: Tensor | None = None, **named: Tensor) -> Tensor:
-        if not isinstance(self, QuantizedLayer):  # somebody kept this method of a layer that has another class now
-            return type(self).forward(self, input, **named)
-        input = layer_input((input,), named)
-        if isinstance(input, torch.fx.Proxy):
-            return traced(self, input)  # type: ignore[no-any-return]
+    def quantized_forward(self, x: Tensor) -> Tensor:
         if not self.calibrated:
             raise CalibrationError(
                 f"layer {self.daq_name!r} is not calibrated; before the first forward write\n"
                 "    with hf_daq.calibrate(model):\n        model(batch)  # a few batches of real inputs"
             )
-        x = input if self.a_quant is None else self.a_quant(input)
+        x = x if self.a_quant is None else self.a_quant(x)
         weight = self.quantized_weight()
         bias = self.quantized_bias()
         if self.low_memory and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -329,13 +323,6 @@ def restore_layer(layer: QuantizedLayer) -> None:
 
 def _with_input(forward: Callable[[Tensor], Tensor], *args: Tensor, **named: Tensor) -> Tensor:
     return forward(layer_input(args, named))
-
-
-def layer_input(args: tuple[Any, ...], named: Mapping[str, Tensor]) -> Tensor:
-    """The input of a layer, which a caller may give under the name that the float layer has for it."""
-    (found,) = (value for value in (*args, *named.values()) if value is not None)
-    tensor: Tensor = found
-    return tensor
 
 
 @contextmanager

@@ -15,8 +15,7 @@ from ..errors import ModelError
 from .base import DaqLayer
 from .bitpack import pack_bits, packed_size, unpack_bits
 from .functional import dequantize_weight
-from .layers import LAYER_TYPES, layer_input, quantize_layer
-from .leaf import traced
+from .layers import LAYER_TYPES, quantize_layer
 from .swap import change_class
 
 _READ_ONLY = (
@@ -54,13 +53,8 @@ class PackedLayer(DaqLayer):
     weight_codes: Tensor
     shape: tuple[int, ...]
 
-    def forward(self, input: Tensor | None = None, **named: Tensor) -> Tensor:
-        if not isinstance(self, PackedLayer):  # somebody kept this method of a layer that has another class now
-            return type(self).forward(self, input, **named)
-        input = layer_input((input,), named)
-        if isinstance(input, torch.fx.Proxy):
-            return traced(self, input)  # type: ignore[no-any-return]
-        x = input if self.a_quant is None else self.a_quant(input)
+    def quantized_forward(self, x: Tensor) -> Tensor:
+        x = x if self.a_quant is None else self.a_quant(x)
         output: Tensor = self.compute(x, self.quantized_weight(x.dtype), self.bias)
         return output
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..model.batch import examples_in, run
+from ..nn.base import layer_input
 from ..nn.formula import levels
-from ..nn.layers import evaluating, layer_input
+from ..nn.layers import evaluating
 from ..nn.quantizers import wide
 
 REACH = 3  # spans beyond either bound that bins cover; what lies farther is in the outermost ones

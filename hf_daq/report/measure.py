@@ -16,8 +16,9 @@ from ..errors import ModelError
 from ..model.batch import examples_in, run
 from ..model.guards import ORDER
 from ..model.roles import largest_weight, weight_modules
+from ..nn.base import layer_input
 from ..nn.init import spread
-from ..nn.layers import QuantizedLayer, evaluating, layer_input, replaced_forwards
+from ..nn.layers import QuantizedLayer, evaluating, replaced_forwards
 from ..nn.packed import daq_layers
 from ..nn.quantizers import Quantizer, is_shard, wide
 
