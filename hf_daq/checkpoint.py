@@ -39,6 +39,7 @@ from .model.roles import is_transformers_model
 from .model.unchanged import check_opens, check_unchanged, refusal_of_parts
 from .nn.layers import evaluating
 from .nn.packed import daq_layers, packed_layers
+from .nn.paths import bit_for_bit
 from .nn.settle import settled
 from .nn.swap import change_class
 
@@ -276,7 +277,7 @@ def _opened(model: nn.Module, directory: Path) -> nn.Module:
 @torch.no_grad()
 def _outputs(model: nn.Module, probe: Any) -> list[Tensor]:
     """Every tensor that the model gives for these inputs, in evaluation mode."""
-    with evaluating(model):
+    with evaluating(model), bit_for_bit():
         output = model(**probe) if isinstance(probe, Mapping) else model(probe)
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 

@@ -16,6 +16,7 @@ from .base import DaqLayer
 from .bitpack import pack_bits, packed_size, unpack_bits
 from .functional import dequantize_weight
 from .layers import LAYER_TYPES, quantize_layer
+from .paths import PATHS, path_of
 from .swap import change_class
 
 _READ_ONLY = (
@@ -53,10 +54,12 @@ class PackedLayer(DaqLayer):
     weight_codes: Tensor
     shape: tuple[int, ...]
 
+    def path(self, x: Tensor) -> str:
+        """How the layer computes with this input: a name in `paths.PATHS`."""
+        return path_of(self, x)
+
     def quantized_forward(self, x: Tensor) -> Tensor:
-        x = x if self.a_quant is None else self.a_quant(x)
-        output: Tensor = self.compute(x, self.quantized_weight(x.dtype), self.bias)
-        return output
+        return PATHS[self.path(x)].forward(self, x)
 
     def weight_shape(self) -> tuple[int, ...]:
         return self.shape

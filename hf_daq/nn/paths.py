@@ -1,0 +1,53 @@
+"""The ways in which a packed layer computes, and which of them an input takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Path(NamedTuple):
+    """serves: whether this layer goes this way with this input. It is asked in every forward, so it answers at once; what it
+    has to try first, it tries once (`trust.agrees`).
+    forward: the output of a layer for an input that is not quantized yet."""
+
+    serves: Callable[[Any, Tensor], bool]
+    forward: Callable[[Any, Tensor], Tensor]
+
+
+def _always(layer: Any, x: Tensor) -> bool:
+    return True
+
+
+def _unpacked(layer: Any, x: Tensor) -> Tensor:
+    x = x if layer.a_quant is None else layer.a_quant(x)
+    output: Tensor = layer.compute(x, layer.quantized_weight(x.dtype), layer.bias)
+    return output
+
+
+PATHS: dict[str, Path] = {"unpacked": Path(_always, _unpacked)}
+"""By name; the first that serves is taken. "unpacked" does what the quantized layer does, bit for bit."""
+
+
+_exact = False
+
+
+@contextmanager
+def bit_for_bit() -> Iterator[None]:
+    """Inside, packed layers give the outputs of the quantized layers they were, bit for bit, and take the time for it."""
+    global _exact
+    before, _exact = _exact, True
+    try:
+        yield
+    finally:
+        _exact = before
+
+
+def path_of(layer: Any, x: Tensor) -> str:
+    for name, path in PATHS.items():
+        if not _exact and path.serves(layer, x):
+            return name
+    return "unpacked"
