@@ -14,7 +14,6 @@ from hf_daq.nn.paths import PATHS, Path, bit_for_bit
 def test_the_first_way_that_serves_is_taken(monkeypatch):
     model = hf_daq.pack(hf_daq.apply_daq(nn.Sequential(nn.Linear(6, 4)), weight_bits=3, first_last_bits=3))
     layer, x = model[0], torch.randn(2, 6)
-    assert PATHS[layer.path(x.double())].forward(layer, x.double()).dtype == torch.float64
     negated = Path(lambda layer, x: len(x) == 2, lambda layer, x: -x[:, :4])
     ways = {"negated": negated, **PATHS}
     monkeypatch.setattr("hf_daq.nn.paths.PATHS", ways)
