@@ -14,17 +14,19 @@ from typing import Any, Literal, get_args
 
 from .errors import ConfigError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 QUANT_METHOD = "daq"
 
 Rounding = Literal["daq", "ste", "soft"]
 Granularity = Literal["tensor", "channel", "group"]
 Normalization = Literal["scale", "standardize"]
+Grid = Literal["odd", "integer"]
 Init = Literal["mse", "3std"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "rounding": get_args(Rounding),
     "weight_granularity": get_args(Granularity),
+    "weight_grid": get_args(Grid),
     "weight_normalization": get_args(Normalization),
     "weight_init": get_args(Init),
     "activation_init": get_args(Init),
@@ -72,6 +74,9 @@ class DaqConfig:
             "group": one for every `group_size` input columns of an output channel.
         group_size: number of columns; implies `weight_granularity="group"`, whose default is 128. The last group of a
             channel may be shorter.
+        weight_grid: the values of b bits. "odd": odd multiples of a step, as many below 0 as above it, and no 0 (paper);
+            "integer": whole multiples from -2^(b-1) to 2^(b-1) - 1 with 0 among them, which integer kernels and formats
+            of b bits read as they are. At 1 bit both are -1 and 1.
         weight_normalization: "scale": the bounds are in units of the weight's root mean square, and quantization
             starts where the float weights are; "standardize": the weight's mean is removed as well (paper).
         weight_init, activation_init: initial bounds. "mse": the widest bounds whose squared error is close to the
@@ -110,6 +115,7 @@ class DaqConfig:
     temperature: float = 4.0
     weight_granularity: Granularity = "tensor"
     group_size: int | None = None
+    weight_grid: Grid = "odd"
     weight_normalization: Normalization = "scale"
     weight_init: Init = "mse"
     activation_init: Init = "mse"

@@ -14,7 +14,16 @@ from hf_daq.nn.integers import integers
 from hf_daq.nn.layers import StandardizedConv
 from hf_daq.nn.packed import PACKED_TYPES, daq_layers
 
-WORDS = ("float_class", "standardizes", "weight_bits", "input_bits", "weight_dtype", "group_size", "has_bias")
+WORDS = (
+    "float_class",
+    "standardizes",
+    "weight_bits",
+    "input_bits",
+    "weight_dtype",
+    "group_size",
+    "has_bias",
+    "weight_grid",
+)
 
 
 @pytest.mark.parametrize(
@@ -23,6 +32,7 @@ WORDS = ("float_class", "standardizes", "weight_bits", "input_bits", "weight_dty
         {"bits": 3},
         {"weight_bits": 4, "activation_bits": None, "group_size": 5},
         {"bits": 5, "bias_correction": False, "weight_granularity": "channel"},
+        {"bits": 4, "weight_grid": "integer"},
     ],
     ids=str,
 )

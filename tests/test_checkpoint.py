@@ -40,7 +40,7 @@ def folder(saved, tmp_path):
         ("test_resnet", {"bits": 1}),
         ("test_vit", {"bits": 3, "first_last_bits": 8}),
         ("test_efficientnet", {"weight_bits": 2, "activation_bits": 4, "weight_granularity": "channel"}),
-        ("test_nfnet", {"weight_bits": 4}),
+        ("test_nfnet", {"weight_bits": 4, "weight_grid": "integer"}),
         ("test_convnext", {"bits": 3, "rules": [{"pattern": "stages.0", "bits": 8}], "rounding": "soft"}),
     ],
 )
@@ -84,7 +84,7 @@ def test_header_and_config_json_carry_the_same_config_and_version(saved):
     description = json.loads((saved / "config.json").read_text())
     assert DaqConfig.from_dict(description["model_args"]["quantization_config"]) == header.config
     assert description["hf_daq_version"] == header.version == hf_daq.__version__
-    assert header.config.to_dict()["format_version"] == 1
+    assert header.config.to_dict()["format_version"] == 2
 
 
 def test_a_file_opens_in_a_new_process_after_importing_the_library(saved, tmp_path):

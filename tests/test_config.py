@@ -80,7 +80,7 @@ def full_config() -> DaqConfig:
 def test_round_trip_through_json(config):
     values = json.loads(json.dumps(config.to_dict()))
     assert DaqConfig.from_dict(values) == config
-    assert (values["format_version"], values["quant_method"]) == (1, "daq")
+    assert (values["format_version"], values["quant_method"]) == (2, "daq")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_round_trip_through_json(config):
     [
         ({"weight_bit": 3}, r"unknown key 'weight_bit' \(did you mean 'weight_bits'"),
         ({"preset": "old"}, "preset='old' must be 'paper'"),
-        ({"format_version": 2}, "install a newer hf_daq"),
+        ({"format_version": 3}, "install a newer hf_daq"),
         ({"format_version": "1"}, "format_version='1'"),
         ({"quant_method": "gptq"}, "not DAQ settings"),
     ],

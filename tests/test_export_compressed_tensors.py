@@ -65,17 +65,21 @@ def same_values(one, other):
 
 
 @pytest.mark.parametrize(
-    ("granularity", "bits"),
+    ("granularity", "bits", "grid"),
     [
-        *(("group", bits) for bits in range(1, 9)),
-        *(("tensor", bits) for bits in (1, 4, 8)),
-        ("channel", 2),
-        ("channel", 7),
+        *(("group", bits, "odd") for bits in range(1, 9)),
+        *(("tensor", bits, "odd") for bits in (1, 4, 8)),
+        ("channel", 2, "odd"),
+        ("channel", 7, "odd"),
+        ("group", 4, "integer"),
+        ("channel", 8, "integer"),
     ],
 )
-def test_weights_are_the_exact_ones_at_every_number_of_bits(granularity, bits, tmp_path):
-    model = calibrated(weight_bits=bits, **GRANULARITIES[granularity])
+def test_weights_are_the_exact_ones_at_every_number_of_bits(granularity, bits, grid, tmp_path):
+    model = calibrated(weight_bits=bits, weight_grid=grid, **GRANULARITIES[granularity])
     report = export_compressed_tensors(model, tmp_path, batch())
+    if grid == "integer":
+        assert [(kind.bits, kind.width, kind.halves) for kind in report.containers] == [(bits, bits, False)]
     assert report.layer_error < 1e-6
     assert report.relative_error < 1e-5
     assert report.agreement == 1
@@ -90,8 +94,10 @@ def test_weights_are_the_exact_ones_at_every_number_of_bits(granularity, bits, t
 
 
 @pytest.mark.parametrize(("bits", "activation_bits"), [(1, 8), (4, 8), (7, 8), (8, 8), (4, 4), (8, 4), (1, 1)])
-def test_quantized_inputs(bits, activation_bits, tmp_path):
-    model = calibrated("bert", weight_bits=bits, activation_bits=activation_bits, weight_granularity="channel")
+@pytest.mark.parametrize("grid", ["odd", "integer"])
+def test_quantized_inputs(grid, bits, activation_bits, tmp_path):
+    config = {"weight_bits": bits, "activation_bits": activation_bits, "weight_granularity": "channel"}
+    model = calibrated("bert", weight_grid=grid, **config)
     report = export_compressed_tensors(model, tmp_path, batch())
     assert report.layer_error < 1e-2
     assert report.relative_error < 2e-2

@@ -108,11 +108,20 @@ def test_convolutions(runtime, bits, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("weight_bits", "activation_bits", "granularity"),
-    [(3, 4, "tensor"), (8, 8, "tensor"), (4, None, "channel"), (8, None, "tensor")],
+    ("weight_bits", "activation_bits", "granularity", "grid"),
+    [
+        (3, 4, "tensor", "odd"),
+        (8, 8, "tensor", "odd"),
+        (4, None, "channel", "odd"),
+        (8, None, "tensor", "odd"),
+        (4, 8, "channel", "integer"),
+        (8, 8, "tensor", "integer"),
+        (8, None, "channel", "integer"),
+    ],
 )
-def test_small_network(weight_bits, activation_bits, granularity, tmp_path):
+def test_small_network(weight_bits, activation_bits, granularity, grid, tmp_path):
     config = {"weight_bits": weight_bits, "activation_bits": activation_bits, "weight_granularity": granularity}
+    config["weight_grid"] = grid
     model = quantized(small_net(), images(8), **config)
     report = check(model, tmp_path / "a.onnx", images(8))
     assert list(report.layers) == ([] if activation_bits is None else ["conv", "depthwise", "grouped", "hidden"])
@@ -120,14 +129,21 @@ def test_small_network(weight_bits, activation_bits, granularity, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("weight_bits", "activation_bits", "group_size"),
-    [(3, 8, 16), (3, None, 16), (8, 8, 5), (8, None, 16), (2, None, 5)],
+    ("weight_bits", "activation_bits", "group_size", "grid"),
+    [
+        (3, 8, 16, "odd"),
+        (3, None, 16, "odd"),
+        (8, 8, 5, "odd"),
+        (8, None, 16, "odd"),
+        (2, None, 5, "odd"),
+        (4, None, 16, "integer"),
+    ],
 )
-def test_groups(group_size, activation_bits, weight_bits, tmp_path):
+def test_groups(group_size, activation_bits, weight_bits, grid, tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32), nn.Linear(32, 6))
     x, config = torch.randn(8, 32), {"weight_granularity": "group", "group_size": group_size}
-    quantized(model, x, weight_bits=weight_bits, activation_bits=activation_bits, **config)
+    quantized(model, x, weight_bits=weight_bits, activation_bits=activation_bits, weight_grid=grid, **config)
     check(model, tmp_path / "a.onnx", x, weights="int4")
 
 

@@ -43,11 +43,12 @@ def reference_activation(x, lower, upper, *, bits, **options):
     return oracle.quantize(x, start, start + (upper - lower), zero_point, 1 / levels, bits=bits, **options)
 
 
-def reference_weight(weight, lower, upper, scale, offset, unit, *, bits, **options):
-    """The paper's definition of the standardized weight, times the output scale."""
+def reference_weight(weight, lower, upper, scale, offset, unit, *, bits, grid="odd", **options):
+    """The paper's definition of the standardized weight, times the output scale; or with 0 on a code."""
     levels = 2**bits - 1
+    center, step = (levels / 2, 2 / levels) if grid == "odd" or bits == 1 else (2 ** (bits - 1), 2.0 ** (1 - bits))
     weight = (weight - offset) / unit
-    return scale.abs() * oracle.quantize(weight, lower, upper, levels / 2, 2 / levels, bits=bits, **options)
+    return scale.abs() * oracle.quantize(weight, lower, upper, center, step, bits=bits, **options)
 
 
 def assert_same(arguments, twins, options, names, functions, rtol):
@@ -86,8 +87,9 @@ def test_activations_equal_the_papers_definition(bits, gamma, sigma, rounding):
 @pytest.mark.parametrize("rounding", ["daq", "ste", "soft"])
 @pytest.mark.parametrize(("gamma", "sigma"), SETTINGS)
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_weights_equal_the_papers_definition(bits, gamma, sigma, rounding):
-    options = {"bits": bits, "gamma": gamma, "sigma": sigma, "rounding": rounding, "temperature": 3.0}
+@pytest.mark.parametrize("grid", ["odd", "integer"])
+def test_weights_equal_the_papers_definition(grid, bits, gamma, sigma, rounding):
+    options = {"bits": bits, "gamma": gamma, "sigma": sigma, "rounding": rounding, "temperature": 3.0, "grid": grid}
     levels = 2**bits - 1
     for bound, scale, offset, unit in [(levels / 2, 0.7, 0.0, 1.0), (levels * 2.0, -3.0, 0.5, 0.25)]:
         weight = planted(bits, -bound, bound) * unit + offset
@@ -103,7 +105,8 @@ def test_weights_equal_the_papers_definition(bits, gamma, sigma, rounding):
             1e-10,
         )
         if rounding != "soft":
-            code = (output / abs(scale) * levels + levels) / 2
+            center = levels / 2 if grid == "odd" or bits == 1 else 2 ** (bits - 1)
+            code = output / abs(scale) * center + center
             torch.testing.assert_close(code, code.round(), rtol=0, atol=1e-12)
 
 

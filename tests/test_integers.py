@@ -16,6 +16,8 @@ SETTINGS = [
     ("test_efficientnet", {"weight_bits": 2, "activation_bits": 4, "weight_granularity": "channel"}),
     ("test_convnext", {"bits": 8, "group_size": 7}),
     ("test_convnext", {"weight_bits": 4}),
+    ("test_efficientnet", {"bits": 8, "weight_grid": "integer", "weight_granularity": "channel"}),
+    ("test_vit", {"weight_bits": 2, "activation_bits": 4, "weight_grid": "integer", "first_last_bits": 1}),
     ("test_nfnet", {"bits": 6, "rules": [{"pattern": "re:.*attn_last", "skip": True}]}),
 ]
 

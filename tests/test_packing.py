@@ -31,6 +31,8 @@ SETTINGS = [
     ("test_convnext", {"weight_bits": 3, "group_size": 5}),
     ("test_mambaout", {"weight_bits": 7, "activation_bits": 8, "weight_normalization": "standardize"}),
     ("test_vit2", {"bits": 6, "bias_correction": False}),
+    ("test_resnet", {"bits": 4, "weight_grid": "integer", "first_last_bits": 1}),
+    ("test_vit", {"weight_bits": 8, "weight_grid": "integer", "group_size": 6}),
 ]
 
 

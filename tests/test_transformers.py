@@ -329,7 +329,7 @@ def test_values_that_no_quantizer_can_have_are_refused(saved, change, message):
     ("change", "error", "message"),
     [
         (lambda c: c.update(weight_bits=77), ConfigError, "weight_bits=77"),
-        (lambda c: c.update(format_version=2), ConfigError, "install a newer hf_daq"),
+        (lambda c: c.update(format_version=3), ConfigError, "install a newer hf_daq"),
         (lambda c: c.update(layers=None), CheckpointError, "no resolved layers"),
         (lambda c: c.update(weight_granularity="channel"), (RuntimeError, CheckpointError), "mismatch"),
         (

@@ -1,9 +1,10 @@
 """`export_compressed_tensors`: a transformers model in the format `compressed-tensors`, which transformers opens without
 this library and whose layouts vLLM knows.
 
-A weight of b bits is an odd integer between -(2**b - 1) and 2**b - 1, times a step. The format has signed integers, so it
-takes one bit more: 1 to 7 bits a weight are stored in 2 to 8, exactly. 8 bits a weight are stored in 8, with a zero point
-of -1/2, as the halves of the odd integers lie between two integers.
+The format has signed integers. A weight on the grid "integer" is one, of as many bits. On the grid "odd" a weight of b bits is
+an odd integer between -(2**b - 1) and 2**b - 1, times a step, which takes one bit more: 1 to 7 bits a weight are stored in 2 to
+8, exactly. 8 bits a weight are stored in 8, with a zero point of -1/2, as the halves of the odd integers lie between two
+integers.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Container:
     layout: "pack-quantized" (`width` bits a weight, dense, in int32) or "int-quantized" (an int8 a weight).
     group_size: input columns that share a scale; None for one scale an output channel.
     input_bits: number of bits for the layer's input; None where it is not quantized.
+    halves: whether the zero point is -1/2.
     """
 
     bits: int
@@ -51,10 +53,11 @@ class Container:
     layout: str
     group_size: int | None
     input_bits: int | None
+    halves: bool = False
 
     def __str__(self) -> str:
         scales = "a channel" if self.group_size is None else f"{self.group_size} columns"
-        zero = ", zero point -1/2" if self.bits == 8 else ""
+        zero = ", zero point -1/2" if self.halves else ""
         inputs = "inputs in full precision" if self.input_bits is None else f"inputs of {self.input_bits} bits"
         return f"{self.bits}-bit weights as int{self.width}, {self.layout}{zero}, a scale for {scales}; {inputs}"
 
@@ -178,12 +181,13 @@ def _container(name: str, found: Integers, widths: Sequence[int]) -> Container:
     # The format has no shorter last group: groups of a common divisor repeat the scales.
     group_size = None if found.group_size is None else math.gcd(found.group_size, columns)
     if bits == 8 or (found.input_bits == 8 and group_size is None):  # vLLM computes with static inputs in int8 only
-        return Container(bits, 8, WHOLE, group_size, found.input_bits)
-    fitting = [width for width in widths if bits < width <= 8]
+        return Container(bits, 8, WHOLE, group_size, found.input_bits, halves=found.odd and bits == 8)
+    needed = bits + found.odd
+    fitting = [width for width in widths if needed <= width <= 8]
     if not fitting:
         raise ExportError(
-            f"layer {name!r} has weights of {bits} bits, which need {bits + 1} or more here; widths={tuple(widths)} "
-            f"has none from {bits + 1} to 8"
+            f"layer {name!r} has weights of {bits} bits, which need {needed} or more here; widths={tuple(widths)} "
+            f"has none from {needed} to 8"
         )
     return Container(bits, min(fitting), PACKED, group_size, found.input_bits)
 
@@ -195,7 +199,7 @@ def _tensors(found: Integers, container: Container, dtype: torch.dtype) -> dict[
         repeats = found.group_size // container.group_size
         scale = scale.repeat_interleave(repeats, dim=1)[:, : weight.shape[1] // container.group_size]
     tensors = {}
-    if container.bits == 8:
+    if container.halves:
         weight, scale = (weight - 1) // 2, scale * 2
         tensors["weight_zero_point"] = torch.full_like(scale, -0.5, dtype=torch.float32)
     if container.layout == PACKED:
@@ -263,7 +267,7 @@ def _scheme(container: Container, targets: list[str]) -> Any:
     library = _library("quantization")
     grouped = container.group_size is not None
     weights: dict[str, Any] = {"strategy": "group" if grouped else "channel", "group_size": container.group_size}
-    if container.bits == 8:
+    if container.halves:
         weights |= {"symmetric": False, "zp_dtype": torch.float32}
     inputs = None
     if container.input_bits is not None:

@@ -48,7 +48,7 @@ class Emission:
             torch.tensor(code, dtype=torch.uint8, device=device) for code in (0, levels(self.input_bits or 8))
         ]
         self.linear = not isinstance(layer, nn.Conv2d)
-        self.offset = found.weight_bits == 8
+        self.offset = found.odd and found.weight_bits == 8
         multiple = _multiple(found) if multiply else 1
         factor = 2 if self.offset else 1 / multiple
         self.scale = found.weight_scale * factor
@@ -144,4 +144,4 @@ def _multiple(found: Integers) -> int:
     products in 16 bits."""
     if found.input_bits is None or found.group_size is not None:
         return 1
-    return max(1, min(_INT8, _LARGEST_SUM // (2 * levels(found.input_bits))) // levels(found.weight_bits))
+    return max(1, min(_INT8, _LARGEST_SUM // (2 * levels(found.input_bits))) // found.largest)

@@ -109,7 +109,7 @@ def render(inspection: Inspection, repo_id: str | None = None, license: str | No
         *running(inspection, _task(inspection), repo_id),
         "## Quantized layers",
         _table(("layers", "bits of weights", "bits of inputs", "number", "weights"), _quantized_rows(inspection)),
-        f"`{config.weight_granularity}` granularity, `rounding={config.rounding!r}`, "
+        f"`{config.weight_granularity}` granularity, `weight_grid={config.weight_grid!r}`, `rounding={config.rounding!r}`, "
         f"`weight_normalization={config.weight_normalization!r}`.",
         "## In full precision",
         *_kept(inspection),

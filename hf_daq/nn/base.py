@@ -18,7 +18,8 @@ class DaqLayer(Leaf):
 
     w_quant: None for packed layers, which have no float weight. a_quant: None for weights only. daq_name: the module's name
     in the model, for error messages.
-    weight_scale: shape (1,), (channels,) or (channels * groups,): the weight is `|weight_scale| * (2q - R) / R`.
+    weight_scale: shape (1,), (channels,) or (channels * groups,): the weight is `|weight_scale| * (q - c) / c`.
+    weight_grid: "odd", `c = R / 2`, or "integer", `c = 2**(bits - 1)`.
     group_size: columns that share a scale; None without groups.
     weight_dtype: of the float layer's weight. has_bias: whether the float layer has one.
     """
@@ -31,6 +32,7 @@ class DaqLayer(Leaf):
     a_quant: ActivationQuantizer | None
     daq_name: str
     weight_bits: int
+    weight_grid: str
     weight_scale: Tensor
     weight_dtype: torch.dtype
     group_size: int | None

@@ -33,6 +33,12 @@ def levels(bits: int) -> int:
     return int(2**bits) - 1
 
 
+def center(bits: int, grid: str) -> float:
+    """The code that a weight of 0 lies on: R / 2, between two codes, on the grid "odd" (paper); `2**(bits - 1)` on "integer",
+    from 2 bits on."""
+    return levels(bits) / 2 if grid == "odd" or bits == 1 else float(2 ** (bits - 1))
+
+
 class Constants(NamedTuple):
     """What is the same for all rows: numbers, or in a compiled kernel tensors of shape ()."""
 
@@ -46,6 +52,8 @@ class Constants(NamedTuple):
     """`exp(-1 / sigma^2)`, the kernel of the farther code."""
     activation: Any
     """1 for activations, 0 for weights."""
+    center: Any
+    """Of weights: the code for zero."""
 
 
 class Rows(NamedTuple):
@@ -57,7 +65,7 @@ class Rows(NamedTuple):
     inverse: Tensor
     """`R / (end - start)`, codes per unit of x."""
     center: Tensor
-    """The code for zero: the zero point of activations, R / 2 for weights."""
+    """The code for zero: the zero point of activations, `center` for weights."""
     step: Tensor
     """The distance of neighbouring outputs."""
     exact: Tensor
@@ -93,9 +101,9 @@ Soft = tuple[float, float] | None
 _Named = TypeVar("_Named", Rows, Learned)
 
 
-def constants_of(activation: bool, bits: int, gamma: float, sigma: float) -> Constants:
+def constants_of(activation: bool, bits: int, gamma: float, sigma: float, grid: str = "odd") -> Constants:
     factor, far = gamma / (2 * math.sinh(gamma)), math.exp(-1 / sigma**2)
-    return Constants(0.0, float(levels(bits)), factor, far, float(activation))
+    return Constants(0.0, float(levels(bits)), factor, far, float(activation), center(bits, grid))
 
 
 def activation_rows(lower: Tensor, upper: Tensor, constants: Constants) -> Rows:
@@ -114,7 +122,7 @@ def weight_rows(lower: Tensor, upper: Tensor, scale: Any, offset: Any, unit: Any
     start, end = offset + unit * lower, offset + unit * upper
     inverse = (1 / (end - start).clamp_min(_SMALLEST_SPAN)) * constants.levels
     none = start  # their code for zero is a constant
-    center, step = _full(start, constants.levels / 2), scale.abs() * (2 / constants.levels)
+    center, step = _full(start, constants.center), scale.abs() * (1 / constants.center)
     return Rows(start, end, inverse, center, step, none, unit, scale)
 
 
@@ -207,7 +215,7 @@ def _activation_gradients(sums: Sums, rows: Rows, constants: Constants) -> Learn
 def _weight_gradients(sums: Sums, rows: Rows, constants: Constants) -> Learned:
     per_unit = rows.unit * (rows.inverse / constants.levels)
     lower = (sums.weighted - constants.levels * sums.gradient) * per_unit
-    scale = sums.outer * rows.scale.sign() * (2 / constants.levels)
+    scale = sums.outer * rows.scale.sign() * (1 / constants.center)
     return Learned(lower, -sums.weighted * per_unit, scale)
 
 

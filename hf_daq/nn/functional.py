@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .formula import Constants, Soft, constants_of, levels
+from .formula import Constants, Soft, center, constants_of
 from .kernels import run_backward, run_forward
 
 
@@ -106,56 +106,66 @@ def quantize_weight(
     unit: Tensor,
     *,
     bits: int,
+    grid: str = "odd",
     rounding: str = "daq",
     gamma: float = 2.0,
     sigma: float = 1.0,
     temperature: float = 4.0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`|scale| * (2 Q(v) - R) / R` with v of `(weight - offset) / unit` between `lower` and `upper`.
+    """`|scale| * (Q(v) - c) / c` with v of `(weight - offset) / unit` between `lower` and `upper`.
 
     Args:
         weight: float tensor; its first dimension are the rows, if there is more than one.
         lower, upper, scale: shape (rows,), or (1,) for the whole tensor.
         offset, unit: of the same shape; statistics of the weight, constants in the backward.
+        grid: "odd": `c = R / 2`, odd multiples of a step on both sides of 0 (paper); "integer": `c = 2**(bits - 1)`, whole
+            multiples with 0 among them, one more below than above it. At 1 bit both are -1 and 1.
 
     The other arguments and the result are as for `quantize_activation`.
     """
     wide_dtype = torch.promote_types(weight.dtype, torch.float32)
-    options = _options(False, bits, rounding, gamma, sigma, temperature)
+    options = _options(False, bits, rounding, gamma, sigma, temperature, grid)
     values = (value.to(wide_dtype) for value in (lower, upper, scale, offset, unit))
     result: Tensor = _Quantize.apply(weight, *values, *options, dtype or weight.dtype)  # type: ignore[no-untyped-call]
     return result
 
 
 def dequantize_weight(
-    codes: Tensor, scale: Tensor, *, bits: int, group_size: int | None = None, dtype: torch.dtype = torch.float32
+    codes: Tensor,
+    scale: Tensor,
+    *,
+    bits: int,
+    grid: str = "odd",
+    group_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """`|scale| * (2q - R) / R`, bit for bit as from `quantize_weight`.
+    """`|scale| * (q - c) / c`, bit for bit as from `quantize_weight`.
 
     Args:
         codes: integers q from 0 to R, shape (channels, ...).
         scale: shape (1,), (channels,), or (channels * groups,) with `group_size`.
         bits: 1 to 8, `R = 2**bits - 1`.
+        grid: as for `quantize_weight`.
         group_size: columns that share a scale; the last group of a channel may be shorter. None without groups.
         dtype: of the result.
     """
-    last = levels(bits)
+    zero = center(bits, grid)
     wide_dtype = torch.promote_types(dtype, torch.float32)
-    step = scale.to(wide_dtype).abs() * (2 / last)
+    step = scale.to(wide_dtype).abs() * (1 / zero)
     rows, missing = codes, 0
     if group_size is not None:
         missing = -(codes.numel() // len(codes)) % group_size
         rows = torch.nn.functional.pad(codes.flatten(1), (0, missing)).view(-1, group_size)
     step = step if len(step) == 1 else step.view(-1, *(1,) * (rows.ndim - 1))
-    weight = rows.to(wide_dtype).sub_(last / 2).mul_(step).to(dtype)
+    weight = rows.to(wide_dtype).sub_(zero).mul_(step).to(dtype)
     if missing:
         weight = weight.view(len(codes), -1)[:, :-missing]
     return weight.reshape(codes.shape)
 
 
 def _options(
-    activation: bool, bits: int, rounding: str, gamma: float, sigma: float, temperature: float
+    activation: bool, bits: int, rounding: str, gamma: float, sigma: float, temperature: float, grid: str = "odd"
 ) -> tuple[Constants, str, Soft]:
     soft = (sigma, temperature) if rounding == "soft" else None
-    return constants_of(activation, bits, gamma, sigma), rounding, soft
+    return constants_of(activation, bits, gamma, sigma, grid), rounding, soft

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,13 @@ _SAMPLES = 2**16
 _TOP = 16  # the share of a sample that goes to the largest values
 
 
+class Grid(NamedTuple):
+    """levels: the last code. center: the code of 0."""
+
+    levels: int
+    center: float
+
+
 @torch.no_grad()
 def start_from_weight(quantizer: WeightQuantizer, weight: Tensor, init: str) -> None:
     """Set the bounds for a float weight, the scale at which the quantized weight is closest to it, and a shift of 0.
@@ -24,7 +33,7 @@ def start_from_weight(quantizer: WeightQuantizer, weight: Tensor, init: str) -> 
         weight: shape (channels, ...). If it is not finite, neither are bounds and scale.
         init: "mse" or "3std".
     """
-    last = quantizer.levels
+    grid = Grid(quantizer.levels, quantizer.center)
     rows = quantizer.rows(weight)
     offset, unit = quantizer.statistics(rows)
     count = quantizer.lower.numel()
@@ -40,10 +49,10 @@ def start_from_weight(quantizer: WeightQuantizer, weight: Tensor, init: str) -> 
         for start in range(0, count, chunk):
             part = slice(start, start + chunk)
             sample, weights = _sampled(x[part], size, None if valid is None else valid[part])
-            chosen[part] = _widest_bound(sample, largest[part], last, weights)
-    scale, _ = _fit(x, target, chosen, last, valid)
+            chosen[part] = _widest_bound(sample, largest[part], grid, weights)
+    scale, _ = _fit(x, target, chosen, grid, valid)
     quantizer.lower.copy_(-chosen.flatten())
-    quantizer.upper.copy_(chosen.flatten())
+    quantizer.upper.copy_(chosen.flatten() * (grid.levels / grid.center - 1))
     quantizer.scale.copy_(scale.flatten().clamp_min(1e-8))
     if quantizer.shift is not None:
         quantizer.shift.zero_()
@@ -73,19 +82,19 @@ def spread(count: int, number: int, device: torch.device) -> Tensor:
     return indices.to(device)
 
 
-def _widest_bound(x: Tensor, largest: Tensor, last: int, weights: Tensor | None) -> Tensor:
+def _widest_bound(x: Tensor, largest: Tensor, grid: Grid, weights: Tensor | None) -> Tensor:
     """The widest bound of each row, shape (rows, 1), whose squared error is within TOLERANCE of the smallest."""
     shrink = torch.logspace(0, -1.5, _CANDIDATES, device=x.device)
-    errors = torch.cat([_fit(x, x, factor * largest, last, weights)[1] for factor in shrink], 1)
+    errors = torch.cat([_fit(x, x, factor * largest, grid, weights)[1] for factor in shrink], 1)
     best = errors.amin(1, keepdim=True)
     widest = (errors <= best * (1 + TOLERANCE)).int().argmax(1)
     return shrink[widest, None] * largest
 
 
-def _fit(x: Tensor, target: Tensor, bound: Tensor, last: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fit(x: Tensor, target: Tensor, bound: Tensor, grid: Grid, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """Least-squares scale of the codes of `x` against `target`, and the squared error; per row, shape (rows, 1)."""
-    code = (x + bound).mul_(last / (2 * bound)).clamp_(0, last)
-    code = round_half_down_(code).mul_(2 / last).sub_(1)
+    code = (x + bound).mul_(grid.center / bound).clamp_(0, grid.levels)
+    code = round_half_down_(code).mul_(1 / grid.center).sub_(1)
     weighted = code if weights is None else code * weights
     scale = (weighted * target).sum(1, keepdim=True) / (weighted * code).sum(1, keepdim=True)
     errors = (target - scale * code).square_()

@@ -2,7 +2,8 @@
 
     output[c] = input_scale * weight_scale[c] * sum_i (code_i - zero_point) * weight[c, i] + bias[c]
 
-with unsigned codes of the input, odd integers `2q - R` for the weight, and one scale a layer, a channel or a group.
+with unsigned codes of the input, integers for the weight, and one scale a layer, a channel or a group. The integers are
+odd, `2q - R`, or on the grid "integer" `q - 2**(b - 1)`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from .base import DaqLayer, check_calibrated
-from .formula import levels
+from .formula import center, levels
 from .layers import replaced_forwards
 from .packed import daq_layers
 from .quantizers import wide
@@ -27,7 +28,9 @@ from .quantizers import wide
 class Integers:
     """What a layer computes with.
 
-    weight: int16, shape (out, in / groups, ...): odd integers from -R to R, `R = 2**weight_bits - 1`.
+    weight: int16, shape (out, in / groups, ...): odd integers from -R to R, `R = 2**weight_bits - 1`; on the grid "integer"
+        all from -2**(weight_bits - 1) to 2**(weight_bits - 1) - 1.
+    weight_grid: "odd" or "integer".
     weight_scale: float32 (float64 in a float64 model), shape (1, 1), (out, 1) or (out, groups): one step of `weight`, in units of the float weight. Not
         negative.
     group_size: input columns that share a scale; None without groups.
@@ -39,6 +42,7 @@ class Integers:
 
     weight: Tensor
     weight_bits: int
+    weight_grid: str
     weight_scale: Tensor
     group_size: int | None
     bias: Tensor | None
@@ -46,26 +50,40 @@ class Integers:
     input_scale: Tensor
     zero_point: int
 
+    @property
+    def largest(self) -> int:
+        """The largest magnitude that integers of `weight` may have."""
+        return levels(self.weight_bits) if self.odd else 2 ** (self.weight_bits - 1)
+
+    @property
+    def odd(self) -> bool:
+        """Whether all are odd; at 1 bit both grids are."""
+        return center(self.weight_bits, self.weight_grid) % 1 != 0
+
 
 @torch.no_grad()
 def integers(layer: DaqLayer) -> Integers:
     """The integers of a quantized or a packed layer."""
     bits, bias = layer.weight_bits, layer.quantized_bias()
-    weight = layer.codes().to(torch.int16) * 2 - levels(bits)
-    step = wide(layer.weight_scale).abs() / levels(bits) / layer.span
+    zero, codes = center(bits, layer.weight_grid), layer.codes().to(torch.int16)
+    per_code = 1 if zero % 1 == 0 else 2  # the center of odd integers lies between two codes
+    weight = codes * per_code - int(per_code * zero)
+    step = wide(layer.weight_scale).abs() / (per_code * zero) / layer.span
     input_scale, zero_point = torch.ones_like(step[:1]), 0
     if layer.a_quant is not None:
         input_scale, zero_point = layer.a_quant.span / layer.a_quant.levels, layer.a_quant.zero_point
     rows = len(weight) if len(step) > 1 else 1
     bias = None if bias is None else bias.detach().clone()
     scale = step.view(rows, -1)
-    return Integers(weight, bits, scale, layer.group_size, bias, layer.input_bits, input_scale, zero_point)
+    return Integers(
+        weight, bits, layer.weight_grid, scale, layer.group_size, bias, layer.input_bits, input_scale, zero_point
+    )
 
 
 @contextmanager
 def integer_arithmetic(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, every quantized or packed layer computes with integers: odd weights, unsigned codes of its input, sums that
-    fit int32, and one scale at the end (one for each group of columns, where there are groups).
+    """Inside, every quantized or packed layer computes with integers: integers for weights, unsigned codes of its input, sums
+    that fit int32, and one scale at the end (one for each group of columns, where there are groups).
 
     The reference for exported files, for inference and not for speed. Layers whose input is not quantized have integer
     weights only, and compute in float. Outputs are those of the model up to rounding in float32, but for inputs so

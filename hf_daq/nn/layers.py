@@ -83,6 +83,10 @@ class QuantizedLayer(DaqLayer):
     def has_bias(self) -> bool:  # type: ignore[override]
         return self.bias is not None
 
+    @property
+    def weight_grid(self) -> str:  # type: ignore[override]
+        return self.w_quant.grid
+
     def quantized_forward(self, x: Tensor) -> Tensor:
         if not self.calibrated:
             raise CalibrationError(
@@ -292,6 +296,7 @@ def quantize_layer(layer: Any, name: str, config: DaqConfig, weight_bits: int, a
         quantized_class.weight_shape(layer),
         granularity=config.weight_granularity,
         group_size=config.group_size,
+        grid=config.weight_grid,
         # A class of transformers has no place for the bias of a linear layer that had none, nor have exported files.
         shift=config.bias_correction and (layer.bias is not None or isinstance(layer, nn.Conv2d)),
         normalization=config.weight_normalization,

@@ -75,7 +75,12 @@ class PackedLayer(DaqLayer):
         """What the layer computes with, as the quantized layer it was; in `weight_dtype` if no other is given."""
         dtype = dtype or self.weight_dtype
         return dequantize_weight(
-            self.codes(), self.weight_scale, bits=self.weight_bits, group_size=self.group_size, dtype=dtype
+            self.codes(),
+            self.weight_scale,
+            bits=self.weight_bits,
+            grid=self.weight_grid,
+            group_size=self.group_size,
+            dtype=dtype,
         )
 
     @property
@@ -109,7 +114,7 @@ def _packed_class(quantized_class: Any) -> type[PackedLayer]:
     return type(f"Packed{float_class.__name__}", (PackedLayer, float_class), {**taken, "__module__": __name__})
 
 
-_PLAIN = ("weight_bits", "shape", "group_size", "has_bias", "weight_dtype")
+_PLAIN = ("weight_bits", "weight_grid", "shape", "group_size", "has_bias", "weight_dtype")
 PACKED_TYPES = {quantized: _packed_class(quantized) for quantized in LAYER_TYPES.values()}
 for _packed_type in PACKED_TYPES.values():
     register_notrace_module(_packed_type)
@@ -153,7 +158,7 @@ def pack_layer(layer: Any, values: bool = True) -> None:
     layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.clone(), requires_grad=False))
     layer.register_buffer("weight_codes", codes)
     layer.register_buffer("weight_scale", scale)
-    layer.weight_bits, layer.shape, layer.weight_dtype = bits, shape, dtype
+    layer.weight_bits, layer.weight_grid, layer.shape, layer.weight_dtype = bits, quantizer.grid, shape, dtype
     layer.group_size, layer.has_bias = group_size, has_bias
     if layer.a_quant is not None:
         layer.a_quant = copy.deepcopy(layer.a_quant).requires_grad_(False)  # the model may be a shared copy
@@ -176,7 +181,7 @@ def unpack_layer(layer: Any, config: DaqConfig) -> None:
     quantizer = layer.w_quant
     offset, unit = (value.view(-1) for value in quantizer.statistics(quantizer.rows(layer.float_weight())))
     quantizer.lower.copy_((-largest - offset) / unit)
-    quantizer.upper.copy_((largest - offset) / unit)
+    quantizer.upper.copy_((largest * (quantizer.levels / quantizer.center - 1) - offset) / unit)
     quantizer.scale.copy_(scale)
     if quantizer.shift is not None:
         quantizer.shift.copy_(torch.zeros_like(quantizer.shift) if has_bias else bias)

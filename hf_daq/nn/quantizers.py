@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .formula import levels
+from .formula import center, levels
 from .functional import quantize_activation, quantize_weight
 
 _SMALLEST_SCALE = 1e-8
@@ -131,7 +131,8 @@ class Quantizer(nn.Module):
 
 
 class WeightQuantizer(Quantizer):
-    """Weights of shape (channels, ...) to `|scale| * (2q - R) / R`: 2**bits symmetric values without a zero.
+    """Weights of shape (channels, ...) to `|scale| * (q - c) / c`. On the grid "odd" `c = R / 2`: 2**bits symmetric values
+    without a zero (paper). On "integer" `c = 2**(bits - 1)`, which is the code of 0.
 
     lower, upper: bounds, shape (rows,), in units of the weight's standard deviation around its mean
         (`normalization="standardize"`, the paper) or of its root mean square around zero ("scale"). These statistics
@@ -152,6 +153,7 @@ class WeightQuantizer(Quantizer):
         *,
         granularity: str = "tensor",
         group_size: int | None = None,
+        grid: str = "odd",
         shift: bool = False,
         normalization: str = "scale",
         rounding: str = "daq",
@@ -161,7 +163,7 @@ class WeightQuantizer(Quantizer):
         device: Any = None,
     ) -> None:
         channels, columns = shape[0], math.prod(shape[1:])
-        self.granularity = granularity
+        self.granularity, self.grid = granularity, grid
         self.group_size = min(group_size or columns, columns)
         self.groups = -(-columns // self.group_size)
         self.padding = self.groups * self.group_size - columns
@@ -172,6 +174,14 @@ class WeightQuantizer(Quantizer):
         self.shift = (
             nn.Parameter(torch.full((channels,), torch.nan, device=device, dtype=torch.float32)) if shift else None
         )
+
+    @property
+    def center(self) -> float:
+        """The code of a weight of 0."""
+        return center(self.bits, self.grid)
+
+    def _options(self, x: Tensor) -> dict[str, Any]:
+        return super()._options(x) | {"grid": self.grid}
 
     def shifted(self, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """The bias of the quantized layer, in the dtype of its weight."""
@@ -239,10 +249,9 @@ class WeightQuantizer(Quantizer):
     @torch.no_grad()
     def codes(self, weight: Tensor) -> Tensor:
         """The codes q of a weight, uint8 of its shape."""
-        center = self.levels / 2
         options = self._options(weight) | {"rounding": "ste", "dtype": None}
-        centered = self._quantized(wide(weight), torch.full_like(self.scale, center), options)
-        codes: Tensor = (centered + center).round_().to(torch.uint8)
+        centered = self._quantized(wide(weight), torch.full_like(self.scale, self.center), options)
+        codes: Tensor = (centered + self.center).round_().to(torch.uint8)
         return codes
 
     def _quantized(self, weight: Tensor, scale: Tensor, options: dict[str, Any]) -> Tensor:

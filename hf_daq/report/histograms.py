@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..model.batch import examples_in, run
 from ..nn.base import layer_input
-from ..nn.formula import levels
+from ..nn.formula import center, levels
 from ..nn.layers import evaluating
 from ..nn.quantizers import wide
 
@@ -65,11 +65,11 @@ def histogram_of_weights(name: str, layer: Any) -> Histogram:
     """The float weights of a quantized layer, in their own units, or with bounds for each channel or group in units of
     these: -1 and 1 are the bounds, and code_values are their medians. Of a packed layer the codes, in units of the scale."""
     bits = layer.weight_bits
-    largest = levels(bits)
-    code_values = np.arange(-largest, largest + 1, 2) / largest
+    largest, zero = levels(bits), center(bits, layer.weight_grid)
+    code_values = (np.arange(largest + 1) - zero) / zero
     if layer.w_quant is None:
         codes = _code_counts(layer.codes(), bits)
-        return Histogram(name, bits, None, codes, None, -1.0, 2 / largest, code_values, "weight / scale")
+        return Histogram(name, bits, None, codes, None, -1.0, 1 / zero, code_values, "weight / scale")
     quantizer, weight = layer.w_quant, wide(layer.float_weight())
     (start, end), v = quantizer.bounds(weight), quantizer.positions(weight)
     scale = quantizer.scale.abs() / layer.span
