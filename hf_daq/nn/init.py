@@ -96,7 +96,8 @@ def _fit(x: Tensor, target: Tensor, bound: Tensor, grid: Grid, weights: Tensor |
     code = (x + bound).mul_(grid.center / bound).clamp_(0, grid.levels)
     code = round_half_down_(code).mul_(1 / grid.center).sub_(1)
     weighted = code if weights is None else code * weights
-    scale = (weighted * target).sum(1, keepdim=True) / (weighted * code).sum(1, keepdim=True)
+    # On a grid with a zero a row of zeros has no other code.
+    scale = (weighted * target).sum(1, keepdim=True) / (weighted * code).sum(1, keepdim=True).clamp_min(1e-12)
     errors = (target - scale * code).square_()
     return scale, (errors if weights is None else errors.mul_(weights)).sum(1, keepdim=True)
 
