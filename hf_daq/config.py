@@ -22,6 +22,7 @@ Granularity = Literal["tensor", "channel", "group"]
 Normalization = Literal["scale", "standardize"]
 Grid = Literal["odd", "integer"]
 Init = Literal["mse", "3std"]
+ScaleDtype = Literal["float16", "bfloat16"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "rounding": get_args(Rounding),
@@ -79,6 +80,10 @@ class DaqConfig:
             of b bits read as they are. At 1 bit both are -1 and 1.
         weight_normalization: "scale": the bounds are in units of the weight's root mean square, and quantization
             starts where the float weights are; "standardize": the weight's mean is removed as well (paper).
+        scale_dtype: "float16" or "bfloat16": scales of weights are rounded in every forward, in training too, so that files
+            whose steps have this dtype (GGUF: float16) hold the weights that were trained, bit for bit. At 4 and 5 bits of
+            the grid "odd" steps have 7 and 6 significant bits, as such files have a smallest value beside the step. For
+            weights only; None: scales are float32.
         weight_init, activation_init: initial bounds. "mse": the widest bounds whose squared error is close to the
             smallest for this number of bits; "3std": three standard deviations (paper).
         bias_correction: give every quantized convolution, and every linear layer with a bias, a learnable shift of its
@@ -116,6 +121,7 @@ class DaqConfig:
     weight_granularity: Granularity = "tensor"
     group_size: int | None = None
     weight_grid: Grid = "odd"
+    scale_dtype: ScaleDtype | None = None
     weight_normalization: Normalization = "scale"
     weight_init: Init = "mse"
     activation_init: Init = "mse"
@@ -170,6 +176,8 @@ class DaqConfig:
         object.__setattr__(self, "modules_to_not_convert", tuple(_checked_pattern(pattern) for pattern in patterns))
         if self.layers is not None:
             object.__setattr__(self, "layers", _checked_layers(self.layers))
+        if self.scale_dtype is not None:
+            self._check_scale_dtype()
 
     def _check_groups(self, size: object) -> None:
         if self.weight_granularity == "channel":
@@ -178,6 +186,20 @@ class DaqConfig:
             raise ConfigError(f"group_size={size!r} must be a whole number from 2 on, such as 64 or 128")
         object.__setattr__(self, "weight_granularity", "group")
         object.__setattr__(self, "group_size", size)
+
+    def _check_scale_dtype(self) -> None:
+        if self.scale_dtype not in get_args(ScaleDtype):
+            raise ConfigError(f"scale_dtype={self.scale_dtype!r} is not one of 'float16', 'bfloat16', None")
+        given = {"activation_bits": self.activation_bits}
+        given |= {f"rule {rule['pattern']!r}": rule.get("activation_bits", rule.get("bits")) for rule in self.rules}
+        given |= {f"layers[{name!r}]": entry["activation_bits"] for name, entry in (self.layers or {}).items()}
+        for what, bits in given.items():
+            if bits is not None:
+                raise ConfigError(
+                    f"scale_dtype={self.scale_dtype!r} is for weights only, as the scale of a layer with quantized inputs has "
+                    f"their bounds in it, and {what} quantizes inputs to {bits} bits; write weight_bits={bits}, or leave out "
+                    "scale_dtype"
+                )
 
     @classmethod
     def paper(cls, bits: int | None = None, **kwargs: Any) -> DaqConfig:

@@ -122,7 +122,7 @@ def weight_rows(lower: Tensor, upper: Tensor, scale: Any, offset: Any, unit: Any
     start, end = offset + unit * lower, offset + unit * upper
     inverse = (1 / (end - start).clamp_min(_SMALLEST_SPAN)) * constants.levels
     none = start  # their code for zero is a constant
-    center, step = _full(start, constants.center), scale.abs() * (1 / constants.center)
+    center, step = _full(start, constants.center), scale.abs() / constants.center
     return Rows(start, end, inverse, center, step, none, unit, scale)
 
 

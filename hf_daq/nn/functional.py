@@ -131,6 +131,49 @@ def quantize_weight(
     return result
 
 
+class _SnapScale(torch.autograd.Function):
+    @staticmethod
+    def forward(scale: Tensor, zero: float, significant: int, unit: float) -> Tensor:  # type: ignore[override]
+        step = scale.abs().float() / zero
+        if unit:
+            step = torch.where(step < 2**10 * unit, (step / unit).round().clamp_min(1) * unit, step)
+        # To the nearest number with so many significant bits, ties to even, in the bits of float32.
+        dropped = 24 - significant
+        bits = step.view(torch.int32)
+        bits = (bits + ((1 << dropped - 1) - 1) + ((bits >> dropped) & 1)) & -(1 << dropped)
+        return torch.copysign(bits.view(torch.float32) * zero, scale).to(scale.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return grad, None, None, None
+
+
+def snap_scale(scale: Tensor, *, bits: int, grid: str = "odd", dtype: str = "float16") -> Tensor:
+    """The nearest scale of a weight whose step, the factor of its integers, is a number of `dtype`; the gradient is that
+    without rounding.
+
+    On the grid "odd" at 4 and 5 bits the step has 11 - bits significant bits, so that the smallest value, `-R` steps, is a
+    number of float16 too: files with an unsigned code have a step and a smallest value.
+
+    Args:
+        scale: float tensor.
+        dtype: "float16" or "bfloat16".
+
+    Returns:
+        A tensor like `scale`. Steps of float16 are at least 2^-24.
+    """
+    significant = {"float16": 11, "bfloat16": 8}[dtype]
+    if grid == "odd" and bits in (4, 5):
+        significant = min(significant, 11 - bits)
+    unit = 2.0**-23 if dtype == "float16" else 0.0  # two codes are two steps apart on the grid "odd"
+    snapped: Tensor = _SnapScale.apply(scale, center(bits, grid), significant, unit)  # type: ignore[no-untyped-call]
+    return snapped
+
+
 def dequantize_weight(
     codes: Tensor,
     scale: Tensor,
@@ -152,7 +195,7 @@ def dequantize_weight(
     """
     zero = center(bits, grid)
     wide_dtype = torch.promote_types(dtype, torch.float32)
-    step = scale.to(wide_dtype).abs() * (1 / zero)
+    step = scale.to(wide_dtype).abs() / zero
     rows, missing = codes, 0
     if group_size is not None:
         missing = -(codes.numel() // len(codes)) % group_size

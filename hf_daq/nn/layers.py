@@ -68,7 +68,7 @@ class QuantizedLayer(DaqLayer):
 
     @property
     def weight_scale(self) -> Tensor:  # type: ignore[override]
-        return self.w_quant.scale.detach()
+        return self.w_quant.output_scale.detach()
 
     @property
     def weight_dtype(self) -> torch.dtype:  # type: ignore[override]
@@ -297,6 +297,7 @@ def quantize_layer(layer: Any, name: str, config: DaqConfig, weight_bits: int, a
         granularity=config.weight_granularity,
         group_size=config.group_size,
         grid=config.weight_grid,
+        scale_dtype=config.scale_dtype,
         # A class of transformers has no place for the bias of a linear layer that had none, nor have exported files.
         shift=config.bias_correction and (layer.bias is not None or isinstance(layer, nn.Conv2d)),
         normalization=config.weight_normalization,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .formula import center, levels
-from .functional import quantize_activation, quantize_weight
+from .functional import quantize_activation, quantize_weight, snap_scale
 
 _SMALLEST_SCALE = 1e-8
 _ON_A_BOUND = 1e-4  # codes: calibration often puts a bound on the largest value, and rounding moves it a little
@@ -154,6 +154,7 @@ class WeightQuantizer(Quantizer):
         granularity: str = "tensor",
         group_size: int | None = None,
         grid: str = "odd",
+        scale_dtype: str | None = None,
         shift: bool = False,
         normalization: str = "scale",
         rounding: str = "daq",
@@ -163,7 +164,7 @@ class WeightQuantizer(Quantizer):
         device: Any = None,
     ) -> None:
         channels, columns = shape[0], math.prod(shape[1:])
-        self.granularity, self.grid = granularity, grid
+        self.granularity, self.grid, self.scale_dtype = granularity, grid, scale_dtype
         self.group_size = min(group_size or columns, columns)
         self.groups = -(-columns // self.group_size)
         self.padding = self.groups * self.group_size - columns
@@ -179,6 +180,13 @@ class WeightQuantizer(Quantizer):
     def center(self) -> float:
         """The code of a weight of 0."""
         return center(self.bits, self.grid)
+
+    @property
+    def output_scale(self) -> Tensor:
+        """`scale` as the layer uses it: rounded for `scale_dtype`."""
+        if self.scale_dtype is None:
+            return self.scale
+        return snap_scale(self.scale, bits=self.bits, grid=self.grid, dtype=self.scale_dtype)
 
     def _options(self, x: Tensor) -> dict[str, Any]:
         return super()._options(x) | {"grid": self.grid}
@@ -244,7 +252,7 @@ class WeightQuantizer(Quantizer):
         return self.unrows((rows - start) / (end - start) * self.levels, weight.shape)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return self._quantized(weight, self.scale, self._options(weight))
+        return self._quantized(weight, self.output_scale, self._options(weight))
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def histogram_of_weights(name: str, layer: Any) -> Histogram:
         return Histogram(name, bits, None, codes, None, -1.0, 1 / zero, code_values, "weight / scale")
     quantizer, weight = layer.w_quant, wide(layer.float_weight())
     (start, end), v = quantizer.bounds(weight), quantizer.positions(weight)
-    scale = quantizer.scale.abs() / layer.span
+    scale = layer.weight_scale.abs() / layer.span
     origin, step, axis = -1.0, 2 / largest, f"weight, {quantizer.granularity} bounds at ±1"
     if quantizer.granularity == "tensor":
         origin, step, axis = start.item(), (end - start).item() / largest, "weight"
