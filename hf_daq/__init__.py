@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .config import DaqConfig
     from .errors import DaqError
     from .export.compressed_tensors import export_compressed_tensors
+    from .export.gguf import export_gguf
     from .export.onnx import export_onnx
     from .files.card import update_card
     from .files.facts import CardFacts, Result
@@ -46,6 +47,7 @@ __all__ = [
     "apply_daq",
     "calibrate",
     "export_compressed_tensors",
+    "export_gguf",
     "export_onnx",
     "from_pretrained",
     "health",
@@ -74,6 +76,7 @@ _FILES = {
     "apply_daq": "apply",
     "calibrate": "calibration",
     "export_compressed_tensors": "export.compressed_tensors",
+    "export_gguf": "export.gguf",
     "export_onnx": "export.onnx",
     "from_pretrained": "checkpoint",
     "health": "report.health",
