@@ -48,6 +48,26 @@ def test_bits_sets_both_sides_and_weights_only_is_the_default_without_it():
         ({"bits": 2, "rules": [{"pattern": "a", "skip": True, "bits": 2}]}, "must say one thing"),
         ({"bits": 2, "rules": [{"pattern": "a"}]}, "must say one thing"),
         ({"bits": 2, "rules": [{"pattern": "re:(", "bits": 2}]}, "not a regular expression"),
+        (
+            {"weight_bits": 2, "scale_dtype": "float32"},
+            "scale_dtype='float32' is not one of 'float16', 'bfloat16', None",
+        ),
+        (
+            {"bits": 2, "scale_dtype": "float16"},
+            "weights only.*and activation_bits quantizes inputs to 2 bits; write weight_bits=2",
+        ),
+        (
+            {"weight_bits": 2, "scale_dtype": "float16", "rules": [{"pattern": "a", "bits": 8}]},
+            "and rule 'a' quantizes inputs to 8 bits",
+        ),
+        (
+            {
+                "weight_bits": 2,
+                "scale_dtype": "bfloat16",
+                "layers": {"a": {"weight_bits": 2, "activation_bits": 4}},
+            },
+            r"and layers\['a'\] quantizes inputs to 4 bits",
+        ),
         ({"bits": 2, "modules_to_not_convert": [3]}, "pattern 3 must be a glob"),
         ({"bits": 2, "layers": {}}, "must map module names"),
         ({"bits": 2, "layers": {"a": {"weight_bits": 2}}}, "weight_bits and activation_bits"),
@@ -66,6 +86,7 @@ def full_config() -> DaqConfig:
         rounding="soft",
         weight_sigma=3,
         weight_granularity="channel",
+        scale_dtype="bfloat16",
         first_last_bits=8,
         rules=[
             {"pattern": "layer1.*", "weight_bits": 4, "activation_bits": None},

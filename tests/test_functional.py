@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_daq.nn.formula import round_half_down_
-from hf_daq.nn.functional import quantize_activation, quantize_weight
+from hf_daq.nn.functional import dequantize_weight, quantize_activation, quantize_weight, snap_scale
 
 SETTINGS = [(2.0, 1.0), (2.0, 2.0), (1.0, 0.5), (4.0, 5.0), (0.3, 1.3)]
 
@@ -204,3 +204,37 @@ def test_there_is_no_second_derivative():
     (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("bits", "grid"), [*((bits, "odd") for bits in range(1, 9)), (2, "integer"), (8, "integer")])
+def test_weights_with_a_snapped_scale_are_integers_times_a_step_of_that_dtype(bits, grid, dtype):
+    generator = torch.Generator().manual_seed(bits)
+    scale = 10 ** (torch.rand(2000, generator=generator) * 8 - 6) * torch.randn(2000, generator=generator)
+    snapped = snap_scale(scale, bits=bits, grid=grid, dtype=dtype)
+    assert torch.equal(snap_scale(snapped, bits=bits, grid=grid, dtype=dtype), snapped)
+    assert torch.equal(snapped.sign(), scale.sign())
+    codes = torch.arange(2**bits, dtype=torch.uint8)
+    weight = dequantize_weight(codes.repeat(len(scale), 1), snapped, bits=bits, grid=grid).double()
+    integers = 2 * codes.double() - (2**bits - 1) if grid == "odd" else codes.double() - 2 ** (bits - 1)
+    step = snapped.abs().double() / -integers[0]
+    assert torch.equal(step, step.to(getattr(torch, dtype)).double())
+    assert torch.equal(weight, step[:, None] * integers)  # bit for bit, in float32
+    usual = step > 1e-4
+    error = ((snapped - scale).abs() / scale.abs())[usual].max().item()
+    significant = {"float16": 11, "bfloat16": 8}[dtype]
+    if grid == "odd" and bits in (4, 5):
+        significant = 11 - bits
+        assert torch.equal(snapped[usual], snapped[usual].half().float())  # the smallest value of unsigned codes
+    assert 2.0 ** -(significant + 1) < error <= 2.0**-significant
+
+
+def test_the_gradient_of_a_snapped_scale_is_that_of_the_scale():
+    weight, scale = torch.randn(4, 9), torch.rand(4) + 0.1
+    lower, upper, offset, unit = -torch.ones(4), torch.ones(4), torch.zeros(4), torch.ones(4)
+    snapped = scale.clone().requires_grad_()
+    exact = snap_scale(scale, bits=3).requires_grad_()
+    for value in (snap_scale(snapped, bits=3), exact):
+        quantize_weight(weight, lower, upper, value, offset, unit, bits=3).square().sum().backward()
+    assert torch.equal(snapped.grad, exact.grad)
+    assert not torch.equal(snapped, exact)

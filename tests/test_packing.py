@@ -33,6 +33,8 @@ SETTINGS = [
     ("test_vit2", {"bits": 6, "bias_correction": False}),
     ("test_resnet", {"bits": 4, "weight_grid": "integer", "first_last_bits": 1}),
     ("test_vit", {"weight_bits": 8, "weight_grid": "integer", "group_size": 6}),
+    ("test_vit", {"weight_bits": 4, "group_size": 8, "scale_dtype": "float16"}),
+    ("test_resnet", {"weight_bits": 3, "weight_grid": "integer", "scale_dtype": "bfloat16"}),
 ]
 
 

@@ -166,11 +166,12 @@ def snap_scale(scale: Tensor, *, bits: int, grid: str = "odd", dtype: str = "flo
     Returns:
         A tensor like `scale`. Steps of float16 are at least 2^-24.
     """
-    significant = {"float16": 11, "bfloat16": 8}[dtype]
-    if grid == "odd" and bits in (4, 5):
+    significant, zero = {"float16": 11, "bfloat16": 8}[dtype], center(bits, grid)
+    odd = zero % 1 != 0  # then two codes are two steps apart
+    if odd and bits in (4, 5):
         significant = min(significant, 11 - bits)
-    unit = 2.0**-23 if dtype == "float16" else 0.0  # two codes are two steps apart on the grid "odd"
-    snapped: Tensor = _SnapScale.apply(scale, center(bits, grid), significant, unit)  # type: ignore[no-untyped-call]
+    unit = 0.0 if dtype == "bfloat16" else 2.0**-23 if odd else 2.0**-24
+    snapped: Tensor = _SnapScale.apply(scale, zero, significant, unit)  # type: ignore[no-untyped-call]
     return snapped
 
 
