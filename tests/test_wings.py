@@ -74,6 +74,7 @@ HOMES = {
     "report.summary": "summary",
     "integrations.trainer": "MonitorCallback trainer_optimizer",
     "export.compressed_tensors": "export_compressed_tensors",
+    "export.gguf": "export_gguf",
     "export.onnx": "export_onnx",
 }
 

@@ -100,6 +100,8 @@ def check_config(config: Any, family: Family) -> None:
         raise ExportError(
             f"rotary embedding of the kind {kind!r}, {_rope(config)}, is not written here; default, linear and llama3 are"
         )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise ExportError("llama.cpp computes a decoder, and this model attends in both directions")
     if family.ties and not config.tie_word_embeddings:
         raise ExportError(
             f"llama.cpp has no output embedding of its own for {family.architecture}; tie_word_embeddings must be True"
