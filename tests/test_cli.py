@@ -12,14 +12,15 @@ import time
 
 import pytest
 import timm
+import tokenizers
 import torch
+import transformers
 from hub_server import connected_hub  # noqa: F401
 from huggingface_hub import hf_hub_download
 from models import images, small_net, small_timm
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from text_models import calibrated, tiny_bert, tokens
-from transformers import BertForSequenceClassification
 from typer.testing import CliRunner
 
 import hf_daq
@@ -251,6 +252,10 @@ def test_plan_of_an_endless_model(folders, tmp_path, monkeypatch):
         (["card", "absent"], "does not exist"),
         (["export", ".", "out", "--to", "tflite"], "--to"),
         (["export", ".", "out", "--to", "compressed-tensors", "--runtime", "openvino"], "--runtime is for --to onnx"),
+        (
+            ["export", ".", "out", "--to", "gguf", "--inputs", __file__],
+            "--inputs is for --to onnx and compressed-tensors",
+        ),
         (["export", ".", "absent/model.onnx", "--to", "onnx"], "there is no folder"),
         (["pack", ".", "."], "name another one"),
         (["pack", ".", "out", "--probe", "absent.safetensors"], "does not exist"),
@@ -602,8 +607,8 @@ def test_pack_transformers_with_its_companions(folders, tmp_path):
     assert found["copied"] == ["vocab.txt"]
     names = {path.name for path in (tmp_path / "packed").iterdir()}
     assert names == {"README.md", "config.json", "model.safetensors", "probe.safetensors", "vocab.txt"}
-    packed = BertForSequenceClassification.from_pretrained(tmp_path / "packed")
-    model = BertForSequenceClassification.from_pretrained(folders / "bert")
+    packed = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "packed")
+    model = transformers.BertForSequenceClassification.from_pretrained(folders / "bert")
     with torch.no_grad():
         assert torch.equal(packed(tokens(seed=5)).logits, model(tokens(seed=5)).logits)
 
@@ -664,6 +669,7 @@ def test_models_that_no_library_builds_name_the_python_call(tmp_path):
         (("summary",), "print(hf_daq.summary(model, inputs))"),
         (("pack", out), f"hf_daq.save_pretrained(model, {out!r}, packed=True)"),
         (("export", out, "--to", "onnx"), f"hf_daq.export_onnx(model, {out!r}, inputs)"),
+        (("export", out, "--to", "gguf"), f"hf_daq.export_gguf(model, {out!r})"),
         (("export", out, "--to", "compressed-tensors"), f"hf_daq.export_compressed_tensors(model, {out!r}, inputs)"),
     ):
         _, err = run(args[0], tmp_path / "own", *args[1:], code=1)
@@ -694,6 +700,25 @@ def test_export_compressed_tensors(folders, tmp_path):
     probe = shutil.copy(folders / "tokens.safetensors", folder / "probe.safetensors")
     text, _ = run("export", folder, tmp_path / "again", "--to", "compressed-tensors")
     assert text.endswith(f"with the inputs in {probe}; --inputs FILE takes others\n")
+
+
+def test_export_gguf(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
+    model = hf_daq.apply_daq(transformers.LlamaForCausalLM(config), weight_bits=3, scale_dtype="float16")
+    hf_daq.save_pretrained(model, tmp_path / "llama", packed=True)
+    found = run_json("export", tmp_path / "llama", tmp_path, "--to", "gguf")
+    path = tmp_path / "model.gguf"
+    assert (found["path"], found["size"]) == (str(path), path.stat().st_size)
+    assert (found["types"], found["exact"]) == ({"3-bit weights as Q4_0": 7}, 7)
+    assert gguf.GGUFReader(path).fields["tokenizer.ggml.model"].contents() == "none"
+    words = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "llama")
+    text, _ = run("export", tmp_path / "llama", tmp_path / "words.gguf", "--to", "gguf")
+    assert "all weights are those of the model, bit for bit" in text
+    assert gguf.GGUFReader(tmp_path / "words.gguf").fields["tokenizer.ggml.merges"].contents() == ["a b"]
 
 
 # ------------------------------------------------------------------------------------------------------- summary

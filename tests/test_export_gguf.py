@@ -106,7 +106,7 @@ def test_every_number_of_bits_in_its_type(bits, grid, kind, tmp_path):
     model = quantized(bits=bits, weight_grid=grid)
     exact = quantized(bits=bits, weight_grid=grid, scale_dtype="float16")
     report = export_gguf(model, tmp_path / "model.gguf")
-    assert report.types == {(bits, kind): 14}
+    assert report.types == {f"{bits}-bit weights as {kind}": 14}
     assert 0 < report.error < 1e-3
     report = export_gguf(exact, tmp_path / "exact.gguf")
     if kind == "F16":
@@ -231,7 +231,7 @@ def test_a_linear_stretch_of_positions(tmp_path):
 def test_the_type_of_embeddings_and_of_layers_in_full_precision(embeddings, bytes_each, tmp_path):
     model = quantized(rules=[{"pattern": "model.layers.0.*", "skip": True}])
     report = export_gguf(model.to(torch.bfloat16), tmp_path / "model.gguf", embeddings=embeddings)
-    assert report.types == {(4, "Q4_1"): 7}
+    assert report.types == {"4-bit weights as Q4_1": 7}
     stored = tensors(tmp_path / "model.gguf")
     for name in ("token_embd", "output", "blk.0.attn_k"):
         assert stored[f"{name}.weight"].n_bytes == stored[f"{name}.weight"].n_elements * bytes_each
@@ -480,3 +480,84 @@ def test_what_the_file_does_not_hold_is_found(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="does not have the tensors that were written: .*blk.1"):
         export_gguf(quantized(), tmp_path / "model.gguf")
     assert (tmp_path / "model.gguf").read_bytes() == b"before"
+
+
+# ------------------------------------------------------------------------------------------------------- llama.cpp
+
+
+def greedy(path, prompt, count):
+    """Tokens that llama.cpp gives, and its logits for the prompt."""
+    from llama_cpp import Llama
+
+    opened = Llama(str(path), n_ctx=128, n_threads=1, logits_all=True, verbose=False)
+    opened.eval(prompt)
+    first = opened.scores[: len(prompt)].copy()
+    tokens = []
+    for _ in range(count):
+        tokens.append(int(opened.scores[opened.n_tokens - 1].argmax()))
+        opened.eval(tokens[-1:])
+    return tokens, torch.from_numpy(first)
+
+
+def expected_tokens(model, prompt, count):
+    with torch.no_grad():
+        ids = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None)
+    return ids[0, len(prompt) :].tolist()
+
+
+def trained_llama(tokenizer, **config):
+    """A small Llama that knows a text by heart, so that rounding of inputs in llama.cpp changes no token."""
+    torch.manual_seed(0)
+    model = DECODERS["llama"](vocab_size=320)
+    ids = torch.tensor(tokenizer(TEXT)["input_ids"])
+    model = hf_daq.apply_daq(model, DaqConfig(group_size=256, scale_dtype="float16", **config))
+    groups = hf_daq.param_groups(model, lr=3e-3, quantizer_lr=1e-3)
+    optimizer = torch.optim.Adam(groups)
+    for step in range(200):
+        start = torch.randint(0, 400, (8,), generator=torch.Generator().manual_seed(step))
+        batch = torch.stack([ids[i : i + 64] for i in start])
+        loss = model(batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval(), ids[:400].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config", [*({"weight_bits": bits} for bits in range(1, 6)), {"weight_bits": 4, "weight_grid": "integer"}]
+)
+def test_llama_cpp_gives_the_tokens_of_pytorch(config, tmp_path):
+    pytest.importorskip("llama_cpp")
+    tokenizer = bpe(None)
+    model, text = trained_llama(tokenizer, **config)
+    assert export_gguf(model, tmp_path / "model.gguf", tokenizer).exact == 14
+    prompt = text[40:72]
+    tokens, first = greedy(tmp_path / "model.gguf", prompt, 64)
+    with torch.no_grad():
+        assert relative_error(first, model(torch.tensor([prompt])).logits[0]) < 0.05
+    assert tokens == expected_tokens(model, prompt, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DECODERS)
+def test_llama_cpp_computes_what_every_decoder_computes(name, tmp_path):
+    """In F16, the type of 8 bits, for which it rounds no inputs of products."""
+    pytest.importorskip("llama_cpp")
+    model = quantized(name, bits=8)
+    export_gguf(model, tmp_path / "model.gguf", embeddings="f32")
+    _, first = greedy(tmp_path / "model.gguf", IDS[0].tolist(), 1)
+    assert relative_error(first, logits(model)[0]) < 3e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokenizer", [*SPLITS, True, False])
+def test_llama_cpp_cuts_text_as_the_tokenizer_does(tokenizer, tmp_path):
+    pytest.importorskip("llama_cpp")
+    from llama_cpp import Llama
+
+    tokenizer = sentencepiece(tokenizer) if isinstance(tokenizer, bool) else bpe(tokenizer, dict(SPLITS)[tokenizer][1])
+    exported(tokenizer, tmp_path)
+    opened = Llama(str(tmp_path / "model.gguf"), vocab_only=True, verbose=False)
+    for text in [*SENTENCES, TEXT]:
+        assert opened.tokenize(text.encode(), add_bos=True, special=True) == tokenizer(text)["input_ids"], text

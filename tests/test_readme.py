@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+import tiny
 import torch
 from accelerate import Accelerator
 from hub_server import LoopbackHub, connect, connected_hub  # noqa: F401
@@ -97,6 +98,7 @@ def scope(tmp_path, monkeypatch, hub):
         "optimizer": torch.optim.SGD(hf_daq.param_groups(model, lr=1e-3)),
         "bert": calibrated(tiny_bert()),
         "batch": {"input_ids": tokens()},
+        "llama": hf_daq.apply_daq(tiny.build("llama"), weight_bits=8),
         "accelerator": Accelerator(),
         "accuracy": 0.7,
         "float_accuracy": 0.8,
@@ -129,6 +131,8 @@ def check(block, scope, printed, folder, hub):
         assert {path.stem for path in pictures} == {"weights", "inputs", "gamma", "depth", "flips"}
     if "export_onnx" in block:
         assert Path("model.onnx").exists()
+    if "export_gguf" in block:
+        assert Path("model.gguf").read_bytes().startswith(b"GGUF")
     if "push_to_hub" in block:
         assert "model.safetensors" in hub.files("user/resnet-w3")
         assert packed_layers(scope["shared"])

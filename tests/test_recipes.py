@@ -404,7 +404,7 @@ def test_an_earlier_run_is_neither_mixed_up_nor_overwritten(tmp_path):
         (["--float_epochs", "0", "--checkpoint", "nowhere"], "checkpoint nowhere does not exist"),
         (["--eval_split", "tset"], "digits has no split 'tset'; it has train, test. .*--eval_fraction 0.2"),
         (["--label_column", "lable"], "no single column fits; name it with --label_column"),
-        (["--export", "packed,onxx"], "allowed are packed, onnx, compressed-tensors, separated by commas"),
+        (["--export", "packed,onxx"], "allowed are packed, onnx, compressed-tensors, gguf, separated by commas"),
         (["--batch_size", "5000"], "batch_size is 5000, but the training split has only 1437 images"),
     ],
 )

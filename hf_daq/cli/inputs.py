@@ -19,7 +19,7 @@ from ..files.inspect import inspect
 from ..files.weights_file import PROBE_NAME
 from ..model.roles import is_transformers_model
 
-_NOT_COPIED = ("*.safetensors*", "*.onnx", "*.bin", "*.pt", "*.pth", "*.pkl", "trainer_state.json", ".*")
+_NOT_COPIED = ("*.safetensors*", "*.onnx", "*.gguf", "*.bin", "*.pt", "*.pth", "*.pkl", "trainer_state.json", ".*")
 _OWN = (CONFIG_NAME, CARD_NAME, "generation_config.json")  # which the library writes itself
 
 

@@ -307,7 +307,9 @@ def _refuse_same(folder: Path, out: Path) -> None:
 @app.command("export")
 def export_command(
     folder: Folder,
-    out: Annotated[Path, typer.Argument(help="The file to write for onnx, the folder for compressed-tensors.")],
+    out: Annotated[
+        Path, typer.Argument(help="The file to write for onnx and gguf, the folder for compressed-tensors.")
+    ],
     to: Annotated[Target, typer.Option(help="The format.")],
     runtime: Annotated[
         Runtime | None, typer.Option(help="Runtime that the ONNX file is written for; default: onnxruntime.")
@@ -316,50 +318,66 @@ def export_command(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write an ONNX file or a compressed-tensors folder.
+    """Write an ONNX file, a compressed-tensors folder or a GGUF file.
 
-    What was written is compared with the model on real inputs.
+    What was written is compared with the model, for onnx and compressed-tensors on real inputs. A GGUF file gets the
+    tokenizer of the folder, if there is a tokenizer.json.
 
     Needs `pip install "hf-daq[export]"`.
 
     \b
     hf-daq export trained model.onnx --to onnx --runtime openvino --inputs images.safetensors
     hf-daq export trained folder --to compressed-tensors --inputs batch.safetensors
+    hf-daq export trained model.gguf --to gguf
     """
     _refuse_same(folder, out)
-    if runtime and to == "compressed-tensors":
+    if runtime and to != "onnx":
         raise typer.BadParameter("--runtime is for --to onnx")
-    if to == "onnx" and out.is_dir():
-        out = out / "model.onnx"
+    if inputs and to == "gguf":
+        raise typer.BadParameter(
+            "--inputs is for --to onnx and compressed-tensors: a GGUF file is compared tensor by tensor"
+        )
+    if to != "compressed-tensors" and out.is_dir():
+        out = out / f"model.{to}"
     if not out.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {out.parent}")
-    report: Any
     with working(f"exporting {folder} to {out}"):
-        import hf_daq
-
-        from ..files.card import write_card
-        from .inputs import copy_companions, open_model, read_inputs
-
-        function = "export_onnx" if to == "onnx" else "export_compressed_tensors"
-        model = open_model(folder, f"hf_daq.{function}(model, {str(out)!r}, inputs)")
-        batch, source = read_inputs(model, folder, inputs)
-        if batch is None:
-            raise ExportError(
-                f"real inputs are needed to compare the export with the model, and {folder} has no probe.safetensors; pass "
-                '--inputs FILE.safetensors with two rows or more: one tensor "x" for images, or what the model takes, e.g. '
-                '"input_ids" and "attention_mask"; safetensors.torch.save_file({"x": images}, "inputs.safetensors") writes one'
-            )
-        if to == "onnx":
-            report = hf_daq.export_onnx(model, out, batch, runtime=runtime or "onnxruntime")
-            if out.parent.resolve() == folder.resolve():
-                write_card(folder)  # says how the file is fed
-        else:
-            report = hf_daq.export_compressed_tensors(model, out, batch)
-            copy_companions(folder, out)
+        report, source = _exported(folder, out, to, runtime, inputs)
     if as_json:
-        show_json(plain(report) | {"compared_on": source})
+        show_json(plain(report) | ({} if to == "gguf" else {"compared_on": source}))
     else:
         show(Text(f"{report}{_taken(inputs, source)}"))
+
+
+def _exported(
+    folder: Path, out: Path, to: Target, runtime: Runtime | None, inputs: Path | None
+) -> tuple[Any, Path | None]:
+    """The report, and the file of the inputs that were compared."""
+    import hf_daq
+
+    from ..files.card import write_card
+    from .inputs import copy_companions, open_model, read_inputs
+
+    function = f"hf_daq.export_{to.replace('-', '_')}"
+    model = open_model(folder, f"{function}(model, {str(out)!r}{'' if to == 'gguf' else ', inputs'})")
+    if to == "gguf":
+        tokenizer = folder if (folder / "tokenizer.json").exists() else None
+        return hf_daq.export_gguf(model, out, tokenizer), None
+    batch, source = read_inputs(model, folder, inputs)
+    if batch is None:
+        raise ExportError(
+            f"real inputs are needed to compare the export with the model, and {folder} has no probe.safetensors; pass "
+            '--inputs FILE.safetensors with two rows or more: one tensor "x" for images, or what the model takes, e.g. '
+            '"input_ids" and "attention_mask"; safetensors.torch.save_file({"x": images}, "inputs.safetensors") writes one'
+        )
+    if to == "compressed-tensors":
+        report: Any = hf_daq.export_compressed_tensors(model, out, batch)
+        copy_companions(folder, out)
+        return report, source
+    report = hf_daq.export_onnx(model, out, batch, runtime=runtime or "onnxruntime")
+    if out.parent.resolve() == folder.resolve():
+        write_card(folder)  # says how the file is fed
+    return report, source
 
 
 def _taken(given: Path | None, source: Path | None) -> str:

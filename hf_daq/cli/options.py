@@ -42,7 +42,7 @@ def _print_version(value: bool) -> None:
         raise typer.Exit
 
 
-Target = Literal["onnx", "compressed-tensors"]
+Target = Literal["onnx", "compressed-tensors", "gguf"]
 Runtime = Literal["onnxruntime", "openvino"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -40,30 +40,34 @@ class Report:
     """What `export_gguf` wrote. `print(report)` shows it.
 
     size: bytes of the file.
-    types: how many quantized layers there are of each number of bits and each type of GGUF, e.g. {(4, "Q4_1"): 168}.
+    types: how many quantized layers there are of each number of bits and type, {"4-bit weights as Q4_1": 168}.
     layers, exact: how many layers are quantized, and how many of them have the very weights of the model.
     error: of the weight of a layer, the largest: root mean square of the difference, divided by that of the weight.
     """
 
     path: Path
     size: int
-    types: dict[tuple[int, str], int]
+    types: dict[str, int]
     layers: int
     exact: int
     error: float
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.size / 2**20:.2f} MiB"]
-        lines += [f"  {count} layers: {bits}-bit weights as {kind}" for (bits, kind), count in self.types.items()]
+        lines += [f"  {count} layers: {kind}" for kind, count in self.types.items()]
         if self.exact == self.layers:
             return "\n".join([*lines, "  all weights are those of the model, bit for bit"])
         lines += [
             f"  {self.exact} of {self.layers} layers have the weights of the model bit for bit; relative error of the others "
             f"up to {self.error:.1g}, from scales in float16"
         ]
-        if any(bits == 8 and kind == F16.name for bits, kind in self.types):
+        if _kind(8, F16.name) in self.types:
             lines += ["  8 bits do not fit the 8-bit type exactly: such weights take 16 bits each"]
         return "\n".join(lines)
+
+
+def _kind(bits: int, name: str) -> str:
+    return f"{bits}-bit weights as {name}"
 
 
 @dataclass(frozen=True)
@@ -293,7 +297,7 @@ def _compare(gguf: Any, path: Path, stored: dict[str, _Stored], target: Path) ->
             )
         if tensor.bits is not None:
             errors[name] = error
-    types = Counter((tensor.bits, tensor.kind) for tensor in stored.values() if tensor.bits is not None)
+    types = Counter(_kind(tensor.bits, tensor.kind) for tensor in stored.values() if tensor.bits is not None)
     exact = sum(error == 0 for error in errors.values())
     size = path.stat().st_size
     return Report(target, size, dict(sorted(types.items())), len(errors), exact, max(errors.values()))

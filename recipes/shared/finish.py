@@ -103,4 +103,10 @@ def _compressed_tensors(model: Any, output: Path, inputs: Any) -> Any:
     return hf_daq.export_compressed_tensors(model, output / "compressed-tensors", inputs)
 
 
-_WRITERS = {"packed": _packed, "onnx": _onnx, "compressed-tensors": _compressed_tensors}
+def _gguf(model: Any, output: Path, inputs: Any) -> Any:
+    folder = output / "quantized"
+    tokenizer = folder if (folder / "tokenizer.json").exists() else None
+    return hf_daq.export_gguf(model, output / "model.gguf", tokenizer)
+
+
+_WRITERS = {"packed": _packed, "onnx": _onnx, "compressed-tensors": _compressed_tensors, "gguf": _gguf}

@@ -41,7 +41,7 @@ class RunOptions:
     output_dir: str = "output"
     """Folder for networks, checkpoints and results.json."""
     export: str | None = None
-    """Files to write after the last epoch: packed, onnx, compressed-tensors, separated by commas."""
+    """Files to write after the last epoch: packed, onnx, compressed-tensors, gguf, separated by commas."""
     resume: bool = False
     """Continue the stopped run in output_dir from its last checkpoint."""
     monitor_every: int = 0
