@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ def export_onnx(
     weights: str = "int8",
     runtime: str = "onnxruntime",
     int8_outputs: bool = False,
+    int8_inputs: bool = False,
     opset: int = 21,
     verify: bool = True,
     runtimes: Sequence[str] | None = None,
@@ -82,10 +83,12 @@ def export_onnx(
             bits, 8-bit weights of convolutions to 255 values, and biases to int32. Not exact: expect some percent of
             other top-1 predictions. For ONNX Runtime and networks with depthwise convolutions, which it computes
             slowly otherwise.
+        int8_inputs: for ONNX Runtime, linear layers with weights alone: it rounds their inputs to 8 bits, block by block
+            of columns, inside of the products. Not exact, with an error of some percent, and several times as fast.
         opset: 21 or higher.
         verify: run all inputs through the runtimes and compare.
-        runtimes: those to compare with, of "onnxruntime" and "openvino"; None for those that compute the file rightly, if
-            they are installed: ONNX Runtime alone if convolutions are written for it.
+        runtimes: those to compare with, of "onnxruntime" and "openvino"; None for those that the file is for: ONNX Runtime
+            alone, or both, if they are installed, with `runtime="openvino"`.
         min_agreement: smallest share of equal top-1 of the first output (see `Agreement`). One different prediction is
             always allowed: among fewer than 200 a single one would decide.
         max_error: largest RMS of the difference of outputs, over the RMS of the outputs. A file that misses one of the two
@@ -104,24 +107,26 @@ def export_onnx(
     path, batch, layers = Path(path), Inputs(inputs), daq_layers(model)
     if not path.parent.is_dir() or path.is_dir():
         raise ExportError(f"path={str(path)!r}: name a file in a folder that exists")
-    for_one = runtime == "onnxruntime" and not int8_outputs
-    chosen = _chosen_runtimes(runtimes, for_one and _has_convolutions(layers)) if verify else ()
+    chosen = _chosen_runtimes(runtimes, runtime) if verify else ()
     _require("onnx", "onnxscript", *(["onnxruntime"] if int8_outputs else []), *chosen)
     _check(model, layers, weights, runtime, opset)
+    _check_int8_inputs(layers, int8_inputs, runtime)
     if "daq_config" in vars(model):
         check_unchanged(model)
     batch.to(next(model.parameters()).device)
     with _inference(model):
-        proto = _exported(model, layers, batch, opset, int8_outputs and weights == "int8")
+        emitted = emitting(model, layers, int8_outputs and weights == "int8", runtime == "onnxruntime", int8_inputs)
+        proto = _exported(model, emitted, batch, opset)
         with _explained("the traced graph cannot be rewritten; report it, with the model"):
             _rewrite(proto, batch, weights, int8_outputs, runtime)
         write_metadata(proto, model, layers)
         _check_size(proto.ByteSize())
-        report = Report(path, proto.ByteSize(), weights, int8_outputs, inputs=input_shapes(proto))
+        exact = not (int8_outputs or int8_inputs)
+        report = Report(path, proto.ByteSize(), weights, int8_outputs, int8_inputs, inputs=input_shapes(proto))
         if verify:
             with _explained("the file cannot be compared with the model; report it, with the model"):
                 verify_file(report, model, layers, proto, batch, chosen)
-                if not int8_outputs:
+                if exact:
                     check_exact(report, model, layers, proto, batch)
             judge(report, model, batch, min_agreement, max_error)
             report.passed = True
@@ -130,15 +135,10 @@ def export_onnx(
     return report
 
 
-def _has_convolutions(layers: Mapping[str, Any]) -> bool:
-    return any(isinstance(layer, nn.Conv2d) and layer.a_quant is not None for layer in layers.values())
-
-
-def _chosen_runtimes(runtimes: Sequence[str] | None, for_one: bool) -> Sequence[str]:
-    if runtimes is None and for_one:
-        return ["onnxruntime"]
+def _chosen_runtimes(runtimes: Sequence[str] | None, runtime: str) -> Sequence[str]:
     if runtimes is None:
-        return [name for name in RUNTIMES if name == "onnxruntime" or importlib.util.find_spec(name)]
+        found = ["onnxruntime", "openvino"] if runtime == "openvino" else ["onnxruntime"]
+        return [name for name in found if name == "onnxruntime" or importlib.util.find_spec(name)]
     for name in runtimes:
         if name not in RUNTIMES:
             raise ExportError(f"runtimes: {name!r} is not one of {', '.join(RUNTIMES)}")
@@ -166,6 +166,18 @@ def _check(model: nn.Module, layers: Mapping[str, Any], weights: str, runtime: s
         raise ExportError(f"the model has parameters in {', '.join(map(str, other))}; export model.float()")
 
 
+def _check_int8_inputs(layers: Mapping[str, Any], int8_inputs: bool, runtime: str) -> None:
+    if not int8_inputs:
+        return
+    if runtime != "onnxruntime":
+        raise ExportError(f'int8_inputs=True is for runtime="onnxruntime", not {runtime!r}')
+    if not any(layer.a_quant is None and not isinstance(layer, nn.Conv2d) for layer in layers.values()):
+        raise ExportError(
+            "int8_inputs=True is for linear layers whose weights alone are quantized (activation_bits=None), and this model "
+            "has none: leave it out"
+        )
+
+
 def _check_size(size: int) -> None:
     if size > _LARGEST_FILE:
         raise ExportError(f"the file would have {size / 2**30:.1f} GiB; one ONNX file holds 2 GiB at most")
@@ -186,7 +198,7 @@ def _inference(model: Any) -> Iterator[None]:
             config.use_cache = use_cache
 
 
-def _exported(model: nn.Module, layers: Mapping[str, Any], batch: Inputs, opset: int, multiply: bool) -> Any:
+def _exported(model: nn.Module, emitted: AbstractContextManager[None], batch: Inputs, opset: int) -> Any:
     """The model traced, with its layers in integers."""
     args, kwargs = batch.arguments(batch.part(slice(2)))
     with _explained("the model does not run on two rows of these inputs, called as model(*inputs) or model(**inputs)"):
@@ -195,7 +207,7 @@ def _exported(model: nn.Module, layers: Mapping[str, Any], batch: Inputs, opset:
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
         raise ExportError(f"the model returns no tensor but {type(outputs).__name__}: wrap it in a module that does")
     names = _output_names(outputs)
-    with emitting(model, layers, multiply), _quiet():
+    with emitted, _quiet():
         for sequence in (True, False) if batch.tokens else (False,):
             with suppress(torch.onnx.OnnxExporterError) if sequence else _explained(_CANNOT):
                 program = torch.onnx.export(
@@ -256,6 +268,7 @@ def _rewrite(proto: Any, batch: Inputs, weights: str, int8_outputs: bool, runtim
     import onnx
 
     from . import onnx_passes as passes
+    from . import onnx_storage as storage
     from .onnx_graph import Graph
     from .onnx_products import convolutions_as_products
 
@@ -278,8 +291,13 @@ def _rewrite(proto: Any, batch: Inputs, weights: str, int8_outputs: bool, runtim
         passes.add_offsets(graph)
         passes.separate_bias(graph)
     if weights == "int4":
-        passes.store_int4(graph)
+        storage.store_int4(graph)
+    if runtime == "onnxruntime":
+        storage.store_few_bits(graph)
+        storage.store_scales_once(graph)
+        storage.dequantize_at_load(graph)
     passes.share_constants(graph)
+    passes.drop_traces(graph)
     onnx.checker.check_model(proto)
 
 

@@ -12,15 +12,18 @@ from torch import Tensor, nn
 from ..nn.formula import levels
 from ..nn.integers import Integers, integers
 from ..nn.layers import replaced_forwards
+from .onnx_nbits import product_of
 
 _LARGEST_SUM = 2**15 - 1
 _INT8 = 127
 
 
 @contextmanager
-def emitting(model: nn.Module, layers: Mapping[str, Any], multiply: bool) -> Iterator[None]:
-    """Inside, quantized layers emit ONNX operators."""
-    emissions = {layer: Emission(layer, name, multiply) for name, layer in layers.items()}
+def emitting(
+    model: nn.Module, layers: Mapping[str, Any], multiply: bool, products: bool, int8_inputs: bool
+) -> Iterator[None]:
+    """Inside, quantized layers emit ONNX operators; with `products`, among them those of ONNX Runtime alone."""
+    emissions = {layer: Emission(layer, name, multiply, products, int8_inputs) for name, layer in layers.items()}
 
     def restart(*_: Any) -> None:
         for emission in emissions.values():
@@ -38,9 +41,9 @@ class Emission:
     """The forward of a layer while it is traced. calls: how many there were in this forward of the model; the notes of
     what is emitted end in their number, from the second on."""
 
-    def __init__(self, layer: Any, name: str, multiply: bool) -> None:
+    def __init__(self, layer: Any, name: str, multiply: bool, products: bool, int8_inputs: bool) -> None:
         self.layer, self.name, self.calls, found = layer, name, 0, integers(layer)
-        self.input_bits, self.bias = found.input_bits, found.bias
+        self.input_bits, self.bias, self.group_size = found.input_bits, found.bias, found.group_size
         device = found.weight.device
         self.input_scale = found.input_scale[0].clone()
         self.zero_point = torch.tensor(found.zero_point, dtype=torch.uint8, device=device)
@@ -48,18 +51,24 @@ class Emission:
             torch.tensor(code, dtype=torch.uint8, device=device) for code in (0, levels(self.input_bits or 8))
         ]
         self.linear = not isinstance(layer, nn.Conv2d)
+        self.in_integers = self.group_size is None and self.input_bits is not None
+        in_float = self.linear and not self.in_integers
+        self.product = product_of(found, int8_inputs) if products and in_float else None
+        if self.product is None:
+            self._prepare_weight(found, multiply)
+
+    def _prepare_weight(self, found: Integers, multiply: bool) -> None:
         self.offset = found.odd and found.weight_bits == 8
         multiple = _multiple(found) if multiply else 1
         factor = 2 if self.offset else 1 / multiple
         self.scale = found.weight_scale * factor
         codes = (found.weight - 1).div(2, rounding_mode="floor") if self.offset else found.weight * multiple
-        self.codes, self.group_size = codes.to(torch.int8), found.group_size
+        self.codes = codes.to(torch.int8)
         self.scale = self.scale.expand(len(self.codes), -1).contiguous()
-        self.in_integers = self.group_size is None and self.input_bits is not None
         if self.linear and self.in_integers:
             self.codes, self.scale = self.codes.t().contiguous(), self.scale.t().contiguous()
-        self.ones = torch.ones(len(self.codes), 1, dtype=torch.int8, device=device)
-        self.one = torch.ones((), device=device)
+        self.ones = torch.ones(len(self.codes), 1, dtype=torch.int8, device=codes.device)
+        self.one = torch.ones((), device=codes.device)
         self._prepare_rows()
 
     def _prepare_rows(self) -> None:
@@ -84,6 +93,8 @@ class Emission:
         x = self._quantized(x)
         if self.in_integers and self.linear:
             return self._product(x)
+        if self.product is not None:
+            return self.product(x, self._note("product")["hf_daq"])
         if self.in_integers:
             weight = self._dequantized("weight", self.codes, self.scale[:, 0], axis=0)
         else:
@@ -111,6 +122,8 @@ class Emission:
         notes = self._note(role)
         if self.offset and role == "weight":
             notes["hf_daq_offset"] = "1"
+        if role == "weight_rows" and self.input_bits is None:
+            notes["hf_daq_float"] = "1"
         return torch.onnx.ops.symbolic(
             "DequantizeLinear",
             (codes, scale, torch.zeros_like(scale, dtype=torch.int8)),

@@ -387,29 +387,11 @@ def _make_bias_integer(graph: Graph, conv: Any) -> None:
     graph.index()
 
 
-def store_int4(graph: Graph) -> None:
-    """Constants of weights that fit -7 to 7 become int4. A Cast to int8, which runtimes compute once when they load the
-    file, keeps their arithmetic what it is for int8."""
-    casts: dict[str, Any] = {}
-    for node in graph.nodes("DequantizeLinear"):
-        codes = graph.constant(node.input[0])
-        if codes is None or codes.dtype != np.int8 or codes.size < 2 or np.abs(codes.astype(np.int16)).max() > 7:
-            continue
-        name = node.input[0]
-        if name not in casts:
-            stored = graph.add_tensor(_int4_tensor(f"{name}.int4", codes))
-            casts[name] = helper.make_node("Cast", [stored], [f"{name}.int8"], f"{name}.int8", to=onnx.TensorProto.INT8)
-        node.input[0] = casts[name].output[0]
-    for cast in casts.values():
-        graph.graph.node.insert(0, cast)
-    graph.index()
-
-
-def _int4_tensor(name: str, codes: Array) -> Any:
-    nibbles = codes.ravel().view(np.uint8) & 15
-    nibbles = np.pad(nibbles, (0, len(nibbles) % 2))
-    packed = nibbles[::2] | (nibbles[1::2] << 4)
-    return helper.make_tensor(name, onnx.TensorProto.INT4, codes.shape, packed.tobytes(), raw=True)
+def drop_traces(graph: Graph) -> None:
+    """Leave out where in the Python code each node comes from, paths of this machine among it."""
+    for part in (graph.graph, *graph.graph.node, *graph.graph.value_info, *graph.graph.initializer):
+        del part.metadata_props[:]
+        part.doc_string = ""
 
 
 def share_constants(graph: Graph) -> None:

@@ -52,7 +52,8 @@ class Report:
 
     bytes: size of the file. rows: rows of the inputs compared. runtimes: by name; empty without verification.
     layers: layer -> share of the codes of its input that differ in ONNX Runtime, in the order of computation.
-    int8_outputs: whether outputs of convolutions were rounded to 8 bits. inputs: by name, their shapes in the file, with
+    int8_outputs: whether outputs of convolutions were rounded to 8 bits. int8_inputs: whether inputs of linear layers
+    with weights alone are. inputs: by name, their shapes in the file, with
     names for dimensions that are free. passed: whether the file was compared and kept.
     """
 
@@ -60,6 +61,7 @@ class Report:
     bytes: int
     weights: str
     int8_outputs: bool
+    int8_inputs: bool = False
     rows: int = 0
     runtimes: dict[str, Agreement] = field(default_factory=dict)
     layers: dict[str, float] = field(default_factory=dict)
@@ -68,7 +70,8 @@ class Report:
 
     def __str__(self) -> str:
         title = f"{self.path}: {self.bytes / 2**20:.2f} MiB, {self.weights} weights"
-        lines = [title + (", outputs of convolutions in 8 bits" if self.int8_outputs else "")]
+        title += ", outputs of convolutions in 8 bits" if self.int8_outputs else ""
+        lines = [title + (", inputs of layers with weights alone in 8 bits" if self.int8_inputs else "")]
         for name, shape in self.inputs.items():
             fixed = "; sizes in numbers are fixed" if any(isinstance(size, int) for size in shape) else ""
             lines.append(f"input {name} ({', '.join(map(str, shape))}){fixed}")
@@ -201,7 +204,8 @@ def judge(report: Report, model: nn.Module, batch: Inputs, min_agreement: float,
         reference = report.runtimes[_REFERENCE]
         if found.flips <= max(allowed, 2 * reference.flips) and found.error <= max(max_error, 2 * reference.error):
             continue
-        advice = "int8_outputs=False is exact" if report.int8_outputs else "other limits are yours to set"
+        rounded = [name for name in ("int8_outputs", "int8_inputs") if getattr(report, name)]
+        advice = f"{rounded[0]}=False is exact" if rounded else "other limits are yours to set"
         raise ExportError(
             f"{name}: {_percent(found.top1)} of its top-1 are PyTorch's, with an RMS error of {found.error:.2e}; "
             f"min_agreement={min_agreement:g}, max_error={max_error:g}; {advice}. Nothing was written.\n{report}"
