@@ -6,7 +6,6 @@ import importlib.util
 import pytest
 import torch
 from models import images, small_net
-from test_export_onnx import session
 from text_models import tiny_llama, tokens
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -18,7 +17,7 @@ from hf_daq.export.onnx_nbits import block_size
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
-pytest.importorskip("onnxruntime")
+ort = pytest.importorskip("onnxruntime")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -68,7 +67,7 @@ def test_weights_alone(bits, config, tmp_path):
     assert "MatMulNBits" in kinds(tmp_path / "fast.onnx")
     assert ("MatMulNBits" in kinds(tmp_path / "exact.onnx")) == (bits <= 4)
     for name in ("exact", "fast"):
-        found = session(tmp_path / f"{name}.onnx").run(None, {"input": x[:1].numpy()})[0]
+        found = ort.InferenceSession(tmp_path / f"{name}.onnx").run(None, {"input": x[:1].numpy()})[0]
         torch.testing.assert_close(torch.from_numpy(found), model(x[:1]).detach(), rtol=0.1, atol=0.05)
 
 
