@@ -71,11 +71,11 @@ def test_a_process_says_once_that_it_compiles_and_learns_the_same(tmp_path):
 def test_one_process_of_a_machine_says_it_once(monkeypatch, caplog):
     monkeypatch.setattr(compiling, "_said", [])
     monkeypatch.setenv("LOCAL_RANK", "1")
-    compiling._say("compiling")
+    compiling.say("compiling")
     assert not caplog.records
     monkeypatch.setenv("LOCAL_RANK", "0")
-    compiling._say("compiling")
-    compiling._say("compiling")
+    compiling.say("compiling")
+    compiling.say("compiling")
     assert caplog.messages == ["compiling"]
 
 

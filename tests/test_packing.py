@@ -137,6 +137,17 @@ def test_transformers_opens_packed_checkpoints(bits, tmp_path):
         assert torch.allclose(one, other, rtol=1e-6, atol=0)
 
 
+def test_opening_a_packed_folder_computes_no_weight(tmp_path, monkeypatch):
+    hf_daq.save_pretrained(hf_daq.apply_daq(tiny_bert(), weight_bits=3), tmp_path, packed=True)
+    read = []
+    weight = PackedLayer.weight.fget
+    monkeypatch.setattr(PackedLayer, "weight", property(lambda layer: read.append(layer) or weight(layer)))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert not read
+    assert next(iter(packed_layers(model).values())).weight is not None
+    assert len(read) == 1
+
+
 def test_transformers_alone_refuses_a_packed_checkpoint(tmp_path):
     model = hf_daq.apply_daq(tiny_bert(), weight_bits=3)
     hf_daq.save_pretrained(model, tmp_path / "packed", packed=True)

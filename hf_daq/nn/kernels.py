@@ -30,7 +30,13 @@ def available(device_type: str) -> bool:
         return False
     if device_type == "cuda":
         return find_spec("triton") is not None and torch.cuda.get_device_capability() >= (7, 0)
-    return device_type == "cpu" and any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
+    return device_type == "cpu" and compiler() is not None
+
+
+def compiler() -> str | None:
+    """Path of a compiler of C++, None where there is none."""
+    found = (shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
+    return next((path for path in found if path), None)
 
 
 class Kernels:
@@ -64,7 +70,7 @@ class Kernels:
         def function(*tensors: Tensor) -> Any:
             return self.function(*tensors, *constants)
 
-        _say("compiling quantizers: some seconds now, less the next time; HF_DAQ_COMPILE=0 does without")
+        say("compiling quantizers: some seconds now, less the next time; HF_DAQ_COMPILE=0 does without")
         # Where CUDA_HOME is set without a GPU it would say that there is none.
         logging.getLogger("torch.utils.cpp_extension").addFilter(_no_cuda)
         try:
@@ -82,7 +88,7 @@ class Kernels:
             raise
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            _say(f"quantizers are not compiled, and slower for it: {reason}")
+            say(f"quantizers are not compiled, and slower for it: {reason}")
             return function
         return compiled
 
@@ -92,7 +98,7 @@ def _no_cuda(record: logging.LogRecord) -> bool:
     return "No CUDA runtime" not in record.getMessage()
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """Tell the user once in this process, and on one process of a machine."""
     if text not in _said and os.environ.get("LOCAL_RANK", "0") == "0":
         _said.append(text)

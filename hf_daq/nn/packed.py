@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..config import DaqConfig
 from ..errors import ModelError
 from .base import DaqLayer
-from .bitpack import pack_bits, packed_size, unpack_bits
-from .functional import dequantize_weight
+from .bitpack import packed_size
+from .codes import Coded, encode
 from .layers import LAYER_TYPES, quantize_layer
 from .paths import PATHS, path_of
 from .swap import change_class
@@ -64,8 +64,13 @@ class PackedLayer(DaqLayer):
     def weight_shape(self) -> tuple[int, ...]:
         return self.shape
 
+    def coded(self) -> Coded:
+        """The weight in codes, as it is in memory."""
+        grid, group_size = self.weight_grid, self.group_size
+        return Coded(self.weight_codes, self.weight_scale, self.weight_bits, grid, group_size, self.shape)
+
     def codes(self) -> Tensor:
-        return unpack_bits(self.weight_codes, self.weight_bits, math.prod(self.shape)).view(self.shape)
+        return self.coded().codes()
 
     def quantized_bias(self) -> Tensor | None:
         bias: Tensor | None = self.bias
@@ -73,15 +78,7 @@ class PackedLayer(DaqLayer):
 
     def quantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """What the layer computes with, as the quantized layer it was; in `weight_dtype` if no other is given."""
-        dtype = dtype or self.weight_dtype
-        return dequantize_weight(
-            self.codes(),
-            self.weight_scale,
-            bits=self.weight_bits,
-            grid=self.weight_grid,
-            group_size=self.group_size,
-            dtype=dtype,
-        )
+        return self.coded().weight(dtype or self.weight_dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -144,7 +141,7 @@ def pack_layer(layer: Any, values: bool = True) -> None:
     quantizer, dtype, device = layer.w_quant, layer.weight.dtype, layer.weight.device
     bits, shape, group_size, has_bias = quantizer.bits, layer.weight_shape(), layer.group_size, layer.has_bias
     if values:
-        codes, scale = pack_bits(layer.codes(), bits), layer.weight_scale.float().clone()
+        codes, scale = encode(layer.codes(), bits), layer.weight_scale.float().clone()
     else:
         codes = torch.zeros(packed_size(math.prod(shape), bits), dtype=torch.uint8, device=device)
         scale = torch.full(quantizer.scale.shape, torch.nan, dtype=torch.float32, device=device)

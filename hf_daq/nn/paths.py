@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from . import codes
+
 
 class Path(NamedTuple):
     """serves: whether this layer goes this way with this input. It is asked in every forward, so it answers at once; what it
@@ -28,7 +30,10 @@ def _unpacked(layer: Any, x: Tensor) -> Tensor:
     return output
 
 
-PATHS: dict[str, Path] = {"unpacked": Path(_always, _unpacked)}
+PATHS: dict[str, Path] = {
+    "codes": Path(codes.serves, codes.forward),
+    "unpacked": Path(_always, _unpacked),
+}
 """By name; the first that serves is taken. "unpacked" does what the quantized layer does, bit for bit."""
 
 

@@ -1,0 +1,330 @@
+"""What is computed from the codes of a packed weight: by native.cpp where it can be compiled, else in torch.
+
+`hf_daq::packed_linear` is an operator of torch: one node in a graph of `torch.export` or `torch.compile`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from .bitpack import pack_bits, packed_size, unpack_bits
+from .formula import center
+from .functional import dequantize_weight
+from .native import library
+from .trust import agrees
+
+_SMALL = 2**14  # weights up to which nothing is compiled: torch is as fast
+_ROWS = {torch.float32: 32, torch.float16: 32, torch.bfloat16: 16}
+"""Of inputs, up to which the product reads codes; with more, a product of floats is faster."""
+_TILE = 2**20  # bytes of float weights that stay in the cache
+_PER_THREAD = 2**17  # weights that are worth a thread
+_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+_forked: list[bool] = []
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _forked.append(True))
+
+
+class Coded(NamedTuple):
+    """A weight in codes.
+
+    stream: uint8, as `bitpack` writes it. scale, bits, grid, group_size: as for `dequantize_weight`.
+    shape: of the weight, (out, ...).
+    """
+
+    stream: Tensor
+    scale: Tensor
+    bits: int
+    grid: str
+    group_size: int | None
+    shape: tuple[int, ...]
+
+    def codes(self) -> Tensor:
+        """uint8, of this shape."""
+        count = math.prod(self.shape)
+        if not self._readable(torch.float32):
+            return unpack_bits(self.stream, self.bits, count).view(self.shape)
+        codes = torch.empty(self.shape, dtype=torch.uint8)
+        _call("daq_read_codes", self.stream.data_ptr(), self.stream.numel(), self.bits, codes.data_ptr(), count)
+        return codes
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """As from `dequantize_weight`, bit for bit."""
+        if self._readable(dtype):
+            return native_rows(self, 0, self.shape[0], dtype).view(self.shape)
+        return self.weight_of(self.codes(), dtype)
+
+    def weight_of(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight that these codes mean, computed by torch."""
+        options: dict[str, Any] = {"bits": self.bits, "grid": self.grid, "group_size": self.group_size}
+        return dequantize_weight(codes, self.scale, dtype=dtype, **options)
+
+    def granularity(self) -> str:
+        return "group" if self.group_size else "tensor" if self.scale.numel() == 1 else "channel"
+
+    def columns(self) -> int:
+        return math.prod(self.shape[1:])
+
+    def _readable(self, dtype: torch.dtype) -> bool:
+        """Whether native.cpp can read these bytes, and nobody records what is done with them."""
+        return (
+            math.prod(self.shape) > _SMALL
+            and _in_memory(self.stream)
+            and _in_memory(self.scale)
+            and works(self.bits, self.grid, self.granularity(), dtype)
+        )
+
+
+def encode(codes: Tensor, bits: int) -> Tensor:
+    """As `pack_bits`, bit for bit."""
+    if codes.numel() <= _SMALL or not _in_memory(codes) or not works(bits, "odd", "tensor", torch.float32):
+        return pack_bits(codes, bits)
+    codes = codes.contiguous()
+    stream = torch.empty(packed_size(codes.numel(), bits), dtype=torch.uint8)
+    _call("daq_write_codes", codes.data_ptr(), bits, stream.data_ptr(), codes.numel())
+    return stream
+
+
+def _in_memory(tensor: Tensor) -> bool:
+    """Whether there are bytes of the CPU behind this tensor, and no graph is made of what happens to it."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.is_cpu
+        and _get_current_dispatch_mode() is None
+        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+# ------------------------------------------------------------------------------------------------- calls of native.cpp
+
+
+def _call(name: str, *arguments: Any) -> None:
+    if getattr(library(), name)(*arguments):
+        raise MemoryError(f"no memory for {name}")
+
+
+def _addressed(coded: Coded) -> tuple[tuple[Any, ...], Tensor]:
+    """The arguments that say where the weight is; valid as long as the tensor, its scale, is there."""
+    stream, scale, bits, grid, group_size, (rows, *_) = coded
+    columns, per_row, per_group = coded.columns(), int(scale.numel() > 1), 0
+    if group_size:
+        per_row, per_group = -(-columns // group_size), 1
+    fits = stream.numel() == packed_size(rows * columns, bits) and scale.numel() == max(1, rows * per_row)
+    if not (fits and stream.is_cpu and scale.is_cpu and stream.dtype == torch.uint8 and stream.is_contiguous()):
+        raise ValueError(
+            f"{stream.numel()} bytes of codes and {scale.numel()} scales are not those of a weight of {bits} bits, of the "
+            f"shape {tuple(coded.shape)}, with a group_size of {group_size}"
+        )
+    scale = scale.to(torch.float32).contiguous()
+    place = stream.data_ptr(), stream.numel(), bits, center(bits, grid), scale.data_ptr()
+    return (*place, per_row, per_group), scale
+
+
+def _threads(weights: int) -> int:
+    return 1 if _forked else min(torch.get_num_threads(), 1 + weights // _PER_THREAD)
+
+
+def native_rows(coded: Coded, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    """Rows of the weight, shape (last - first, columns)."""
+    columns, wide = coded.columns(), dtype if dtype in _KINDS else torch.float32
+    result = torch.empty(last - first, columns, dtype=wide)
+    place, _scale = _addressed(coded)
+    group, threads = coded.group_size or columns, _threads(result.numel())
+    _call("daq_weights", *place, columns, group, first, last, result.data_ptr(), _KINDS[wide], threads)
+    return result.to(dtype)
+
+
+def native_product(x: Tensor, coded: Coded, bias: Tensor | None) -> Tensor:
+    """x: shape (count, columns), float32 or bfloat16. bias: of the same dtype."""
+    rows, columns = coded.shape
+    x, result = x.contiguous(), torch.empty(len(x), rows, dtype=x.dtype)
+    if bias is not None:
+        if bias.shape != (rows,) or bias.dtype != x.dtype or not bias.is_cpu:
+            raise ValueError(f"a bias of {bias.dtype} and shape {tuple(bias.shape)} for {rows} outputs of {x.dtype}")
+        bias = bias.contiguous()
+    place, _scale = _addressed(coded)
+    last = 0 if bias is None else bias.data_ptr(), result.data_ptr(), _KINDS[x.dtype], _threads(rows * columns)
+    _call("daq_linear", *place, rows, columns, coded.group_size or columns, x.data_ptr(), len(x), *last)
+    return result
+
+
+@cache
+def works(bits: int, grid: str, granularity: str, dtype: torch.dtype) -> bool:
+    """Whether native.cpp is there and gives, on a sample, what torch gives."""
+    if dtype not in (*_KINDS, torch.float16) or library() is None:
+        return False
+    wide = dtype if dtype in _KINDS else torch.float32
+    sample = _Sample(bits, grid, granularity, wide)
+    return agrees(sample, sample.found, sample.expected, 1e-6 if wide == torch.float32 else 2**-8, "a kernel of codes")
+
+
+class _Sample(NamedTuple):
+    """A small weight of this kind, whose last group is shorter, and products with 1, 2, 4 and 8 rows of inputs."""
+
+    bits: int
+    grid: str
+    granularity: str
+    dtype: torch.dtype
+
+    def _values(self) -> tuple[Tensor, Coded, Tensor, Tensor]:
+        generator, (rows, columns, size) = torch.Generator().manual_seed(0), (3, 203, 72)
+        codes = torch.randint(2**self.bits, (rows, columns), dtype=torch.uint8, generator=generator)
+        count = {"tensor": 1, "channel": rows, "group": rows * -(-columns // size)}[self.granularity]
+        scale, x = torch.rand(count, generator=generator) + 0.1, torch.randn(15, columns, generator=generator)
+        group_size = size if self.granularity == "group" else None
+        coded = Coded(pack_bits(codes, self.bits), scale, self.bits, self.grid, group_size, (rows, columns))
+        return codes, coded, x.to(self.dtype), torch.ones(rows, dtype=self.dtype)
+
+    def found(self) -> Tensor:
+        codes, coded, x, bias = self._values()
+        stream, read = torch.empty_like(coded.stream), torch.empty_like(codes)
+        _call("daq_write_codes", codes.data_ptr(), self.bits, stream.data_ptr(), codes.numel())
+        _call("daq_read_codes", stream.data_ptr(), stream.numel(), self.bits, read.data_ptr(), codes.numel())
+        weight = native_rows(coded, 0, len(codes), self.dtype)
+        if not (
+            torch.equal(codes, read)
+            and torch.equal(stream, coded.stream)
+            and torch.equal(weight, coded.weight_of(codes, self.dtype))
+        ):
+            raise ArithmeticError("other codes")
+        return torch.cat([native_product(part, coded, bias) for part in torch.split(x, [8, 4, 2, 1])])
+
+    def expected(self) -> Tensor:
+        codes, coded, x, bias = self._values()
+        return F.linear(x.double(), coded.weight_of(codes, torch.float64), bias.double())
+
+
+# -------------------------------------------------------------------------------------------------------- the operator
+
+
+@torch.library.custom_op("hf_daq::packed_linear", mutates_args=())
+def packed_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    grid: str,
+    group_size: int | None,
+    rows: int,
+) -> Tensor:
+    """`F.linear` with a weight in codes: sums in float32, and weights too unless there are many rows of bfloat16.
+
+    Args:
+        x: float32, bfloat16 or float16, shape (..., columns). bias: of the same dtype, shape (rows,).
+        codes, scale, bits, grid, group_size: as for `Coded`.
+
+    Returns:
+        Of the dtype of x, shape (..., rows).
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return _product(x, Coded(codes, scale, bits, grid, group_size, (rows, x.shape[-1])), bias)
+
+
+def _product(x: Tensor, coded: Coded, bias: Tensor | None) -> Tensor:
+    flat = x.reshape(-1, coded.shape[1])
+    if not flat.is_cpu or len(flat) == 0 or not works(coded.bits, coded.grid, coded.granularity(), x.dtype):
+        result = F.linear(flat, coded.weight(x.dtype), bias)
+    elif len(flat) > _ROWS[x.dtype]:
+        result = _tiled(flat, coded, bias)
+    elif x.dtype == torch.float16:
+        result = native_product(flat.float(), coded, None if bias is None else bias.float()).half()
+    else:
+        result = native_product(flat, coded, bias)
+    return result.view(*x.shape[:-1], coded.shape[0])
+
+
+def _tiled(x: Tensor, coded: Coded, bias: Tensor | None) -> Tensor:
+    """The product of floats with some rows of the weight after the other, which stay in the cache."""
+    rows, columns = coded.shape
+    size = max(16, _TILE // (columns * x.itemsize) // 16 * 16)
+    result = x.new_empty(len(x), rows)
+    for first in range(0, rows, size):
+        last = min(first + size, rows)
+        part = None if bias is None else bias[first:last]
+        result[:, first:last] = F.linear(x, native_rows(coded, first, last, x.dtype), part)
+    return result
+
+
+@packed_linear.register_fake
+def _(x: Tensor, codes: Tensor, scale: Tensor, bias: Any, bits: int, grid: str, group_size: Any, rows: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codes, scale, _, *ctx.options, rows = inputs
+    ctx.shape = rows, x.shape[-1]
+    ctx.save_for_backward(codes, scale)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    needs_x, _, _, needs_bias, *_ = ctx.needs_input_grad
+    (codes, scale), (bits, grid, group_size) = ctx.saved_tensors, ctx.options
+    coded = Coded(codes, scale, bits, grid, group_size, ctx.shape)
+    of_x = grad @ coded.weight(grad.dtype) if needs_x else None
+    of_bias = grad.flatten(0, -2).sum(0) if needs_bias else None
+    return of_x, None, None, of_bias, None, None, None, None
+
+
+packed_linear.register_autograd(_backward, setup_context=_setup)
+
+
+@packed_linear.register_vmap
+def _(info: Any, dims: tuple[Any, ...], x: Tensor, *others: Any) -> tuple[Tensor, int]:
+    if any(dim is not None for dim in dims[1:]):
+        raise NotImplementedError("torch.func.vmap over the weights of packed layers; first write hf_daq.unpack(model)")
+    return packed_linear(x.movedim(dims[0], 0), *others), 0
+
+
+# ------------------------------------------------------------------------------------------------------------ the path
+
+
+def serves(layer: Any, x: Tensor) -> bool:
+    """Whether a packed layer computes from its codes: linear ones on the CPU, with weights only, but for small ones."""
+    shape, bias = layer.shape, layer.bias
+    return (
+        len(shape) == 2
+        and shape[0] * shape[1] > _SMALL
+        and layer.a_quant is None
+        and x.device.type == "cpu"
+        and x.ndim > 0
+        and x.shape[-1] == shape[1]
+        and _computed_dtype(x) in (torch.float32, torch.bfloat16, torch.float16)
+        and (bias is None or bias.dtype == x.dtype or torch.is_autocast_enabled("cpu"))
+        and layer.weight_codes.device.type == "cpu"
+        and not layer.weight_scale.requires_grad
+        and _available()
+    )
+
+
+@torch.compiler.assume_constant_result
+def _available() -> bool:
+    """Not in a graph of torch.jit or ONNX, which has no place for an operator of others."""
+    return library() is not None and not torch.onnx.is_in_onnx_export() and not torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
+
+
+def _computed_dtype(x: Tensor) -> torch.dtype:
+    """What `F.linear` computes in: under autocast another one than that of its input."""
+    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
+        return torch.get_autocast_dtype("cpu")
+    return x.dtype
+
+
+def forward(layer: Any, x: Tensor) -> Tensor:
+    dtype, bias, coded = _computed_dtype(x), layer.bias, layer.coded()
+    x, bias = x.to(dtype), bias if bias is None or bias.dtype == dtype else bias.to(dtype)
+    learns = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if not learns and not torch.is_autocast_enabled("cpu") and _in_memory(x):
+        return _product(x, coded, bias)  # what the operator does, without its way through torch
+    result: Tensor = packed_linear(x, *coded[:2], bias, *coded[2:5], coded.shape[0])
+    return result

@@ -1,0 +1,380 @@
+// The dense stream of codes that bitpack.py describes, read as it is: a product with 1 to 8 rows of inputs, weights in
+// float32 or bfloat16, and codes in bytes and back. native.py compiles and calls it. Plain C++ for every compiler; the
+// instructions of x86 are used where the compiler says that they are there.
+//
+// Work is done in blocks of 64 columns. A block of B bits starts at any bit, is 8 * B bytes long, and is read as 64 bytes.
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "codes lie in words of little endian"
+#endif
+#if defined(__BMI2__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#if defined(__AVX512VBMI__) && defined(__AVX512BW__)
+#define PICKS_FIELDS 1  // eight fields of a word at once
+#endif
+#if defined(__BMI2__) && !defined(__znver1__) && !defined(__znver2__)  // there it takes hundreds of cycles
+#define SPREADS_BITS 1
+#endif
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+constexpr int V = 64 / W;  // vectors in a block
+typedef float Floats __attribute__((vector_size(4 * W)));
+
+#define INLINE inline __attribute__((always_inline))
+
+enum Kind { FLOAT32 = 0, BFLOAT16 = 1 };
+
+static INLINE Floats load(const float* p) {
+  Floats v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+static INLINE float from_bfloat16(uint16_t half) {
+  uint32_t bits = uint32_t(half) << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+static INLINE uint16_t to_bfloat16(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  return (bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : uint16_t(rounded);
+}
+
+// ------------------------------------------------------------------------------------------- codes of a block
+
+// The fields of 8 codes, each B bits of a word, to 8 bits each.
+template <int B> static INLINE uint64_t spread(uint64_t w) {
+#if SPREADS_BITS
+  return _pdep_u64(w, 0x0101010101010101ull * ((1 << B) - 1));
+#else
+  constexpr uint64_t four = (1ull << (4 * B)) - 1, two = (1ull << (2 * B)) - 1, one = (1ull << B) - 1;
+  w = (w & four) | ((w << (32 - 4 * B)) & (four << 32));
+  w = (w & (two * 0x0000000100000001ull)) | ((w << (16 - 2 * B)) & (two * 0x0001000000010000ull));
+  return (w & (one * 0x0001000100010001ull)) | ((w << (8 - B)) & (one * 0x0100010001000100ull));
+#endif
+}
+
+template <int B> static INLINE uint64_t gather(uint64_t w) {
+#if SPREADS_BITS
+  return _pext_u64(w, 0x0101010101010101ull * ((1 << B) - 1));
+#else
+  constexpr uint64_t four = (1ull << (4 * B)) - 1, two = (1ull << (2 * B)) - 1, one = (1ull << B) - 1;
+  w = (w & (one * 0x0001000100010001ull)) | ((w >> (8 - B)) & (one << B) * 0x0001000100010001ull);
+  w = (w & (two * 0x0000000100000001ull)) | ((w >> (16 - 2 * B)) & (two << (2 * B)) * 0x0000000100000001ull);
+  return (w & four) | ((w >> (32 - 4 * B)) & (B == 8 ? ~four : four << (4 * B % 64)));
+#endif
+}
+
+template <int B> static INLINE void codes_of(const uint8_t* p, int shift, uint8_t* q) {
+#if PICKS_FIELDS
+  alignas(64) uint8_t words[64], fields[64];
+  for (int i = 0; i < 64; i++) words[i] = i / 8 * B + i % 8, fields[i] = i % 8 * B;
+  __m512i v = _mm512_permutexvar_epi8(_mm512_load_si512(words), _mm512_loadu_si512(p));
+  v = _mm512_multishift_epi64_epi8(_mm512_load_si512(fields), _mm512_srl_epi64(v, _mm_cvtsi32_si128(shift)));
+  _mm512_storeu_si512(q, _mm512_and_si512(v, _mm512_set1_epi8((1 << B) - 1)));
+#else
+  for (int i = 0; i < 8; i++) {
+    uint64_t w;
+    memcpy(&w, p + i * B, 8);
+    w = spread<B>(w >> shift);
+    memcpy(q + 8 * i, &w, 8);
+  }
+#endif
+}
+
+static INLINE Floats to_float(const uint8_t* q) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)q)));
+#elif defined(__AVX2__)
+  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)q)));
+#else
+  float f[W];
+  for (int i = 0; i < W; i++) f[i] = float(int(q[i]));
+  return load(f);
+#endif
+}
+
+// ----------------------------------------------------------- a block as floats code - zero, in the order of `lane`
+
+template <int B> struct Decoder {
+#if PICKS_FIELDS
+  static constexpr bool PAIRS = B < 8;  // a vector takes the fields 2j and 2j + 1 of each of the 8 words
+  __m512i words, fields[4], mask, magic;
+  __m512 table;
+  float zero;
+
+  INLINE Decoder(float zero) : zero(zero) {
+    alignas(64) uint8_t w[64], f[4][64] = {};
+    alignas(64) float t[16];
+    for (int i = 0; i < 64; i++) w[i] = i / 8 * B + i % 8;
+    for (int j = 0; j < 4; j++)
+      for (int i = 0; i < 16; i++) f[j][4 * i] = ((2 * j + i % 2) * B - (B > 4)) & 63;
+    for (int i = 0; i < 16; i++) t[i] = (i & ((1 << B) - 1)) - zero;
+    words = _mm512_load_si512(w);
+    for (int j = 0; j < 4; j++) fields[j] = _mm512_load_si512(f[j]);
+    table = B > 4 ? _mm512_set1_ps(4194304.0f + zero) : _mm512_load_ps(t);
+    mask = _mm512_set1_epi32(((1 << B) - 1) << 1);
+    magic = _mm512_castps_si512(_mm512_set1_ps(4194304.0f));  // 2^22, whose last bit is a half
+  }
+
+  INLINE void operator()(const uint8_t* p, int shift, Floats* out) const {
+    if constexpr (B == 8) {
+      for (int j = 0; j < 4; j++) out[j] = to_float(p + 16 * j) - zero;
+      return;
+    }
+    __m512i v = _mm512_permutexvar_epi8(words, _mm512_loadu_si512(p));
+    v = _mm512_srl_epi64(v, _mm_cvtsi32_si128(shift));
+    for (int j = 0; j < 4; j++) {
+      __m512i field = _mm512_multishift_epi64_epi8(fields[j], v);
+      if constexpr (B <= 4) {
+        out[j] = (Floats)_mm512_permutexvar_ps(field, table);  // looks at 4 bits of the field
+      } else {
+        __m512i number = _mm512_ternarylogic_epi32(field, mask, magic, 0xEA);  // (field & mask) | magic
+        out[j] = (Floats)_mm512_sub_ps(_mm512_castsi512_ps(number), table);
+      }
+    }
+  }
+#else
+  static constexpr bool PAIRS = false;
+  float zero;
+  INLINE void operator()(const uint8_t* p, int shift, Floats* out) const {
+    uint8_t q[64];
+    codes_of<B>(p, shift, q);
+    for (int j = 0; j < V; j++) out[j] = to_float(q + W * j) - zero;
+  }
+#endif
+  static constexpr int lane(int c) { return PAIRS ? c % 8 / 2 * 16 + c / 8 * 2 + c % 2 : c; }
+};
+
+// --------------------------------------------------------------------------------------------------- the layer
+
+struct Layer {
+  const uint8_t* codes;
+  int64_t bytes;
+  int bits;
+  float zero;  // the code of a weight of 0, which may lie between two
+  const float* scale;
+  int64_t per_row, per_group;  // steps in scale
+  int64_t rows, columns, group;
+  uint8_t* tail = nullptr;  // a longer copy of the last rows: reading 64 bytes anywhere in them stays inside of it
+  int64_t tail_row = 0, tail_start = 0;
+
+  bool copy_tail() {
+    for (tail_row = (bytes - 64) * 8 / (columns * bits); tail_row > 0 && end(tail_row - 1) > bytes; tail_row--) {}
+    if (tail_row < 0) tail_row = 0;
+    tail_start = tail_row * columns * bits / 8;
+    tail = (uint8_t*)calloc(bytes - tail_start + 64, 1);
+    if (tail) memcpy(tail, codes + tail_start, bytes - tail_start);
+    return tail;
+  }
+  int64_t end(int64_t row) const { return (row + 1) * columns * bits / 8 + 64; }
+  INLINE float step(const float* scale) const { return std::fabs(*scale) * float(1.0 / zero); }
+  // The byte in which a bit of this row lies.
+  INLINE const uint8_t* at(int64_t row, int64_t bit) const {
+    return row < tail_row ? codes + (bit >> 3) : tail + ((bit >> 3) - tail_start);
+  }
+};
+
+// `count` rows of inputs as blocks of M rows and 64 columns, in the order of the decoder. Groups are filled with zeros.
+template <int B, int M> static void arrange(const Layer& a, const void* x, int kind, int count, float* out) {
+  for (int64_t start = 0; start < a.columns; start += a.group) {
+    int64_t stop = start + a.group < a.columns ? start + a.group : a.columns;
+    for (int64_t c = start; c < stop; c += 64)
+      for (int m = 0; m < M; m++, out += 64) {
+        float block[64] = {};
+        int64_t from = m * a.columns + c, size = m < count ? (stop - c < 64 ? stop - c : 64) : 0;
+        if (kind == BFLOAT16)
+          for (int64_t i = 0; i < size; i++) block[i] = from_bfloat16(((const uint16_t*)x)[from + i]);
+        else
+          memcpy(block, (const float*)x + from, 4 * size);
+        for (int i = 0; i < 64; i++) out[Decoder<B>::lane(i)] = block[i];
+      }
+  }
+}
+
+// M rows of inputs times one row of the weight.
+template <int B, int M> static INLINE void product(const Layer& a, const Decoder<B>& decode, const float* x, int64_t row,
+                                                   float (&result)[M]) {
+  constexpr int A = M == 1 ? 4 : M <= 4 ? 2 : 1;  // sums side by side, as each addition waits for the one before
+  Floats total[M] = {};
+  const float* scale = a.scale + row * a.per_row;
+  for (int64_t start = 0; start < a.columns; start += a.group, scale += a.per_group) {
+    Floats sum[M][A] = {};
+    int64_t size = a.columns - start < a.group ? a.columns - start : a.group, bit = (row * a.columns + start) * B;
+    const uint8_t* p = a.at(row, bit);
+    for (; size > 0; size -= 64, x += 64 * M, p += 8 * B) {
+      Floats w[V];
+      __builtin_prefetch(p + 2048);
+      decode(p, int(bit & 7), w);
+      for (int v = 0; v < V; v++)
+        for (int m = 0; m < M; m++) sum[m][v % A] += w[v] * load(x + 64 * m + W * v);
+    }
+    float step = a.step(scale);
+    for (int m = 0; m < M; m++) {
+      for (int i = 1; i < A; i++) sum[m][0] += sum[m][i];
+      total[m] += sum[m][0] * step;
+    }
+  }
+  for (int m = 0; m < M; m++) {
+    result[m] = 0;
+    for (int i = 0; i < W; i++) result[m] += total[m][i];
+  }
+}
+
+struct Output {
+  void* y;
+  const void* bias;
+  int kind;
+  INLINE void put(int64_t at, int64_t row, float value) const {
+    if (kind == BFLOAT16) {
+      if (bias) value += from_bfloat16(((const uint16_t*)bias)[row]);
+      ((uint16_t*)y)[at] = to_bfloat16(value);
+    } else {
+      if (bias) value += ((const float*)bias)[row];
+      ((float*)y)[at] = value;
+    }
+  }
+};
+
+template <int B, int M> static void few(const Layer& a, const void* x, int count, const Output& out, float* room,
+                                        int threads) {
+  arrange<B, M>(a, x, out.kind, count, room);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int part = 0; part < threads; part++) {
+    Decoder<B> decode{a.zero};
+    for (int64_t row = a.rows * part / threads; row < a.rows * (part + 1) / threads; row++) {
+      float result[M];
+      product<B, M>(a, decode, room, row, result);
+      for (int m = 0; m < count; m++) out.put(m * a.rows + row, row, result[m]);
+    }
+  }
+}
+
+template <int B> static void linear(const Layer& a, const void* x, int64_t count, Output out, float* room, int threads) {
+  int64_t size = out.kind == BFLOAT16 ? 2 : 4;
+  for (int64_t done = 0, rows; done < count; done += rows) {
+    rows = count - done < 8 ? count - done : 8;
+    (rows > 4 ? few<B, 8> : rows > 2 ? few<B, 4> : rows == 2 ? few<B, 2> : few<B, 1>)(
+        a, (const char*)x + done * a.columns * size, int(rows), out, room, threads);
+    out.y = (char*)out.y + rows * a.rows * size;
+  }
+}
+
+template <int B> static void weights(const Layer& a, int64_t first, int64_t last, void* out, int kind, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = first; row < last; row++)
+    for (int64_t k = 0, start = 0; start < a.columns; k++, start += a.group) {
+      int64_t stop = start + a.group < a.columns ? start + a.group : a.columns, bit = (row * a.columns + start) * B;
+      float step = a.step(a.scale + row * a.per_row + k * a.per_group);
+      for (int64_t c = start; c < stop; c += 64, bit += 64 * B) {
+        alignas(64) uint8_t q[64];
+        codes_of<B>(a.at(row, bit), int(bit & 7), q);
+        float value[64];
+        uint16_t half[64];
+        for (int i = 0; i < 64; i++) value[i] = (float(int(q[i])) - a.zero) * step;
+        int64_t at = (row - first) * a.columns + c, size = stop - c < 64 ? stop - c : 64;
+        if (kind == BFLOAT16) {
+          for (int i = 0; i < 64; i++) half[i] = to_bfloat16(value[i]);
+          memcpy((uint16_t*)out + at, half, 2 * size);
+        } else {
+          memcpy((float*)out + at, value, 4 * size);
+        }
+      }
+    }
+}
+
+template <int B> static void read_codes(const uint8_t* p, int64_t bytes, uint8_t* out, int64_t count) {
+  const uint8_t* end = p + bytes;
+  for (int64_t i = 0; i < count; i += 64, p += 8 * B) {
+    alignas(64) uint8_t copy[64] = {}, q[64];
+    if (p + 64 > end) memcpy(copy, p, end - p);
+    codes_of<B>(p + 64 > end ? copy : p, 0, q);
+    memcpy(out + i, q, count - i < 64 ? count - i : 64);
+  }
+}
+
+template <int B> static void write_codes(const uint8_t* q, uint8_t* out, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64) {
+    int64_t size = count - i < 64 ? count - i : 64;
+    uint8_t block[64] = {}, bytes[64 + 8];
+    memcpy(block, q + i, size);
+    for (int j = 0; j < 8; j++) {
+      uint64_t w;
+      memcpy(&w, block + 8 * j, 8);
+      w = gather<B>(w);
+      memcpy(bytes + j * B, &w, 8);
+    }
+    memcpy(out + i / 8 * B, bytes, (size * B + 7) / 8);
+  }
+}
+
+// ------------------------------------------------------------------------------------ called through ctypes
+
+#define FOR_BITS(CALL)                                                            \
+  switch (bits) {                                                                 \
+    case 1: CALL(1); break; case 2: CALL(2); break; case 3: CALL(3); break;       \
+    case 4: CALL(4); break; case 5: CALL(5); break; case 6: CALL(6); break;       \
+    case 7: CALL(7); break; case 8: CALL(8); break;                               \
+    default: return 1;                                                            \
+  }
+
+extern "C" {
+
+// x: (count, columns); y: (count, rows); both, and the bias, of this kind. Returns 0, or 1 where memory is short.
+int daq_linear(const uint8_t* codes, int64_t bytes, int bits, float zero, const float* scale, int64_t per_row,
+               int64_t per_group, int64_t rows, int64_t columns, int64_t group, const void* x, int64_t count,
+               const void* bias, void* y, int kind, int threads) {
+  Layer a{codes, bytes, bits, zero, scale, per_row, per_group, rows, columns, group};
+  int64_t blocks = columns / group * ((group + 63) / 64) + (columns % group + 63) / 64;
+  float* room = (float*)malloc(blocks * 64 * 8 * sizeof(float));
+  if (!room || !a.copy_tail()) return free(room), 1;
+#define CALL(B) linear<B>(a, x, count, Output{y, bias, kind}, room, threads)
+  FOR_BITS(CALL)
+#undef CALL
+  free(a.tail);
+  free(room);
+  return 0;
+}
+
+// Rows `first` to `last` of the weight, |scale| * (code - zero) / zero: out has the shape (last - first, columns).
+int daq_weights(const uint8_t* codes, int64_t bytes, int bits, float zero, const float* scale, int64_t per_row,
+                int64_t per_group, int64_t columns, int64_t group, int64_t first, int64_t last, void* out, int kind,
+                int threads) {
+  Layer a{codes, bytes, bits, zero, scale, per_row, per_group, last, columns, group};
+  if (!a.copy_tail()) return 1;
+#define CALL(B) weights<B>(a, first, last, out, kind, threads)
+  FOR_BITS(CALL)
+#undef CALL
+  free(a.tail);
+  return 0;
+}
+
+int daq_read_codes(const uint8_t* stream, int64_t bytes, int bits, uint8_t* codes, int64_t count) {
+#define CALL(B) read_codes<B>(stream, bytes, codes, count)
+  FOR_BITS(CALL)
+#undef CALL
+  return 0;
+}
+
+int daq_write_codes(const uint8_t* codes, int bits, uint8_t* stream, int64_t count) {
+#define CALL(B) write_codes<B>(codes, stream, count)
+  FOR_BITS(CALL)
+#undef CALL
+  return 0;
+}
+}
