@@ -27,6 +27,8 @@ class DaqLayer(Leaf):
     float_class: ClassVar[type[nn.Module]]
     standardizes: ClassVar[bool] = False
     """Whether the float layer standardizes its weight in every forward: then its codes are no weights to train."""
+    same_pad: bool = False
+    """Whether a convolution pads as TensorFlow's "same", by what its input needs."""
     bias: Any
     w_quant: WeightQuantizer | None
     a_quant: ActivationQuantizer | None

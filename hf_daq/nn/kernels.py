@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .formula import Constants, Learned, Rows, Soft, gradients, quantize, rows_of
+from .formula import Constants, Learned, Rows, Soft, gradients, quantize, round_half_down_, rows_of
 
 logger = logging.getLogger("hf_daq")
 _FEW, _MANY = 2**16, 2**31  # elements between which tensors go to a compiled kernel
+_FEW_CODES = 2**12  # of those whose codes are wanted: a kernel that returns one tensor starts sooner
 _said: list[str] = []
 
 
@@ -173,13 +174,36 @@ def run_backward(
     return layout.unflat(flat), Learned(*learned.unbind())
 
 
-def _compiles(x: Tensor, value: Tensor, soft: Soft) -> bool:
+def _codes(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    start, inverse, first, last = rows.unbind()
+    wide = x.to(rows.dtype)
+    v = torch.sub(wide, start).mul_(inverse).clamp_(first, last)
+    return round_half_down_(v).to(torch.uint8), (wide != wide).any()
+
+
+_codes_kernels = Kernels(_codes)
+
+
+def run_codes(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes of inputs, uint8 of their shape, and whether any is NaN, whose code means nothing. No gradient.
+
+    Args:
+        rows: shape (4,): `start` and `inverse` of `formula.activation_rows`, 0 and the last code.
+    """
+    if not _compiles(x, rows, None, few=_FEW_CODES):
+        return _codes(x.detach(), rows)
+    layout = _Layout(x, rows[:1])
+    codes, has_nan = _codes_kernels((layout.flat(x), rows), (), (_PER_TENSOR["x"], rows.shape))
+    return layout.unflat(codes), has_nan
+
+
+def _compiles(x: Tensor, value: Tensor, soft: Soft, few: int | None = None) -> bool:
     """Whether the compiled kernels serve: many elements and float32 arithmetic. In somebody else's compilation the eager
     form fuses with its neighbours, and a trace shows it."""
     return (
         not torch.compiler.is_compiling()
         and soft is None
-        and _FEW < x.numel() < _MANY
+        and (_FEW if few is None else few) < x.numel() < _MANY
         and value.dtype == torch.float32
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]

@@ -225,6 +225,8 @@ class _TimmConv(QuantizedLayer):
 
 
 class DaqConv2dSame(_TimmConv, timm.layers.Conv2dSame):
+    same_pad = True
+
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x = pad_same(x, weight.shape[-2:], self.stride, self.dilation)
         return F.conv2d(x, weight, bias, self.stride, (0, 0), self.dilation, self.groups)
@@ -245,7 +247,7 @@ class StandardizedConv(_TimmConv):
         return weight.reshape_as(self.weight)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if getattr(self, "same_pad", False):
+        if self.same_pad:
             x = pad_same(x, self.kernel_size, self.stride, self.dilation)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 

@@ -16,6 +16,7 @@ from .base import DaqLayer
 from .bitpack import packed_size
 from .codes import Coded, encode
 from .layers import LAYER_TYPES, quantize_layer
+from .onednn import Prepared
 from .paths import PATHS, path_of
 from .swap import change_class
 
@@ -53,6 +54,7 @@ class PackedLayer(DaqLayer):
     w_quant = None
     weight_codes: Tensor
     shape: tuple[int, ...]
+    _prepared: Prepared | None = None
 
     def path(self, x: Tensor) -> str:
         """How the layer computes with this input: a name in `paths.PATHS`."""
@@ -60,6 +62,12 @@ class PackedLayer(DaqLayer):
 
     def quantized_forward(self, x: Tensor) -> Tensor:
         return PATHS[self.path(x)].forward(self, x)
+
+    def as_quantized(self, x: Tensor) -> Tensor:
+        """What the quantized layer computes, bit for bit."""
+        x = x if self.a_quant is None else self.a_quant(x)
+        output: Tensor = self.compute(x, self.quantized_weight(x.dtype), self.bias)
+        return output
 
     def weight_shape(self) -> tuple[int, ...]:
         return self.shape
@@ -99,7 +107,18 @@ class PackedLayer(DaqLayer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        self._forget()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _forget(self) -> None:
+        self.__dict__.pop("_prepared", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_prepared"}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.weight_bits}".removeprefix(", ")
@@ -107,8 +126,10 @@ class PackedLayer(DaqLayer):
 
 def _packed_class(quantized_class: Any) -> type[PackedLayer]:
     float_class = quantized_class.float_class
-    taken = {name: getattr(quantized_class, name) for name in ("float_class", "compute", "stored", "standardizes")}
-    return type(f"Packed{float_class.__name__}", (PackedLayer, float_class), {**taken, "__module__": __name__})
+    names = ("float_class", "compute", "stored", "standardizes", "same_pad")
+    taken = {name: getattr(quantized_class, name) for name in names}
+    name = quantized_class.__name__.replace("Daq", "Packed")  # timm's Linear and torch's have one name
+    return type(name, (PackedLayer, float_class), {**taken, "__module__": __name__})
 
 
 _PLAIN = ("weight_bits", "weight_grid", "shape", "group_size", "has_bias", "weight_dtype")
@@ -168,6 +189,7 @@ def unpack_layer(layer: Any, config: DaqConfig) -> None:
     bits, name, has_bias, largest = layer.weight_bits, layer.daq_name, layer.has_bias, scale.abs().clamp_min(1e-12)
     if a_quant is not None:
         largest = largest / a_quant.span.to(scale.dtype)
+    layer._forget()
     for key in ("weight_codes", "weight_scale", "a_quant", "bias", *_PLAIN):
         delattr(layer, key)
     change_class(layer, layer.float_class)

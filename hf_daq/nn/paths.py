@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import codes
+from . import codes, onednn
 
 
 class Path(NamedTuple):
@@ -25,12 +25,12 @@ def _always(layer: Any, x: Tensor) -> bool:
 
 
 def _unpacked(layer: Any, x: Tensor) -> Tensor:
-    x = x if layer.a_quant is None else layer.a_quant(x)
-    output: Tensor = layer.compute(x, layer.quantized_weight(x.dtype), layer.bias)
+    output: Tensor = layer.as_quantized(x)
     return output
 
 
 PATHS: dict[str, Path] = {
+    "integers": Path(onednn.serves, onednn.forward),
     "codes": Path(codes.serves, codes.forward),
     "unpacked": Path(_always, _unpacked),
 }

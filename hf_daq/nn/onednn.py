@@ -1,0 +1,230 @@
+"""Packed layers with quantized inputs in whole numbers, on the CPU: oneDNN's operators in torch.
+
+    output[c] = scale[c] * sum_i (code_i - zero_point) * weight[c, i] + bias[c]
+
+with unsigned codes of the input and the integers of integers.py for the weight, which fit int8 but for the odd ones of 8
+bits. There the weight is `q - 128`, and as `2q - 255 = 2 (q - 128) + 1`, half of the sum of the inputs is added.
+
+The sums are exact where the processor adds products in 32 bits. Without VNNI instructions it adds pairs of them in 16
+bits, and cuts off what is too large. So a layer goes this way only after its own weights gave the right sums for the
+largest codes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers.padding import pad_same
+from torch import Tensor, nn
+
+from .codes import _in_memory
+from .formula import activation_rows, center, constants_of
+from .kernels import run_codes
+
+logger = logging.getLogger("hf_daq")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ops: Any = torch.ops.onednn
+
+
+class Prepared(NamedTuple):
+    """What a layer computes with, made of its codes and bounds. It is kept beside them, and not saved.
+
+    sources: tells whether these still are what it was made of.
+    weight: in oneDNN's layout; None where the layer cannot go this way. scale: shape (out,), of the sums.
+    ones: for odd integers of 8 bits a weight of ones, in this layout, one output a group.
+    rows: shape (4,), as of `kernels.run_codes`.
+    """
+
+    sources: tuple[Any, ...]
+    weight: Tensor | None
+    scale: Tensor
+    ones: Tensor | None
+    rows: Tensor
+    zero_point: int
+
+
+# ------------------------------------------------------------------------------------------------------------- which way
+
+
+def serves(layer: Any, x: Tensor) -> bool:
+    """Whether the layer computes with this input in whole numbers."""
+    if layer.a_quant is None or not _suits(layer, x):
+        return False
+    if torch.compiler.is_compiling():
+        known: bool = _is_prepared(layer)
+        return known
+    return prepared(layer).weight is not None
+
+
+def _suits(layer: Any, x: Tensor) -> bool:
+    plain = x.is_cpu and x.dtype in _DTYPES and x.numel() > 0 and (x.ndim == 4 or not isinstance(layer, nn.Conv2d))
+    learns = x.requires_grad and torch.is_grad_enabled()
+    if torch.compiler.is_compiling():
+        return plain and not learns and not torch.compiler.is_exporting()
+    return plain and not learns and _in_memory(x)
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[attr-defined]
+def _is_prepared(layer: Any) -> bool:
+    """As `prepared`, once while a model is compiled; the graph then has what the layer keeps."""
+    return prepared(layer).weight is not None
+
+
+def prepared(layer: Any) -> Prepared:
+    """What the layer keeps, made anew where something was written to codes, scale or bounds."""
+    kept: Prepared | None = layer.__dict__.get("_prepared")
+    sources = _sources(layer)
+    if kept is None or kept.sources != sources:
+        with torch.inference_mode(False), torch.no_grad():
+            kept = layer._prepared = _made(layer, sources)
+    return kept
+
+
+def _sources(layer: Any) -> tuple[Any, ...]:
+    quantizer, kept = layer.a_quant, (layer.weight_codes, layer.weight_scale)
+    versions = (None if tensor.is_inference() else tensor._version for tensor in kept)
+    places = (tensor.data_ptr() for tensor in kept)
+    bits = layer.weight_bits, layer.weight_grid, quantizer.bits
+    return *bits, quantizer.lower.item(), quantizer.upper.item(), *versions, *places
+
+
+# ------------------------------------------------------------------------------------------------------------ preparing
+
+
+def _made(layer: Any, sources: tuple[Any, ...]) -> Prepared:
+    quantizer, zero = layer.a_quant, center(layer.weight_bits, layer.weight_grid)
+    between = zero % 1 != 0  # the center of odd integers lies between two codes
+    halves = between and layer.weight_bits == 8
+    per_code = 2 if between and not halves else 1
+    whole = (layer.codes().to(torch.int16) * per_code - math.ceil(per_code * zero)).to(torch.int8)
+    step = layer.weight_scale.double().abs() / (per_code * zero * quantizer.levels)
+    ends = 0, quantizer.levels
+    rows = activation_rows(quantizer.lower, quantizer.upper, constants_of(True, quantizer.bits, 1.0, 1.0))
+    found = Prepared(
+        sources=sources,
+        weight=None,
+        scale=step.float().expand(len(whole)).contiguous(),
+        ones=None,
+        rows=torch.stack([rows.start, rows.inverse, *(torch.full_like(rows.start, code) for code in ends)]).view(-1),
+        zero_point=quantizer.zero_point,
+    )
+    if not (_fits(layer) and layer.calibrated and bool(step.isfinite().all())):
+        return found
+    try:
+        ones = _packed(layer, torch.ones_like(whole[: getattr(layer, "groups", 1)])) if halves else None
+        found = found._replace(weight=_packed(layer, whole), ones=ones)
+        exact = _sums_are_exact(layer, found, whole)
+    except Exception as error:  # whatever an operator of this build cannot do
+        exact = False
+        logger.debug("%s", error)
+    if not exact:
+        _say_inexact()
+    return found if exact else found._replace(weight=None)
+
+
+def _fits(layer: Any) -> bool:
+    """Whether this is a layer that the operators know, and its sums stay inside of 32 bits."""
+    shape, convolution = layer.weight_shape(), isinstance(layer, nn.Conv2d)
+    if layer.group_size is not None or not hasattr(_ops, "qconv2d_pointwise" if convolution else "qlinear_pointwise"):
+        return False
+    largest = torch.Size(shape[1:]).numel() * layer.a_quant.levels * 128
+    return largest < 2**30 and not (convolution and layer.padding_mode != "zeros")
+
+
+def _packed(layer: Any, weight: Tensor) -> Tensor:
+    if not isinstance(layer, nn.Conv2d):
+        return _ops.qlinear_prepack(weight, None)  # type: ignore[no-any-return]
+    pair = [1, 1]
+    return _ops.qconv_prepack(weight, torch.ones(len(weight)), 1.0, 0, pair, [0, 0], pair, layer.groups, None)  # type: ignore[no-any-return]
+
+
+def _sums_are_exact(layer: Any, found: Prepared, weight: Tensor) -> bool:
+    """Compares sums of the largest codes: everywhere, and in places chosen at random, so that what is cut off of positive
+    and of negative sums does not cancel out."""
+    shape = (2, weight.shape[1] * getattr(layer, "groups", 1), *(2 * size + 1 for size in weight.shape[2:]))
+    codes = torch.full(shape, layer.a_quant.levels, dtype=torch.uint8)
+    codes[1] *= torch.rand(shape[1:], generator=torch.Generator().manual_seed(0)) < 0.75
+    expected = layer.compute(codes.double() - found.zero_point, weight.double(), None)
+    found = found._replace(scale=torch.ones_like(found.scale), ones=None)
+    return torch.equal(_sums(layer, codes, found, None, torch.float32), expected.float())
+
+
+# ------------------------------------------------------------------------------------------------------------ computing
+
+
+def forward(layer: Any, x: Tensor) -> Tensor:
+    """The output for an input that `serves`."""
+    found: Prepared = layer._prepared
+    codes, has_nan = run_codes(x, found.rows)
+    if torch.compiler.is_compiling():
+        found = found._replace(scale=torch.where(has_nan, torch.nan, found.scale))
+    elif has_nan:
+        return layer.as_quantized(x)  # type: ignore[no-any-return]
+    dtype = layer.a_quant.result_dtype(x)
+    bias = None if layer.bias is None else layer.bias.detach().float()
+    output = _sums(layer, codes, found, bias, torch.float32 if dtype == torch.float16 else dtype).to(dtype)
+    if not isinstance(layer, nn.Conv2d):
+        return output.view(*x.shape[:-1], -1)
+    return output.contiguous() if x.is_contiguous() else output
+
+
+def _sums(layer: Any, codes: Tensor, found: Prepared, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`scale` times the sums, and the bias."""
+    product = _convolution if isinstance(layer, nn.Conv2d) else _linear
+    if found.ones is None:
+        return product(layer, codes, found.zero_point, found.weight, found.scale, bias, dtype)
+    output = product(layer, codes, found.zero_point, found.weight, found.scale, bias, torch.float32)
+    groups = getattr(layer, "groups", 1)
+    inputs = product(layer, codes, found.zero_point, found.ones, found.scale.new_ones(groups), None, torch.float32)
+    parts = output.view(len(output), groups, -1, *output.shape[2:])
+    parts.addcmul_(inputs.unsqueeze(2), found.scale.view(groups, -1, *(1,) * (output.ndim - 2)), value=0.5)
+    return output.to(dtype)
+
+
+def _linear(
+    layer: Any, codes: Tensor, zero_point: int, weight: Any, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    none = torch.zeros(len(scale), dtype=torch.int32)
+    rows = codes.reshape(-1, codes.shape[-1])
+    output: Tensor = _ops.qlinear_pointwise(
+        rows, 1.0, zero_point, weight, scale, none, bias, 1.0, 0, dtype, "none", [], ""
+    )
+    return output
+
+
+def _convolution(
+    layer: Any, codes: Tensor, zero_point: int, weight: Any, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    codes, padding = _padded(layer, codes, zero_point)
+    sizes = list(layer.stride), padding, list(layer.dilation), layer.groups
+    none = torch.zeros(len(scale), dtype=torch.int32)
+    codes = codes.contiguous(memory_format=torch.channels_last)
+    output: Tensor = _ops.qconv2d_pointwise(
+        codes, 1.0, zero_point, weight, scale, none, bias, *sizes, 1.0, 0, dtype, "none", [], ""
+    )
+    return output
+
+
+def _padded(layer: Any, codes: Tensor, zero_point: int) -> tuple[Tensor, list[int]]:
+    """Codes and the padding that is left to the convolution, which pads with the real zero and on both sides alike."""
+    if layer.same_pad:
+        return pad_same(codes, layer.kernel_size, layer.stride, layer.dilation, value=zero_point), [0, 0]
+    if not isinstance(layer.padding, str):
+        return codes, list(layer.padding)
+    left, right, top, bottom = layer._reversed_padding_repeated_twice
+    if (left, top) == (right, bottom):
+        return codes, [top, left]
+    return F.pad(codes, (left, right, top, bottom), value=zero_point), [0, 0]
+
+
+@cache
+def _say_inexact() -> None:
+    logger.warning(
+        "this processor or build of torch does not add products of whole numbers exactly (VNNI instructions are missing): "
+        "packed layers whose largest sums come out wrong compute in float, slower and right"
+    )

@@ -1,0 +1,257 @@
+"""Packed layers that compute in whole numbers: the same outputs as the reference, and never those of old codes."""
+
+import copy
+import itertools
+import pickle
+import threading
+
+import pytest
+import timm.layers
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import hf_daq
+from hf_daq.nn import onednn
+from hf_daq.nn.bitpack import pack_bits
+from hf_daq.nn.packed import shared_copy
+from hf_daq.nn.paths import bit_for_bit
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(37, 11), (2, 3, 37)),
+    "one row": (lambda: timm.layers.Linear(37, 11, bias=False), (37,)),
+    "Conv1D": (lambda: Conv1D(11, 37), (5, 37)),
+    "strides": (lambda: nn.Conv2d(6, 8, (3, 2), (2, 1), (1, 2), (1, 2), 2), (3, 6, 9, 7)),
+    "depthwise": (lambda: nn.Conv2d(8, 16, 5, 1, 2, 2, 8, bias=False), (1, 8, 7, 7)),
+    "same": (lambda: timm.layers.Conv2dSame(5, 7, 3, 2), (2, 5, 8, 9)),
+    "one-sided": (lambda: nn.Conv2d(5, 7, (2, 3), padding="same"), (2, 5, 8, 9)),
+    "standardized": (lambda: timm.layers.ScaledStdConv2dSame(4, 6, 3, 2), (2, 4, 8, 8)),
+    "one pixel": (lambda: nn.Conv2d(4, 6, 1), (3, 4, 1, 1)),
+}
+
+
+def packed(layer, x, weight_bits=4, activation_bits=4, granularity="channel"):
+    """The layer, calibrated on x and packed, in a model of its own."""
+    bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
+    model = nn.Sequential(layer).eval()
+    hf_daq.apply_daq(model, **bits, weight_granularity=granularity, rules=[{"pattern": "0", **bits}])
+    with hf_daq.calibrate(model, check=False):
+        model(x)
+    return hf_daq.pack(model)
+
+
+def tiny(seed=0, **options):
+    torch.manual_seed(seed)
+    x = torch.randn(4, 6)
+    return packed(nn.Linear(6, 5), x, **options), x
+
+
+def plain(model, x):
+    with bit_for_bit():
+        return model(x)
+
+
+def close(one, other, tolerance=1e-6):
+    return one.shape == other.shape and (one - other).norm() <= tolerance * other.norm()
+
+
+def write(layer, weight_bits, activation_bits, granularity, signed):
+    """Other codes, scales and bounds of other bits."""
+    count = layer.shape[0] if granularity == "channel" else 1
+    codes = torch.randint(2**weight_bits, layer.shape, dtype=torch.uint8)
+    layer.weight_bits, layer.a_quant.bits = weight_bits, activation_bits
+    layer.weight_codes, layer.weight_scale = pack_bits(codes, weight_bits), torch.rand(count) + 0.1
+    layer.a_quant.upper.data.uniform_(0.5, 2)
+    layer.a_quant.lower.data.uniform_(-2, -0.2).mul_(signed)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_outputs_are_those_of_integer_arithmetic_with_all_bits(name):
+    make, shape = LAYERS[name]
+    torch.manual_seed(len(name))
+    x = torch.randn(shape)
+    model = packed(make(), x)
+    layer, inputs = model[0], [x] if x.ndim < 4 else [x, x.contiguous(memory_format=torch.channels_last)]
+    for weight_bits, activation_bits in itertools.product(range(1, 9), range(1, 9)):
+        granularity = "tensor" if (weight_bits + activation_bits) % 3 else "channel"
+        layer.weight_grid = "odd" if activation_bits % 4 else "integer"
+        write(layer, weight_bits, activation_bits, granularity, signed=activation_bits % 2)
+        with hf_daq.integer_arithmetic(model):
+            expected = model(x)
+        for one in inputs:
+            assert layer.path(one) == "integers"
+            found = model(one)
+            assert close(found, expected)
+            assert found.is_contiguous() >= one.is_contiguous()
+        assert torch.equal(onednn.run_codes(x, layer._prepared.rows)[0], layer.a_quant.codes(x))
+    assert close(plain(model, x), expected)
+    if x.ndim > 1:
+        assert model(x[:0]).shape == plain(model, x[:0]).shape
+
+
+def test_codes_on_and_beside_thresholds_are_those_of_the_quantizer():
+    model, _ = tiny()
+    layer = model[0]
+    layer.a_quant.upper.data.fill_(0.9)
+    thresholds = (torch.arange(-3, 19) - layer.a_quant.zero_point + 0.5) * layer.a_quant.span / 15
+    up, down = torch.tensor(torch.inf), torch.tensor(-torch.inf)
+    x = torch.cat(
+        [thresholds, torch.nextafter(thresholds, up), torch.nextafter(thresholds, down), up[None], down[None]]
+    )
+    rows = onednn.prepared(layer).rows
+    assert torch.equal(onednn.run_codes(x, rows)[0], layer.a_quant.codes(x))
+
+
+@pytest.mark.parametrize("weight_bits", [4, 8])
+def test_what_is_written_to_codes_scale_bias_or_bounds_is_noticed(weight_bits):
+    (model, x), (other, _) = tiny(weight_bits=weight_bits), tiny(1, weight_bits=weight_bits)
+    before = model(x)
+    model.load_state_dict(other.state_dict())
+    assert close(model(x), plain(model, x))
+    assert not close(model(x), before)
+
+    def change(write):
+        before = model(x)
+        with torch.no_grad():
+            write(model[0])
+        assert close(model(x), plain(model, x))
+        assert not close(model(x), before, 1e-3)
+
+    change(lambda layer: layer.weight_scale.mul_(2))
+    change(lambda layer: layer.weight_codes.bitwise_not_())
+    change(lambda layer: layer.bias.add_(1))
+    change(lambda layer: layer.a_quant.upper.mul_(3))
+    change(lambda layer: layer.a_quant.upper.data.mul_(0.1))
+    change(lambda layer: layer.a_quant.lower.sub_(1))
+    change(lambda layer: setattr(layer, "weight_scale", layer.weight_scale * 3))
+
+
+def test_copies_and_casts_and_files_hold_no_prepared_weight():
+    model, x = tiny()
+    expected = model(x)
+    assert model[0]._prepared.weight is not None
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), shared_copy(model)):
+        assert other[0]._prepared is None
+        assert torch.equal(other(x), expected)
+    assert not any("prepared" in key for key in model.state_dict())
+    double = copy.deepcopy(model).double()
+    assert double[0]._prepared is None
+    assert double[0].path(x.double()) == "unpacked"
+    assert close(double(x.double()).float(), expected)
+    hf_daq.unpack(model)
+    assert "_prepared" not in vars(model[0])
+    assert close(model(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weight_bits", [4, 8])
+def test_half_precision_is_rounded_once(dtype, weight_bits):
+    model, x = tiny(weight_bits=weight_bits)
+    model, x = model.to(dtype), x.to(dtype)
+    assert model[0].path(x) == "integers"
+    assert model(x).dtype == dtype
+    with hf_daq.integer_arithmetic(model):
+        assert torch.equal(model(x), model(x))
+        expected = model(x)
+    assert (model(x) - expected).abs().max() <= torch.finfo(dtype).eps * expected.abs().max()
+
+
+def test_autocast_gives_its_dtype():
+    model, x = tiny()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model[0].path(x) == "integers"
+        found, expected = model(x), plain(model, x)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    assert close(found.float(), expected.float(), 2e-2)
+
+
+def test_gradients_nan_and_inference_mode():
+    model, x = tiny()
+    leaf = x.clone().requires_grad_()
+    assert model[0].path(leaf) == "unpacked"
+    model(leaf).sum().backward()
+    assert leaf.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert model[0].path(leaf) == "integers"
+    with torch.inference_mode():
+        fresh, _ = tiny()
+        assert torch.equal(fresh(x), model(x))
+    assert torch.equal(fresh(x), model(x))
+    spoiled = x.clone()
+    spoiled[1, 2] = torch.nan
+    assert torch.equal(model(spoiled).isnan().any(1), torch.tensor([False, True, False, False]))
+
+
+def test_two_threads_call_one_model():
+    model, x = tiny(weight_bits=8)
+    expected, found = plain(model, x), []
+
+    def call():
+        found.extend(model(x) for _ in range(50))
+
+    threads = [threading.Thread(target=call) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 100
+    assert all(close(output, expected) for output in found)
+
+
+@pytest.mark.parametrize("weight_bits", [4, 8])
+def test_layers_with_wrong_sums_compute_in_float(weight_bits, monkeypatch, caplog):
+    """As on a processor that adds pairs of products in 16 bits."""
+    real = onednn._ops.qlinear_pointwise
+
+    class Saturating:
+        def __getattr__(self, name):
+            return getattr(torch.ops.onednn, name)
+
+        def qlinear_pointwise(self, codes, *args):
+            return real(codes, *args).clamp(-(2**15), 2**15 - 1)
+
+    monkeypatch.setattr(onednn, "_ops", Saturating())
+    onednn._say_inexact.cache_clear()
+    x = torch.randn(4, 600)
+    layer = nn.Linear(600, 5)
+    layer.weight.data[:, :] = torch.linspace(0.5, 1, 600)
+    model = packed(layer, x, weight_bits, 8)
+    assert model[0].path(x) == "unpacked"
+    assert torch.equal(model(x), plain(model, x))
+    assert len([text for text in caplog.messages if "VNNI" in text]) == 1
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Linear(70_000, 2), (1, 70_000)), (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), (2, 3, 6, 6))],
+)
+def test_what_the_operators_do_not_know_computes_in_float(layer, shape):
+    x = torch.randn(shape)
+    model = packed(layer, x, 8, 8)
+    assert model[0].path(x) == "unpacked"
+    assert torch.equal(model(x), plain(model, x))
+
+
+@pytest.mark.parametrize("weight_bits", [4, 8])
+def test_a_compiled_model_sees_through(weight_bits):
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 6, 6)
+    layer = packed(nn.Conv2d(4, 6, 3, padding=1), x, weight_bits, 8)
+    model = nn.Sequential(layer, nn.ReLU())
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert close(compiled(x), plain(model, x))
+    assert model[0][0]._prepared is not None
+    other = packed(nn.Conv2d(4, 6, 3, padding=1), 3 * x, weight_bits, 8)
+    model[0].load_state_dict(other.state_dict())
+    assert close(compiled(x), plain(model, x))
+    spoiled = x.clone()
+    spoiled[0, 0, 0, 0] = torch.nan
+    assert compiled(spoiled).isnan().any()
+
+
+def test_an_exported_program_has_the_quantized_layer():
+    model, x = tiny()
+    program = torch.export.export(model, (x,))
+    assert "onednn" not in str(program.graph)
+    assert torch.equal(program.module()(x), plain(model, x))
