@@ -16,9 +16,10 @@ def kernels(monkeypatch):
 
     def choose(compiled):
         monkeypatch.setattr(kernels, "_FEW", 0)
+        monkeypatch.setattr(kernels, "_FEW_CODES", 0)
         monkeypatch.setattr(kernels, "available", lambda device: compiled)
 
     yield choose
-    for compiled in (kernels._forward_kernels, kernels._backward_kernels):
+    for compiled in (kernels._forward_kernels, kernels._backward_kernels, kernels._codes_kernels):
         for kernel in compiled.found.values():
             assert type(kernel) is not FunctionType, "compiling failed"

@@ -255,3 +255,19 @@ def test_an_exported_program_has_the_quantized_layer():
     program = torch.export.export(model, (x,))
     assert "onednn" not in str(program.graph)
     assert torch.equal(program.module()(x), plain(model, x))
+
+
+@pytest.mark.parametrize("shape", [(70, 61), (2, 9, 15, 17)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_kernels_give_the_codes_of_the_quantizer(kernels, shape, dtype):
+    kernels(True)
+    model, _ = tiny()
+    layer = model[0]
+    rows = onednn.prepared(layer).rows
+    x = (2 * torch.randn(shape)).to(dtype)
+    for one in [x, x.transpose(-1, -2), *([x.contiguous(memory_format=torch.channels_last)] if x.ndim == 4 else [])]:
+        codes, has_nan = onednn.run_codes(one, rows)
+        assert torch.equal(codes, layer.a_quant.codes(one))
+        assert not has_nan
+    x.view(-1)[5] = torch.nan
+    assert onednn.run_codes(x, rows)[1]

@@ -41,11 +41,11 @@ class Prepared(NamedTuple):
     """
 
     sources: tuple[Any, ...]
-    weight: Tensor | None
-    scale: Tensor
-    ones: Tensor | None
-    rows: Tensor
-    zero_point: int
+    weight: Any = None
+    scale: Any = None
+    ones: Any = None
+    rows: Any = None
+    zero_point: int = 0
 
 
 # ------------------------------------------------------------------------------------------------------------- which way
@@ -53,7 +53,7 @@ class Prepared(NamedTuple):
 
 def serves(layer: Any, x: Tensor) -> bool:
     """Whether the layer computes with this input in whole numbers."""
-    if layer.a_quant is None or not _suits(layer, x):
+    if layer.a_quant is None or not layer.weight_codes.is_cpu or not _suits(layer, x):
         return False
     if torch.compiler.is_compiling():
         known: bool = _is_prepared(layer)
@@ -97,43 +97,39 @@ def _sources(layer: Any) -> tuple[Any, ...]:
 
 
 def _made(layer: Any, sources: tuple[Any, ...]) -> Prepared:
+    if not _fits(layer):
+        return Prepared(sources)
     quantizer, zero = layer.a_quant, center(layer.weight_bits, layer.weight_grid)
     between = zero % 1 != 0  # the center of odd integers lies between two codes
     halves = between and layer.weight_bits == 8
     per_code = 2 if between and not halves else 1
     whole = (layer.codes().to(torch.int16) * per_code - math.ceil(per_code * zero)).to(torch.int8)
     step = layer.weight_scale.double().abs() / (per_code * zero * quantizer.levels)
-    ends = 0, quantizer.levels
     rows = activation_rows(quantizer.lower, quantizer.upper, constants_of(True, quantizer.bits, 1.0, 1.0))
-    found = Prepared(
-        sources=sources,
-        weight=None,
-        scale=step.float().expand(len(whole)).contiguous(),
-        ones=None,
-        rows=torch.stack([rows.start, rows.inverse, *(torch.full_like(rows.start, code) for code in ends)]).view(-1),
-        zero_point=quantizer.zero_point,
-    )
-    if not (_fits(layer) and layer.calibrated and bool(step.isfinite().all())):
-        return found
+    ends = rows.start.new_tensor([0, quantizer.levels])
+    scale = step.float().expand(len(whole)).contiguous()
     try:
         ones = _packed(layer, torch.ones_like(whole[: getattr(layer, "groups", 1)])) if halves else None
-        found = found._replace(weight=_packed(layer, whole), ones=ones)
+        rounding = torch.cat([rows.start, rows.inverse, ends])
+        found = Prepared(sources, _packed(layer, whole), scale, ones, rounding, quantizer.zero_point)
         exact = _sums_are_exact(layer, found, whole)
     except Exception as error:  # whatever an operator of this build cannot do
         exact = False
         logger.debug("%s", error)
     if not exact:
         _say_inexact()
-    return found if exact else found._replace(weight=None)
+    return found if exact else Prepared(sources)
 
 
 def _fits(layer: Any) -> bool:
-    """Whether this is a layer that the operators know, and its sums stay inside of 32 bits."""
-    shape, convolution = layer.weight_shape(), isinstance(layer, nn.Conv2d)
+    """Whether this is a layer that the operators know, with sums inside of 32 bits, and values for all that it has."""
+    convolution = isinstance(layer, nn.Conv2d)
     if layer.group_size is not None or not hasattr(_ops, "qconv2d_pointwise" if convolution else "qlinear_pointwise"):
         return False
-    largest = torch.Size(shape[1:]).numel() * layer.a_quant.levels * 128
-    return largest < 2**30 and not (convolution and layer.padding_mode != "zeros")
+    largest = math.prod(layer.shape[1:]) * layer.a_quant.levels * 128
+    if largest >= 2**30 or (convolution and layer.padding_mode != "zeros"):
+        return False
+    return layer.calibrated and bool(layer.weight_scale.isfinite().all())
 
 
 def _packed(layer: Any, weight: Tensor) -> Tensor:

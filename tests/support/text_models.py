@@ -5,6 +5,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 import hf_daq
 from hf_daq import DaqConfig
+from hf_daq.nn.paths import bit_for_bit
 
 CONFIG = DaqConfig(weight_bits=3, activation_bits=8)
 
@@ -33,7 +34,7 @@ def calibrated(model, config=CONFIG):
 
 
 def logits(model):
-    with torch.no_grad():
+    with torch.no_grad(), bit_for_bit():
         return model.eval()(input_ids=tokens(seed=2)).logits
 
 
