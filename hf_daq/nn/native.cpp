@@ -48,12 +48,14 @@ static INLINE float from_bfloat16(uint16_t half) {
   return value;
 }
 
-static INLINE uint16_t to_bfloat16(float value) {
+// To the nearest, ties to even. A number, or infinite.
+static INLINE uint16_t number_to_bfloat16(float value) {
   uint32_t bits;
   memcpy(&bits, &value, 4);
-  uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  return (bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : uint16_t(rounded);
+  return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
 }
+
+static INLINE uint16_t to_bfloat16(float value) { return value != value ? 0x7FC0 : number_to_bfloat16(value); }
 
 // ------------------------------------------------------------------------------------------- codes of a block
 
@@ -183,7 +185,7 @@ struct Layer {
     return tail;
   }
   int64_t end(int64_t row) const { return (row + 1) * columns * bits / 8 + 64; }
-  INLINE float step(const float* scale) const { return std::fabs(*scale) * float(1.0 / zero); }
+  INLINE float step(const float* scale) const { return std::fabs(*scale) / zero; }
   // The byte in which a bit of this row lies.
   INLINE const uint8_t* at(int64_t row, int64_t bit) const {
     return row < tail_row ? codes + (bit >> 3) : tail + ((bit >> 3) - tail_start);
@@ -289,7 +291,7 @@ template <int B> static void weights(const Layer& a, int64_t first, int64_t last
         for (int i = 0; i < 64; i++) value[i] = (float(int(q[i])) - a.zero) * step;
         int64_t at = (row - first) * a.columns + c, size = stop - c < 64 ? stop - c : 64;
         if (kind == BFLOAT16) {
-          for (int i = 0; i < 64; i++) half[i] = to_bfloat16(value[i]);
+          for (int i = 0; i < 64; i++) half[i] = step == step ? number_to_bfloat16(value[i]) : 0x7FC0;
           memcpy((uint16_t*)out + at, half, 2 * size);
         } else {
           memcpy((float*)out + at, value, 4 * size);
@@ -341,7 +343,7 @@ int daq_linear(const uint8_t* codes, int64_t bytes, int bits, float zero, const 
                const void* bias, void* y, int kind, int threads) {
   Layer a{codes, bytes, bits, zero, scale, per_row, per_group, rows, columns, group};
   int64_t blocks = columns / group * ((group + 63) / 64) + (columns % group + 63) / 64;
-  float* room = (float*)malloc(blocks * 64 * 8 * sizeof(float));
+  float* room = (float*)malloc(blocks * 64 * (count > 4 ? 8 : 4) * sizeof(float));
   if (!room || !a.copy_tail()) return free(room), 1;
 #define CALL(B) linear<B>(a, x, count, Output{y, bias, kind}, room, threads)
   FOR_BITS(CALL)

@@ -27,8 +27,8 @@ def agrees(
         _agreed[kind] = difference <= tolerance
         if not _agreed[kind]:
             logger.warning(
-                f"{what} gives other values on this machine (they differ by {difference:.1e} of the largest): the plain "
-                f"way is taken, slower and right [{kind}]"
+                f"{what} gives other values on this machine (error {difference:.1e}): the plain way is taken, slower and "
+                f"right [{kind}]"
             )
     return _agreed[kind]
 
