@@ -27,7 +27,7 @@ from .nn.matching import OutputMatch, usual_weights
 from .nn.observers import InputSample, Statistics, all_reduce
 from .nn.quantizers import ActivationQuantizer, WeightQuantizer, is_shard, processes
 from .nn.swap import change_class
-from .report.health import health
+from .report.health import examine
 
 logger = logging.getLogger("hf_daq")
 
@@ -59,7 +59,7 @@ def calibrate(model: nn.Module, *, check: bool = True) -> Iterator[nn.Module]:
 
     Args:
         model: a model after `apply_daq`, before it is wrapped or prepared.
-        check: at the end run `health` on the last batch, and log a warning for each finding.
+        check: at the end run `health` on the last batch, and log a warning for each alarm.
 
     Raises:
         ModelError: the model is not quantized, or already wrapped or sharded.
@@ -109,14 +109,18 @@ class _Observer:
 
 
 def _warn(model: nn.Module, calls: Calls) -> None:
-    """Log what `health` finds, on the first rank that has seen a batch."""
+    """Log what `health` finds, on the first rank that has seen a batch. In a model that is fine as a whole, a noisy layer is no
+    warning."""
     rank = dist.get_rank() if processes() > 1 else 0
     first = torch.tensor(rank if calls else processes(), device=next(model.parameters()).device)
     all_reduce(first, dist.ReduceOp.MIN)
     if calls and rank == int(first):
-        for finding in health(model, calls).findings:
+        found = examine(model, calls, calibrated_now=True)
+        logger.log(logging.INFO if found.ok else logging.WARNING, "after calibration, network: %s", found.as_a_whole())
+        for finding in found.findings:
             if finding.problem != "not-reached":  # in these calls, the last ones
-                logger.warning("after calibration, layer %r: %s", finding.layer, finding.message)
+                level = logging.WARNING if finding in found.alarms else logging.INFO
+                logger.log(level, "after calibration, layer %r: %s", finding.layer, finding.message)
 
 
 @dataclass

@@ -33,7 +33,7 @@ def measure(model: nn.Module, batch: Any = None) -> tuple[list[Measurement], dic
     inputs. The model has passed `check_quantized`."""
     macs: dict[str, int] = {}
     with ExitStack() as stack:
-        stack.enter_context(_left_as_it_was(model))
+        stack.enter_context(left_as_it_was(model))
         measured = [Measurement(name, layer) for name, layer in daq_layers(model).items()]
         if batch is not None:
             examples = examples_in(batch)
@@ -68,6 +68,7 @@ class Measurement:
     """Figures of one layer. Those of its inputs and outputs are sums over calls; `first_call` is its place among the
     first calls of all layers, None if there was none.
 
+    largest_channel: root mean square of the weights of the largest output channel, by that of the median one.
     signal, noise: sums of squares of the float layer's output, and of its difference to the quantized one's; energy: of
         the inputs.
     distinct_weights, distinct_inputs: distinct values the layer computes with, the most under one scale, and in one call.
@@ -85,7 +86,7 @@ class Measurement:
         self.scale: Tensor = layer.weight_scale
         self.usable = usable(layer)
         self.in_float: Callable[[Tensor], Tensor] | None = (
-            None if self.usable or self.w_quant is None else self._float_output
+            None if self.usable or self.w_quant is None else self.float_output
         )
         self.first_call: int | None = None
         self.macs = self.inputs = self.outputs = self.bad_inputs = self.bad_outputs = self.bad_weights = 0
@@ -98,6 +99,7 @@ class Measurement:
         self.weight_lower: float | None = None
         self.weight_upper: float | None = None
         self.weights_clipped: float | None = None
+        self.largest_channel: float | None = None
         self.weight_sqnr: float | None = None
         self.input_counts = torch.zeros(2 ** (self.input_bits or 0), dtype=torch.int64, device=self.scale.device)
         self._look_at_weight()
@@ -118,8 +120,10 @@ class Measurement:
             self.weight_lower, self.weight_upper = float(lower.min()), float(upper.max())
             clipped = layer.w_quant.outside(layer.w_quant.positions(weight)).count_nonzero()
             self.weights_clipped = int(clipped) / weight.numel()
+            energy = torch.linalg.vector_norm(weight.flatten(1), dim=1)
+            self.largest_channel = float(energy.max() / energy.median())
             quantized = wide(quantized) / layer.span
-            self.weight_sqnr = decibels(_squares(weight), _squares(weight - quantized))
+            self.weight_sqnr = decibels(squares(weight), squares(weight - quantized))
 
     def _rows_of_scales(self, weight: Tensor) -> Tensor:
         """The values that share a scale in a row, groups filled up with their last one."""
@@ -130,7 +134,7 @@ class Measurement:
         missing = -flat.shape[1] % size
         return torch.cat([flat, flat[:, -1:].expand(-1, missing)], 1).view(-1, size)
 
-    def _float_output(self, x: Tensor) -> Tensor:
+    def float_output(self, x: Tensor) -> Tensor:
         output: Tensor = self.layer.compute(x, self.layer.float_weight(), self.layer.bias)
         return output
 
@@ -144,22 +148,22 @@ class Measurement:
         self.macs += output.numel() * math.prod(self.shape[1:])
         if bad or not self.usable:
             return
-        self.energy += _squares(x)
+        self.energy += squares(x)
         if self.a_quant is not None:
             self._look_at_inputs(self.a_quant, x)
         if self.w_quant is not None and not self.bad_weights:
-            reference = wide(self._float_output(x))
-            self.signal += _squares(reference)
-            noise = _squares(reference - wide(output))
+            reference = wide(self.float_output(x))
+            self.signal += squares(reference)
+            noise = squares(reference - wide(output))
             self.noise += noise
-            self.bypassed += noise < _EXACT * _squares(reference) and self._deviates(x, reference)
+            self.bypassed += noise < _EXACT * squares(reference) and self._deviates(x, reference)
 
     def _deviates(self, x: Tensor, reference: Tensor) -> bool:
         """Whether what the quantizers give is not this float output, which a shift can match on a few positions."""
         layer = self.layer
         bias = layer.w_quant.shifted(layer.bias, self.dtype)
         expected = layer.compute(x if self.a_quant is None else self.a_quant(x), layer.quantized_weight(), bias)
-        return _squares(reference - wide(expected)) > 100 * _EXACT * _squares(reference)
+        return squares(reference - wide(expected)) > 100 * _EXACT * squares(reference)
 
     def _look_at_inputs(self, a_quant: Any, x: Tensor) -> None:
         self.input_counts += torch.bincount(a_quant.codes(x).flatten(), minlength=2**a_quant.bits)
@@ -179,13 +183,18 @@ class Measurement:
 
     @property
     def bits(self) -> str:
-        """Of weight and inputs, e.g. "W4A8"; "W4A32" for inputs in float32."""
-        return f"W{self.weight_bits}A{self.input_bits or 8 * self.dtype.itemsize}"
+        """Of weight and inputs, e.g. "W4A8"; "W4" for inputs in float."""
+        return bits_name(self.weight_bits, self.input_bits)
 
     @property
     def bytes(self) -> int:
         """Of codes and scales in a packed file."""
         return packed_bytes(self.parameters, self.weight_bits, self.scale.numel())
+
+
+def bits_name(weight_bits: int, input_bits: int | None) -> str:
+    """The field's short form."""
+    return f"W{weight_bits}" if input_bits is None else f"W{weight_bits}A{input_bits}"
 
 
 def usable(layer: Any) -> bool:
@@ -216,7 +225,7 @@ def check_quantized(model: nn.Module, function: str) -> None:
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while, and hooks are called in compiled models too. Random numbers, and the weights that layers
     hold for their next call, are not touched."""
     layers = [layer for layer in daq_layers(model).values() if isinstance(layer, QuantizedLayer)]
@@ -268,7 +277,7 @@ def count_bad(values: Tensor) -> int:
     return values.numel() - int(values.isfinite().sum())
 
 
-def _squares(values: Tensor) -> float:
+def squares(values: Tensor) -> float:
     return float(torch.linalg.vector_norm(values, dtype=torch.float64).square())
 
 

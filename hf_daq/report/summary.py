@@ -20,7 +20,7 @@ from ..nn.layers import LAYER_TYPES
 from ..nn.packed import daq_layers
 from ..nn.quantizers import wide
 from ..text import COLUMNS, Name, as_text, bits_text, cell, plain, shape_text
-from .measure import Measurement, check_quantized, kept_modules, measure, usable
+from .measure import Measurement, bits_name, check_quantized, kept_modules, measure, usable
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Summary:
     `print(summary.to_text(wide=True))` all of them.
 
     layers, kept: quantized layers, and layers with weights that stay in float, in the order of `named_modules`.
-    totals: `weights` and `macs`, how many by "W4A4", "W4A32" (inputs in float32) and "float"; `other_parameters`, of
+    totals: `weights` and `macs`, how many by "W4A4", "W4" (inputs in float) and "float"; `other_parameters`, of
         normalization, biases and the like; `bytes_before` and `bytes_after`, of all parameters and
         persistent buffers of the float and of the packed model, tied ones once; `compression`, the first by the second; `macs_quantized`, share of all that are known.
         `macs` and `macs_quantized` are None without a batch. Products inside attention are not counted.
@@ -261,7 +261,7 @@ def _table(summary: Summary) -> Table:
     for layer in summary.layers:
         rows.append(
             (
-                f"W{layer.weight_bits}A{layer.activation_bits or 8 * layer.float_bytes // layer.parameters}",
+                bits_name(layer.weight_bits, layer.activation_bits),
                 *(_cell(value, ".1f", 100) for value in (layer.weights_clipped, layer.inputs_clipped)),
                 *(_cell(value, ".1f") for value in (layer.weight_sqnr, layer.output_sqnr)),
                 _cell(layer.bytes, ",.1f", 1e-3),

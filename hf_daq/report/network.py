@@ -1,0 +1,83 @@
+"""The model as a whole: its outputs beside those of its own float weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..model.batch import Calls
+from ..nn.layers import QuantizedLayer, replaced_forwards
+from ..nn.quantizers import wide
+from .measure import Measurement, count_bad, decibels, left_as_it_was, squares
+
+_SAME = 1e-10  # of the energy of the output
+
+
+@torch.no_grad()
+def network_sqnr(model: nn.Module, batch: Any, measured: list[Measurement]) -> float | None:
+    """`10 log10(sum |y - mean|^2 / sum |q - y|^2)` in dB: q the output of the model, y that of the same model with every
+    quantized layer in float, mean the mean of y over examples and tokens, since what is the same for all of them says
+    nothing. Padding tokens do not count. None where there is nothing to compare: packed layers have no float weights, a
+    layer has no usable bounds, values are not finite, or all examples have one output."""
+    if not all(
+        isinstance(found.layer, QuantizedLayer) and found.usable and not found.bad_weights for found in measured
+    ):
+        return None
+    quantized = _outputs(model, batch)
+    with replaced_forwards({found.layer: found.float_output for found in measured}):
+        reference = _outputs(model, batch)
+    energy = signal = noise = 0.0
+    for y, q in zip(reference, quantized, strict=True):
+        if y.shape != q.shape or count_bad(y) or count_bad(q):
+            return None
+        signal += squares(y - y.mean(0) if len(y) > 1 else y)
+        noise += squares(q - y)
+        energy += squares(y)
+    return decibels(signal, noise) if signal > _SAME * energy else None
+
+
+def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
+    """The output of each call, float32 or wider, shape (examples or tokens, values). Every pass has the same random numbers."""
+    found = []
+    with left_as_it_was(model):
+        for module, args, kwargs in _calls(model, batch):
+            output = _prediction(module(*args, **kwargs))
+            if output is not None:
+                found.append(_rows(wide(output), kwargs.get("attention_mask")))
+    return found
+
+
+def _calls(model: nn.Module, batch: Any) -> Iterator[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
+    if isinstance(batch, Calls):
+        yield from ((call.module, _copied(call.args), _copied(call.kwargs)) for call in batch)
+    elif isinstance(batch, Mapping):
+        yield model, (), _copied(dict(batch))
+    else:
+        yield model, _copied(batch if isinstance(batch, tuple) else (batch,)), {}
+
+
+def _copied(values: Any) -> Any:
+    """The same tensors, and copies of all else: the pass writes to a key-value cache."""
+    items = values.items() if isinstance(values, dict) else enumerate(values)
+    copies = {key: value if isinstance(value, Tensor) else copy.deepcopy(value) for key, value in items}
+    return copies if isinstance(values, dict) else tuple(copies.values())
+
+
+def _prediction(output: Any) -> Tensor | None:
+    """`logits`, or else the first tensor with examples in it."""
+    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
+        return output["logits"]  # type: ignore[no-any-return]
+    leaves = (leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+    return next((leaf for leaf in leaves if leaf.is_floating_point() and leaf.ndim > 0 and leaf.numel() > 0), None)
+
+
+def _rows(output: Tensor, mask: Any) -> Tensor:
+    if output.ndim == 3:
+        tokens = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape == output.shape[:2]
+        return output[mask.to(output.device) > 0] if tokens else output.flatten(0, 1)
+    return output.reshape(len(output), -1)
