@@ -37,6 +37,7 @@ from safetensors.torch import load_file
 import hf_daq
 from measure import deploy
 from shared import loop, options
+from shared.finish import dataset_name
 
 CONFIGS = sorted(path.name for path in (RECIPES / "configs").glob("*.yaml"))
 SMALL = "--max_steps 3 --batch_size 8 --checkpoint_every 0 --calibration_batches 2 --num_workers 0"
@@ -137,6 +138,17 @@ def test_resnet18_config_runs(imagefolder, tmp_path):
         ),
     )
     assert results["quantized"] >= 0
+
+
+def test_a_data_set_is_named_by_the_part_of_its_path_that_says_something(tmp_path, monkeypatch):
+    flowers = tmp_path / "flowers"
+    (flowers / "data" / "split").mkdir(parents=True)
+    (flowers / "train.tsv").write_text("")
+    monkeypatch.chdir(flowers / "data")
+    assert {dataset_name(str(path)) for path in (flowers, flowers / "data" / "split", "split", ".")} == {"flowers"}
+    assert dataset_name(str(flowers / "train.tsv")) == "flowers"
+    assert dataset_name("user/name") == "user/name"
+    assert dataset_name("/") == ""
 
 
 def assert_card(output, metric, results, split, dataset):

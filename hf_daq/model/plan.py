@@ -150,11 +150,11 @@ def _plan_layer(
     if type(module) not in LAYER_TYPES and outer.get(name) == "router":
         return row(None, "router")
     if type(module) not in LAYER_TYPES:
-        return row(None, f"no quantized form of {type(module).__name__}", unsupported=True)
+        return row(None, f"no quantized form of {type(module).__name__}", unsupported=not _asked_to_stay(name, config))
     if name in tied:
         return row(None, tied[name])
     if name in bypassed:
-        return row(None, bypassed[name], unsupported=True)
+        return row(None, bypassed[name], unsupported=not _asked_to_stay(name, config))
     if config.layers is not None:
         entry = config.layers.get(name)
         return row(entry and (entry["weight_bits"], entry["activation_bits"]), "resolved before")  # type: ignore[arg-type]
@@ -174,6 +174,14 @@ def _plan_layer(
             return row(None, outer[name])
         return row((bits, None if config.activation_bits is None else bits), f"{outer[name]}: first_last_bits")
     return row((config.weight_bits, config.activation_bits), "")
+
+
+def _asked_to_stay(name: str, config: DaqConfig) -> bool:
+    """Whether the config itself leaves the layer in float."""
+    if any(pattern_matches(pattern, name) for pattern in config.modules_to_not_convert):
+        return True
+    rule = next((rule for rule in config.rules if pattern_matches(rule["pattern"], name)), {})
+    return bool(rule.get("skip"))
 
 
 def _saved_bytes(module: Any, row: PlannedLayer, config: DaqConfig) -> int:

@@ -8,6 +8,19 @@ from typing import Any
 
 import hf_daq
 
+_TELL_NOTHING = {
+    "data",
+    "dataset",
+    "datasets",
+    "default",
+    "images",
+    "input",
+    "raw",
+    "split",
+    "splits",
+    "train",
+    "training",
+}
 _OF_THIS_MACHINE = {"output_dir", "resume", "checkpoint_every", "tracker", "log_every", "num_workers", "export"}
 
 
@@ -32,7 +45,7 @@ def write_card(
         base_model, license: of the Hub, where the network started from there.
     """
     settings = {key: named(value) for key, value in dataclasses.asdict(cfg).items() if key not in _OF_THIS_MACHINE}
-    dataset = Path(cfg.dataset).name if Path(cfg.dataset).exists() else cfg.dataset
+    dataset = dataset_name(cfg.dataset)
     facts = hf_daq.CardFacts(
         base_model=base_model,
         license=license,
@@ -58,6 +71,16 @@ def named(value: Any) -> Any:
     """The name of a file or folder of this machine for its whole path; anything else as it is."""
     path = Path(value) if isinstance(value, str) else None
     return path.name if path and path.is_absolute() and path.exists() else value
+
+
+def dataset_name(dataset: str) -> str:
+    """A data set in a card: a Hub id as it is, a path of this machine by its last part that says something."""
+    if not Path(dataset).exists():
+        return dataset
+    path = Path(dataset).resolve()
+    return (
+        next((part.name for part in (path, *path.parents) if part.stem.lower() not in _TELL_NOTHING), "") or path.name
+    )
 
 
 def hub_id(name: str | None) -> str | None:
