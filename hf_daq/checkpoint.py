@@ -23,6 +23,7 @@ from .files.card import write_card
 from .files.facts import CardFacts
 from .files.header import (
     CONFIG_NAME,
+    PROBE_NAME,
     WEIGHTS_NAME,
     described_config,
     describes_timm_model,
@@ -32,7 +33,7 @@ from .files.header import (
     read_header,
 )
 from .files.push import push_folder
-from .files.weights_file import PROBE_NAME, check_values, load_weights, write_checkpoint
+from .files.weights_file import check_values, load_weights, write_checkpoint
 from .integrations.timm import describe, described_model, is_timm_model
 from .model.patch import patch
 from .model.roles import is_transformers_model

@@ -14,9 +14,8 @@ from torch import nn
 
 from ..checkpoint import from_pretrained
 from ..errors import CheckpointError, ModelError
-from ..files.header import CARD_NAME, CONFIG_NAME
+from ..files.header import CARD_NAME, CONFIG_NAME, PROBE_NAME
 from ..files.inspect import inspect
-from ..files.weights_file import PROBE_NAME
 from ..model.roles import is_transformers_model
 
 _NOT_COPIED = ("*.safetensors*", "*.onnx", "*.gguf", "*.bin", "*.pt", "*.pth", "*.pkl", "trainer_state.json", ".*")

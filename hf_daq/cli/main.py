@@ -14,6 +14,7 @@ from rich.text import Text
 
 from ..config import Granularity
 from ..errors import CheckpointError, ExportError, ModelError
+from ..files.header import PROBE_NAME
 from ..files.inspect import every_layer
 from ..text import plain, printable
 from .console import show, show_json, show_warnings, working
@@ -22,9 +23,10 @@ from .options import Commands, Debug, Folder, Inputs, Json, OutFolder, Revision,
 EXAMPLES = """Examples:
 
 \b
-  hf-daq plan resnet18 --bits 3            what apply_daq would do, nothing is downloaded
+  hf-daq plan resnet18 --bits 3            what apply_daq would do
   hf-daq plan ./bert --weight-bits 2 --activation-bits 8
-  hf-daq inspect user/name                 what is in a checkpoint, from its header alone
+  hf-daq inspect user/name                 what is in a checkpoint
+  hf-daq summary trained --health          what quantization does to it
   hf-daq pack trained packed               codes of a few bits for inference
   hf-daq export trained model.onnx --to onnx --inputs images.safetensors
   hf-daq push packed user/name --private   to the Hub, with a model card
@@ -326,7 +328,8 @@ def export_command(
     Needs `pip install "hf-daq[export]"`.
 
     \b
-    hf-daq export trained model.onnx --to onnx --runtime openvino --inputs images.safetensors
+    hf-daq export trained model.onnx --to onnx --inputs images.safetensors
+    hf-daq export trained model.onnx --to onnx --runtime openvino
     hf-daq export trained folder --to compressed-tensors --inputs batch.safetensors
     hf-daq export trained model.gguf --to gguf
     """
@@ -341,6 +344,12 @@ def export_command(
         out = out / f"model.{to}"
     if not out.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {out.parent}")
+    if to != "gguf" and not (inputs or folder / PROBE_NAME).exists():
+        raise ExportError(
+            f"real inputs are needed to compare the export with the model, and {folder} has no {PROBE_NAME}; pass "
+            '--inputs FILE.safetensors with two rows or more: one tensor "x" for images, or what the model takes, e.g. '
+            '"input_ids" and "attention_mask"; safetensors.torch.save_file({"x": images}, "inputs.safetensors") writes one'
+        )
     with working(f"exporting {folder} to {out}"):
         report, source = _exported(folder, out, to, runtime, inputs)
     if as_json:
@@ -364,12 +373,6 @@ def _exported(
         tokenizer = folder if (folder / "tokenizer.json").exists() else None
         return hf_daq.export_gguf(model, out, tokenizer), None
     batch, source = read_inputs(model, folder, inputs)
-    if batch is None:
-        raise ExportError(
-            f"real inputs are needed to compare the export with the model, and {folder} has no probe.safetensors; pass "
-            '--inputs FILE.safetensors with two rows or more: one tensor "x" for images, or what the model takes, e.g. '
-            '"input_ids" and "attention_mask"; safetensors.torch.save_file({"x": images}, "inputs.safetensors") writes one'
-        )
     if to == "compressed-tensors":
         report: Any = hf_daq.export_compressed_tensors(model, out, batch)
         copy_companions(folder, out)
@@ -390,7 +393,10 @@ def summary_command(
     folder: Folder,
     inputs: Inputs = None,
     health: Annotated[
-        bool, typer.Option("--health", help="Look for broken layers; exit code 1 if there are some.")
+        bool,
+        typer.Option(
+            "--health", help="Compare the outputs with float, and look for broken layers; exit code 1 for an alarm."
+        ),
     ] = False,
     wide: Annotated[
         bool, typer.Option("--wide", help="All figures, in some 150 columns: also shapes, bounds, codes in use.")
@@ -405,6 +411,10 @@ def summary_command(
     \b
     hf-daq summary out --inputs images.safetensors --health
     """
+    if health and not (inputs or folder / PROBE_NAME).exists():
+        raise ModelError(
+            f"--health needs real inputs, and {folder} has no {PROBE_NAME}; pass --inputs FILE.safetensors"
+        )
     with working(f"measuring {folder}"):
         import hf_daq
 
@@ -412,10 +422,6 @@ def summary_command(
 
         model = open_model(folder, "print(hf_daq.summary(model, inputs))")
         batch, source = read_inputs(model, folder, inputs)
-        if health and batch is None:
-            raise ModelError(
-                f"--health needs real inputs, and {folder} has no probe.safetensors; pass --inputs FILE.safetensors"
-            )
         figures = hf_daq.summary(model, batch)
         found = hf_daq.health(model, batch) if health else None
     if as_json:

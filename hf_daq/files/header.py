@@ -164,3 +164,4 @@ def write_facts(path: Path, facts: CardFacts) -> None:
 
 
 CARD_NAME = "README.md"
+PROBE_NAME = "probe.safetensors"

@@ -93,7 +93,7 @@ class Inspection:
 
         kind = "packed" if self.packed else "trainable"
         title = f"{self.source}: {self.architecture} of {self.library}, {kind}, hf_daq {self.version}"
-        table = plain_table("layers", "W", "A", "number", "weights", "float MB", "in this file MB")
+        table = plain_table("layers", "W", "A", "number", "weights", "float MB", "file MB")
         for group, layers in grouped(self.layers, lambda layer: (layer.weight_bits, layer.activation_bits)).items():
             count = sum(layer.parameters for layer in layers)
             sizes = [sum(layer.float_bytes for layer in layers), sum(layer.bytes for layer in layers)]
@@ -270,7 +270,7 @@ def _architecture(description: Mapping[str, Any], library: str) -> str:
 
 def every_layer(found: Any) -> Table:
     """A row for each layer of an inspection, instead of its groups."""
-    table = plain_table("layer", "weight shape", "W", "A", "float MB", "in this file MB")
+    table = plain_table("layer", "weight shape", "W", "A", "float MB", "file MB")
     for layer in found.layers:
         sizes = (f"{size / 1e6:.3f}" for size in (layer.float_bytes, layer.bytes))
         add_row(

@@ -26,8 +26,6 @@ from .atomic import replace_file
 from .facts import CardFacts
 from .header import BYTES, CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME, Header, weights_files
 
-PROBE_NAME = "probe.safetensors"
-
 
 def header_metadata(
     model: Any, facts: CardFacts | None = None, names: Mapping[str, str] | None = None
