@@ -3,6 +3,7 @@
 hf_daq.apply_daq(model, bits=3)
 with hf_daq.calibrate(model):
     model(images)
+hf_daq.reconstruct(model, [images])  # optional: minutes that save training, or make it start better
 optimizer = torch.optim.SGD(hf_daq.param_groups(model, lr=0.01, quantizer_lr=1e-4))
 hf_daq.save_pretrained(model, "out")  # packed=True: codes of a few bits
 hf_daq.export_onnx(model, "model.onnx", images)
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .model.param_groups import param_groups
     from .model.plan import plan
     from .nn.integers import integer_arithmetic
+    from .reconstruction import reconstruct, reestimate_batch_norm
     from .report.health import health
     from .report.monitor import Monitor
     from .report.summary import summary
@@ -57,6 +59,8 @@ __all__ = [
     "param_groups",
     "plan",
     "push_to_hub",
+    "reconstruct",
+    "reestimate_batch_norm",
     "remove_daq",
     "restart",
     "save_pretrained",
@@ -86,6 +90,8 @@ _FILES = {
     "param_groups": "model.param_groups",
     "plan": "model.plan",
     "push_to_hub": "checkpoint",
+    "reconstruct": "reconstruction",
+    "reestimate_batch_norm": "reconstruction",
     "remove_daq": "apply",
     "restart": "apply",
     "save_pretrained": "checkpoint",

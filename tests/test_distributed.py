@@ -17,6 +17,8 @@ from ranks import (
     calibrated_net,
     calibrated_vit,
     optimizer_of,
+    reconstructed_vit,
+    share,
     targets,
     train,
     trained_by_trainer,
@@ -80,6 +82,21 @@ def test_calibration_on_shares_unlike_one_another(ended):
     for one, other in zip(first, second, strict=True):
         equal(one, other)
         close(one, want, 1e-5)
+
+
+def test_reconstruction_is_equal_on_all_ranks_and_near_that_of_one_process(ended):
+    """Sums in another order may move a code, and all that comes after it."""
+    first, second = (rank["states"] for rank in ended[1]["reconstruction"])
+    joined = [batches(step) for step in range(2)]
+    shares = [share(batch, rank, 2) for rank in (0, 1) for batch in joined]
+    for inputs, one, other in zip((shares, joined), first, second, strict=True):
+        equal(one, other)
+        model, want = calibrated_vit(), reconstructed_vit(inputs)
+        start = torch.stack([model(batch) for batch in joined])
+        wanted = torch.stack([want(batch) for batch in joined])
+        model.load_state_dict(one)
+        got = torch.stack([model(batch) for batch in joined])
+        assert (got - wanted).norm() < 0.1 * (start - wanted).norm()
 
 
 def test_every_step_leaves_the_ranks_equal_and_where_one_process_would_be(ended, alone):

@@ -11,6 +11,7 @@ from models import images, small_timm
 import hf_daq
 
 NAMES = ("plan", "DaqConfig", "apply_daq", "param_groups", "save_pretrained", "from_pretrained", "export_onnx")
+NAMES += ("reconstruct", "reestimate_batch_norm")
 
 
 def example(name):

@@ -20,6 +20,7 @@ import text_classification
 import timm
 import torch
 import transformers
+from PIL import Image
 from recipe_runs import (  # noqa: F401  fixtures
     NO_HEADER,
     RECIPES,
@@ -521,23 +522,30 @@ def test_cifar_resnet(name):
         assert sum(p.numel() for p in timm.create_model(name).parameters()) == 269_818
 
 
-def test_post_training_measures_calibrated_and_fine_tuned_networks(tmp_path):
-    names = list(post_training.GROUPS)
-    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=names)})
-    pixels = np.random.default_rng(0).integers(0, 255, (10, 32, 32, 3)).astype(np.uint8)
-    for split in ("train", "test"):
-        rows = datasets.Dataset.from_dict({"img": list(pixels), "label": list(range(10))}, features=features)
-        rows.to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
-    options = f"--dataset {tmp_path} --bits 8/8 --image_size 64 --batch_size 8 --finetune_minutes 0.01"
+def test_post_training_measures_every_state_of_the_network(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 224, 224, 3)).astype(np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / f"{number}.png")
+    (tmp_path / "labels.tsv").write_text("".join(f"{number}.png\t{number * 100}\n" for number in range(6)))
+    options = f"--dataset {tmp_path} --bits 8/8 --batch_size 2 --calibration_images 4 --finetune_minutes 0.01"
     rows = post_training.main([*options.split(), "--output", str(tmp_path / "out" / "lite0.json")])
-    assert [(row["network"], row["weights"]) for row in rows] == [
-        ("float", ""),
-        ("W8A8", "calibrated"),
-        ("W8A8", "fine-tuned"),
-    ]
-    assert rows[0]["agreement"] == 100 >= rows[1]["agreement"] >= 50
-    assert rows[2]["updates"] >= 1
+    states = ["", "calibrated", "reconstructed", "fine-tuned"]
+    assert [(row["network"], row["state"]) for row in rows] == [("float", ""), *(("W8A8", name) for name in states[1:])]
+    assert rows[0]["agreement"] == 100
+    assert 0 == rows[0]["kl"] < rows[2]["kl"] < 1
+    assert rows[3]["updates"] >= 1
     assert json.loads((tmp_path / "out" / "lite0.json").read_text())["results"] == rows
+
+
+def test_photographs_in_subfolders_have_the_classes_of_their_names(tmp_path):
+    with pytest.raises(SystemExit, match="neither labels.tsv nor subfolders named 0 to 999"):
+        post_training.labelled(tmp_path)
+    for label in ("7", "12"):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "one.jpg").touch()
+    assert post_training.labelled(tmp_path) == [(tmp_path / "12" / "one.jpg", 12), (tmp_path / "7" / "one.jpg", 7)]
+    with pytest.raises(SystemExit, match="there are 2 photographs, and some must be left to measure"):
+        post_training.main(["--dataset", str(tmp_path), "--calibration_images", "2"])
 
 
 # Text classification ----------------------------------------------------------------------------------------------

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import hf_daq
 
-GROUND, FRONT = ("errors", "version", "config", "text"), ("apply", "calibration", "checkpoint", "plots")
+GROUND, FRONT = (
+    ("errors", "version", "config", "text"),
+    ("apply", "calibration", "checkpoint", "plots", "reconstruction"),
+)
 MAY_IMPORT = {
     "ground": "",
     "nn": "ground",
@@ -62,6 +65,7 @@ HOMES = {
     "config": "DaqConfig",
     "apply": "apply_daq remove_daq pack unpack restart",
     "calibration": "calibrate",
+    "reconstruction": "reconstruct reestimate_batch_norm",
     "checkpoint": "save_pretrained from_pretrained push_to_hub",
     "nn.integers": "integer_arithmetic",
     "model.param_groups": "param_groups",

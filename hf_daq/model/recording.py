@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,17 +14,24 @@ from ..nn.layers import quantized_layers
 from .batch import Call, Calls, examples_in
 
 
+class _Around(threading.local):
+    """What is around the module that runs, in each thread: the attention mask in force, and those of the modules around."""
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+        self.open: list[Tensor | None] = []
+
+
 class Recorder:
     """Hooks on all modules of a model, until `remove`.
 
-    mask: the attention mask in force, shape (batch, tokens), None without one. calls: a copy of the last call of each
+    mask: the attention mask in force, shape (batch, tokens), None without one; each thread has its own. calls: a copy of the last call of each
         module that was called from outside of the model and has quantized layers, for `run`.
     """
 
     def __init__(self, model: nn.Module, keep_calls: bool) -> None:
-        self.mask: Tensor | None = None
+        self._around = _Around()
         self._last: dict[nn.Module, Call] = {}
-        self._open: list[Tensor | None] = []  # the masks of the modules around
         self._hooks = []
         for module in model.modules():
             keep = keep_calls and bool(quantized_layers(module))
@@ -38,31 +46,41 @@ class Recorder:
             hook.remove()
 
     @property
+    def mask(self) -> Tensor | None:
+        return self._around.mask
+
+    @property
     def calls(self) -> Calls:
         return Calls(self._last.values())
 
     def _before(self, keep: bool, position: int | None) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if keep and not self._open and examples_in((*args, *kwargs.values())) > 0 and not _continues(args, kwargs):
+            around = self._around
+            if keep and not around.open and examples_in((*args, *kwargs.values())) > 0 and not _continues(args, kwargs):
                 self._last.pop(module, None)
                 self._last[module] = Call(_copied(args), _copied(kwargs), module)
-            self._open.append(self.mask)
+            around.open.append(around.mask)
             if position is not None:
                 found = args[position] if 0 <= position < len(args) else kwargs.get("attention_mask")
                 if found is None or (isinstance(found, Tensor) and found.ndim == 2):
-                    self.mask = found if found is not None and not found.is_floating_point() else None
+                    around.mask = found if found is not None and not found.is_floating_point() else None
 
         return hook
 
     def _after(self, *_: Any) -> None:
-        self.mask = self._open.pop()
+        self._around.mask = self._around.open.pop()
 
     def attended(self, x: Tensor) -> Tensor:
         """The inputs of a layer without those of padding tokens."""
+        kept = self.kept(x)
+        return x if kept is None else x[kept]
+
+    def kept(self, x: Tensor) -> Tensor | None:
+        """Which positions of the inputs of a layer are no padding, bool, shape (batch, tokens); None for all."""
         mask = self.mask
         if mask is None or x.ndim != 3 or mask.shape != x.shape[:2]:
-            return x
-        return x[mask.to(x.device) > 0]
+            return None
+        return mask.to(x.device) > 0
 
 
 def _mask_position(module: nn.Module) -> int | None:

@@ -15,13 +15,15 @@ _FIRM = 0.01  # of the energy of the output: how firmly the scale stays where it
 _GAIN = 0.05  # of the logarithms of both errors: for less, every channel keeps the mean of the float layer
 
 
-def usual_weights(y: Tensor) -> Tensor:
+def usual_weights(y: Tensor, all_ranks: bool = True) -> Tensor:
     """Weights of positions by which a mean of squared errors tells of the typical position, where the plain mean may tell
-    of a few large ones only: about the inverse energy of the outputs y, shape (positions, channels). Float64, 0 to 1."""
+    of a few large ones only: about the inverse energy of the outputs y, shape (positions, channels). Float64, 0 to 1.
+    Typical are the positions of all ranks, or those in y."""
     energy = torch.linalg.vector_norm(y, dim=1, dtype=torch.float64).square()
     logs = energy[energy > 0].log()
     total = torch.stack([logs.sum(), logs.new_tensor(len(logs))])
-    all_reduce(total, dist.ReduceOp.SUM)
+    if all_ranks:
+        all_reduce(total, dist.ReduceOp.SUM)
     usual: Tensor = (total[0] / total[1].clamp_min(1)).exp()  # the geometric mean, which a few large ones hardly move
     weights: Tensor = usual / (energy + usual)
     return weights

@@ -128,40 +128,20 @@ class InputSample:
     def add(self, x: Tensor) -> None:
         """Every position draws a number; those with the smallest numbers stay."""
         if self.convolution:
-            x = _padded(self.layer, x if x.ndim == 4 else x[None])
-        count = math.prod(self._grid(x))
+            x = padded(self.layer, x if x.ndim == 4 else x[None])
+        count = math.prod(grid(self.layer, x))
         self.seen += count
         keys = torch.rand(count, generator=self.generator)
         chosen = keys.topk(self.limit, largest=False).indices if count > self.limit else torch.arange(count)
         if len(self.keys) == self.limit:
             chosen = chosen[keys[chosen] < self.keys.max()]
-        rows, keys = self._rows(x, chosen.to(x.device)), keys[chosen]
+        rows, keys = rows_at(self.layer, x, chosen.to(x.device)), keys[chosen]
         if len(self.keys):
             rows, keys = torch.cat([self.rows, rows]), torch.cat([self.keys, keys])
         if len(keys) > self.limit:
             kept = keys.topk(self.limit, largest=False).indices
             rows, keys = rows[kept.to(x.device)], keys[kept]
         self.rows, self.keys = rows, keys
-
-    def _grid(self, x: Tensor) -> tuple[int, ...]:
-        """How many positions each dimension has; of padded images."""
-        if not self.convolution:
-            return tuple(x.shape[:-1])
-        sizes = zip(x.shape[2:], self.layer.kernel_size, self.layer.stride, self.layer.dilation, strict=True)
-        return (
-            len(x),
-            *((size - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, dilation in sizes),
-        )
-
-    def _rows(self, x: Tensor, chosen: Tensor) -> Tensor:
-        if not self.convolution:
-            return x.reshape(-1, x.shape[-1])[chosen]
-        layer = self.layer
-        image, top, left = torch.unravel_index(chosen, self._grid(x))
-        (height, width), (down, right), (step_down, step_right) = layer.kernel_size, layer.stride, layer.dilation
-        rows = (top * down)[:, None] + step_down * torch.arange(height, device=x.device)
-        columns = (left * right)[:, None] + step_right * torch.arange(width, device=x.device)
-        return x[image[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
     def reach(self, weight: Tensor) -> Tensor:
         """By what factor the energy of noise in each column of `rows` comes out of the layer: of the shape of a row."""
@@ -177,7 +157,27 @@ class InputSample:
         return F.conv2d(rows, weight.to(rows.dtype), groups=self.layer.groups).flatten(1)
 
 
-def _padded(layer: Any, x: Tensor) -> Tensor:
+def grid(layer: Any, x: Tensor) -> tuple[int, ...]:
+    """How many positions each dimension of the inputs has; of images that are `padded`."""
+    if not isinstance(layer, nn.Conv2d):
+        return tuple(x.shape[:-1])
+    sizes = zip(x.shape[2:], layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    return (len(x), *((size - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, dilation in sizes))
+
+
+def rows_at(layer: Any, x: Tensor, chosen: Tensor) -> Tensor:
+    """What gives the output at these positions, counted over the `grid`: the inputs of tokens, shape (positions, in), or
+    the patches under the kernel, shape (positions, in, height, width)."""
+    if not isinstance(layer, nn.Conv2d):
+        return x.reshape(-1, x.shape[-1])[chosen]
+    image, top, left = torch.unravel_index(chosen, grid(layer, x))
+    (height, width), (down, right), (step_down, step_right) = layer.kernel_size, layer.stride, layer.dilation
+    rows = (top * down)[:, None] + step_down * torch.arange(height, device=x.device)
+    columns = (left * right)[:, None] + step_right * torch.arange(width, device=x.device)
+    return x[image[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def padded(layer: Any, x: Tensor) -> Tensor:
     """The images with the padding the convolution gives them."""
     if isinstance(layer, Conv2dSame) or getattr(layer, "same_pad", False):
         x = pad_same(x, layer.kernel_size, layer.stride, layer.dilation)

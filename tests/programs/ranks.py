@@ -119,6 +119,18 @@ def calibration_of_shares_unlike_one_another(rank: int, world: int) -> dict:
     return {"states": [calibrated_net(shares[rank]).state_dict() for shares in SHARES]}
 
 
+def reconstructed_vit(inputs: list[Tensor], rank: int = 0, world: int = 1) -> nn.Module:
+    return hf_daq.reconstruct(calibrated_vit(rank, world), inputs)
+
+
+def reconstruction(rank: int, world: int) -> dict:
+    """The ranks share two batches; then rank 1 has none."""
+    inputs = [batches(step) for step in range(2)]
+    shares = [share(joined, rank, world) for joined in inputs]
+    models = [reconstructed_vit(found, rank, world) for found in (shares, inputs if rank == 0 else [])]
+    return {"states": [model.state_dict() for model in models]}
+
+
 def ddp(rank: int, world: int, folder: Path) -> dict:
     accelerator = Accelerator(cpu=True)
     model = calibrated_vit(rank, world)
@@ -286,6 +298,7 @@ SCENARIOS = [
     calibration,
     calibration_of_unequal_shares,
     calibration_of_shares_unlike_one_another,
+    reconstruction,
     ddp,
     gradient_accumulation,
     gradient_checkpointing,

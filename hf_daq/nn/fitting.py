@@ -1,0 +1,112 @@
+"""One layer fitted to the float one: its weight, bounds, scale and shift, from second moments of its inputs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layers import QuantizedLayer
+from .moments import Moments
+from .quantizers import WeightQuantizer, wide
+from .rounding import (
+    ROUNDING_DAMPING,
+    Centered,
+    best_damping,
+    best_steps,
+    centered,
+    improve_codes,
+    refit,
+    round_columns,
+)
+
+_MARGIN = 0.02  # codes between a weight and the end of its cell
+
+
+@torch.no_grad()
+def fit_layer(layer: QuantizedLayer, moments: Moments) -> None:
+    """Write to the layer what gives the float output with the least squared error. If that is interrupted, the layer stays
+    as it was."""
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    try:
+        _fit(layer, moments)
+    except BaseException:
+        layer.load_state_dict(before)
+        raise
+
+
+def _fit(layer: QuantizedLayer, moments: Moments) -> None:
+    quantizer = layer.w_quant
+    center = quantizer.shift is not None
+    both = centered(moments.quantized.sum(0), moments.mixed.sum(0), center)
+    weight = wide(layer.float_weight().detach()).to(both.quantized.dtype)
+    target = weight.reshape(moments.groups, -1, moments.columns)
+    span = 1.0 if layer.a_quant is None else float(layer.a_quant.span)
+    kept = (quantizer(layer.float_weight()) / span).to(target.dtype).reshape(target.shape)
+    output = _output(quantizer, target, kept, both)
+    if not layer.standardizes:
+        one, other = (centered(q, f, center) for q, f in zip(moments.quantized, moments.mixed, strict=True))
+        wanted = refit(target, both, best_damping(target, (one, other)))
+        steps = best_steps(wanted, both, quantizer)
+        ends = _of_each_weight(quantizer, steps, target)
+        codes, values = round_columns(wanted, both, ends, quantizer.levels, ROUNDING_DAMPING)
+        codes, values = improve_codes(codes, wanted, both, ends, quantizer.levels, ROUNDING_DAMPING)
+        found = _output(quantizer, target, codes.mul(2 / quantizer.levels).sub_(1).mul_(ends), both)
+        if found.error <= output.error:
+            output = found
+            _write_weight(layer, codes, values, ends, steps)
+            quantizer.scale.copy_(steps * span)
+    quantizer.scale.mul_(output.ratio.flatten().repeat_interleave(quantizer.groups))
+    if quantizer.shift is not None:
+        quantizer.shift.copy_(output.shift.flatten())
+
+
+class _Output(NamedTuple):
+    """The factor and the shift of the output with the least squared error, and that error less a constant."""
+
+    ratio: Tensor
+    shift: Tensor
+    error: Tensor
+
+
+def _output(quantizer: WeightQuantizer, target: Tensor, weight: Tensor, moments: Centered) -> _Output:
+    mixed = ((target @ moments.mixed) * weight).sum(2)
+    energy = ((weight @ moments.quantized) * weight).sum(2)
+    if quantizer.granularity == "tensor":
+        mixed, energy = mixed.sum().view(1, 1), energy.sum().view(1, 1)
+    usable = (mixed > 0) & (energy > 0)
+    ratio = torch.where(usable, mixed / torch.where(usable, energy, 1.0), 1.0).clamp(0.25, 4)
+    means = (weight * moments.quantized_mean[:, None]).sum(2)
+    shift = (target * moments.float_mean[:, None]).sum(2) - ratio * means
+    return _Output(ratio, shift, (ratio**2 * energy - 2 * ratio * mixed).sum())
+
+
+def _of_each_weight(quantizer: WeightQuantizer, steps: Tensor, like: Tensor) -> Tensor:
+    """What there is for each row of the quantizer, for each weight."""
+    channels, columns = like.shape[0] * like.shape[1], like.shape[2]
+    if quantizer.granularity == "tensor":
+        return steps.expand(channels, columns).reshape(like.shape)
+    rows = steps[:, None].expand(-1, quantizer.group_size)
+    return quantizer.unrows(rows.contiguous(), (channels, columns)).reshape(like.shape)
+
+
+def _write_weight(layer: QuantizedLayer, codes: Tensor, values: Tensor, ends: Tensor, steps: Tensor) -> None:
+    """Values in floating point inside the cells of their codes, and bounds for them; where the dtype of the weight is too
+    narrow for that, the middle of the cell."""
+    last = layer.w_quant.levels
+    inside = values.div(ends).add_(1).mul_(last / 2)
+    inside = torch.minimum(torch.maximum(inside, codes - (0.5 - _MARGIN)), codes + (0.5 - _MARGIN)).clamp_(0, last)
+    _write_positions(layer, inside, ends, steps)
+    wrong = layer.codes().reshape(codes.shape) != codes
+    if bool(wrong.any()):
+        _write_positions(layer, torch.where(wrong, codes, inside), ends, steps)
+
+
+def _write_positions(layer: QuantizedLayer, positions: Tensor, ends: Tensor, steps: Tensor) -> None:
+    quantizer = layer.w_quant
+    weight = positions.mul(2 / quantizer.levels).sub_(1).mul_(ends).reshape(layer.weight_shape())
+    layer.weight.copy_(layer.stored(weight.to(layer.weight.dtype)))
+    offset, unit = (value.flatten() for value in quantizer.statistics(quantizer.rows(layer.float_weight())))
+    quantizer.lower.copy_((-steps - offset) / unit)
+    quantizer.upper.copy_((steps - offset) / unit)

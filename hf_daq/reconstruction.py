@@ -1,0 +1,376 @@
+"""`reconstruct`: weights of a calibrated model, layer by layer, that give the outputs of the float network; and
+`reestimate_batch_norm`."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .errors import CalibrationError, ModelError
+from .model.batch import examples_in, run
+from .model.guards import ORDER, refuse_wrapped
+from .model.recording import Recorder
+from .model.roles import tied_layers
+from .model.walk import Walk
+from .nn.base import check_calibrated
+from .nn.fitting import fit_layer
+from .nn.layers import QuantizedLayer, evaluating, quantized_layers, replaced_forwards
+from .nn.moments import Moments
+from .nn.observers import all_reduce
+from .nn.packed import packed_layers
+from .nn.quantizers import is_shard
+
+logger = logging.getLogger("hf_daq")
+_MEMORY = 2**29  # bytes of the inputs of one layer, over both networks
+_AT_ONCE = 32  # batches
+_NEVER = 2**31
+
+
+@torch.no_grad()
+def reconstruct(model: nn.Module, batches: Iterable[Any], *, progress: bool | None = None) -> nn.Module:
+    """Choose weights of a calibrated model again, so that it gives the outputs of the float model, in place; return it.
+
+        hf_daq.reconstruct(model, [images])
+        hf_daq.save_pretrained(model, "out", packed=True)
+
+    Some hundred inputs without labels and a minute or two, instead of training or before it. Layers come one after the
+    other, as they run. Of each, the inputs in the network as it is quantized so far and in the float network give second
+    moments, and these give, without a gradient: weights that turn the quantized inputs into the float output (least squares,
+    damped as held-out examples want it), the distance of their codes, the codes, column by column, where the error of
+    each is made good by those that follow (GPTQ, Frantar et al. 2023), and the scale and the shift of the output. The new
+    weight stays a float weight inside the cell of its code, so that training can go on from here.
+
+    Everything runs in evaluation mode; bounds of layer inputs stay as they are. Padding tokens, which a 2-dimensional
+    `attention_mask` names, do not count. Layers that standardize their weight only get a new scale and shift. A layer
+    that runs more than once in a forward, shares its weight or never runs stays as it was calibrated, which is logged.
+    Beside the model there is, at most, one float copy of the weights that are quantized, and some hundred MB of inputs.
+    Under `torch.distributed` moments are reduced, and all ranks end with the same weights.
+
+    Ctrl-C is safe: the layer in work is finished or left alone, and what is done stays.
+
+    Args:
+        model: a model after `apply_daq` and `calibrate`, before it is wrapped or prepared.
+        batches: each what the model takes, a tensor, a mapping or a tuple of arguments; the same as for `calibrate` will do.
+            All are kept in memory. A few large ones are better than many small ones.
+        progress: show a bar with the time that is left; None: if the standard error is a terminal.
+
+    Raises:
+        ModelError: not quantized, packed, wrapped or sharded; no batches. CalibrationError: not calibrated, or inputs of a
+        layer are not finite. Before the first layer is written the model is left as it was.
+    """
+    layers = _checked(model, "reconstruct")
+    with evaluating(model), _without_caches(model):
+        _Sweep(model, layers, _joined(_kept_batches(model, batches, "reconstruct"))).run(progress)
+    return model
+
+
+@torch.no_grad()
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
+    """Take the running means and variances of batch normalization anew from batches, in place, and return the model.
+
+        hf_daq.reestimate_batch_norm(model, [images])
+        hf_daq.save_pretrained(model, "out")
+
+    Useful after training, as the statistics of a network whose codes still moved are not those of its last codes, and after
+    `calibrate` alone. Not after `reconstruct`, whose outputs are fitted to those of the float network, with the statistics
+    of that. Every batch counts alike, so they should be as large as in training. All other modules are in evaluation
+    mode. Under `torch.distributed` the statistics are the means of all batches of all ranks.
+
+    Args:
+        model: any model, quantized or not.
+        batches: each what the model takes, a tensor, a mapping or a tuple of arguments.
+
+    Raises:
+        ModelError: no batches, or no batch normalization with running statistics. If anything raises, the statistics stay
+        as they were.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    if not norms:
+        raise ModelError(f"{type(model).__name__} has no batch normalization with running statistics")
+    found = _kept_batches(model, batches, "reestimate_batch_norm")
+    before = [(norm.momentum, {name: value.clone() for name, value in norm.named_buffers()}) for norm in norms]
+    try:
+        with evaluating(model):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None
+                norm.train()
+            for batch in found:
+                run(model, batch)
+        count = torch.tensor(float(len(found)), device=norms[0].running_mean.device)  # type: ignore[union-attr]
+        all_reduce(count, dist.ReduceOp.SUM)
+        for norm in norms:
+            for value in (norm.running_mean, norm.running_var):
+                assert value is not None
+                value.mul_(len(found))
+                all_reduce(value, dist.ReduceOp.SUM)
+                value.div_(count)
+    except BaseException:
+        for norm, (_, values) in zip(norms, before, strict=True):
+            for name, value in norm.named_buffers():
+                value.copy_(values[name])
+        raise
+    finally:
+        for norm, (momentum, values) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.copy_(values["num_batches_tracked"])
+    return model
+
+
+def _checked(model: nn.Module, what: str) -> dict[str, QuantizedLayer]:
+    layers = quantized_layers(model)
+    if not layers or not hasattr(model, "daq_config"):
+        state = "packed: hf_daq.unpack(model) comes first" if packed_layers(model) else "not quantized, or wrapped"
+        raise ModelError(f"{what} needs the model that apply_daq returned; this one is {state}")
+    refuse_wrapped(model)
+    if any(is_shard(layer.weight) for layer in layers.values()):
+        raise ModelError(f"{what} needs whole weights, and the model is sharded; the order is: {ORDER}")
+    check_calibrated(layers, what)
+    return layers
+
+
+def _kept_batches(model: nn.Module, batches: Iterable[Any], what: str) -> list[Any]:
+    """All batches of this rank; a rank may have none, if another one has some."""
+    if isinstance(batches, Tensor | Mapping):
+        raise ModelError(f"batches is one {type(batches).__name__}; write hf_daq.{what}(model, [batch])")
+    found = [batch for batch in batches if examples_in(batch) > 0]
+    total = torch.tensor(len(found), device=next(model.parameters()).device)
+    all_reduce(total, dist.ReduceOp.SUM)
+    if int(total) == 0:
+        raise ModelError(f"{what} got no batches; pass a list of a few hundred inputs in batches, as for calibrate")
+    return found
+
+
+def _joined(batches: list[Any]) -> list[Any]:
+    """At most some dozen batches, as each takes two threads: neighbours of the same shape become one."""
+    size = -(-len(batches) // _AT_ONCE)
+    if size == 1:
+        return batches
+    joined: list[Any] = []
+    for _, alike in groupby(batches, _form):
+        same = list(alike)
+        joined += [_concatenated(same[start : start + size]) for start in range(0, len(same), size)]
+    return joined
+
+
+def _form(batch: Any) -> Any:
+    """Equal for batches that can be one; of others it is never equal."""
+    values = batch if isinstance(batch, Mapping) else {"": batch}
+    tensors = all(isinstance(value, Tensor) and value.ndim > 0 for value in values.values())
+    if not tensors or len({len(value) for value in values.values()}) != 1:
+        return object()
+    return [(name, value.shape[1:], value.dtype) for name, value in values.items()]
+
+
+def _concatenated(batches: list[Any]) -> Any:
+    if len(batches) == 1:
+        return batches[0]
+    if isinstance(batches[0], Tensor):
+        return torch.cat(batches)
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+@contextmanager
+def _without_caches(model: nn.Module) -> Iterator[None]:
+    """Decoders keep no keys and values inside: every batch would keep its own until the end."""
+    configs = {
+        id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
+    }
+    kept = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
+    try:
+        for config in kept:
+            config.use_cache = False
+        yield
+    finally:
+        for config in kept:
+            config.use_cache = True
+
+
+class _Chunk:
+    """A batch on its way through the quantized network and through the float one."""
+
+    def __init__(self, forward: Callable[[], Any]) -> None:
+        self.quantized, self.in_float = Walk(forward, in_float=False), Walk(forward, in_float=True)
+        self.walks = self.quantized, self.in_float
+
+    def advance(self, todo: Mapping[nn.Module, int]) -> None:
+        """Up to the next layer that is not done."""
+        for walk in self.walks:
+            if not self.stands(walk, todo):
+                walk.advance()
+
+    def waits(self, todo: Mapping[nn.Module, int]) -> bool:
+        return all(self.stands(walk, todo) for walk in self.walks)
+
+    @staticmethod
+    def stands(walk: Walk, todo: Mapping[nn.Module, int]) -> bool:
+        return walk.done or walk.layer in todo
+
+    @property
+    def size(self) -> int:
+        return sum(walk.x.nbytes for walk in self.walks if walk.x is not None)
+
+    def inputs(self, layer: QuantizedLayer, odd: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Which half, and the inputs in the quantized and in the float network: the first and the last examples, as neighbours may be of one image. Where
+        the float network is elsewhere, in a mixture of experts, the inputs of the quantized one stand in."""
+        if self.quantized.layer is not layer:
+            return
+        x, kept, f = self.quantized.x, self.quantized.kept, self.in_float.x
+        assert x is not None
+        if f is None or self.in_float.layer is not layer or f.shape != x.shape:
+            f = x
+        middle = (len(x) + odd) // 2
+        for half, part in enumerate((slice(0, middle), slice(middle, None))):
+            mask = slice(None) if kept is None else kept[part]
+            q, exact = x[part][mask], f[part][mask]
+            if q.numel() > 0:
+                yield half, q, exact
+
+
+class _Sweep:
+    """All layers of a model, one after the other, with one forward of each batch in both networks."""
+
+    def __init__(self, model: nn.Module, layers: dict[str, QuantizedLayer], batches: list[Any]) -> None:
+        self.model, self.layers, self.batches = model, layers, batches
+        self.todo: dict[nn.Module, int] = {}
+        self.float_weights: dict[nn.Module, Tensor] = {}
+        self.last: tuple[list[Any], Moments] | None = None
+
+    def run(self, progress: bool | None) -> None:
+        self.todo = self._order()
+        self.recorder = Recorder(self.model, keep_calls=False)
+        chunks = [_Chunk(lambda batch=batch: run(self.model, batch)) for batch in self.batches]  # type: ignore[misc]
+        try:
+            forwards: dict[nn.Module, Any] = {layer: self._forward(layer) for layer in self.layers.values()}
+            with replaced_forwards(forwards), _bar(progress, len(self.todo)) as show:
+                while (layer := self._next(chunks)) is not None:
+                    show(layer.daq_name)
+                    with torch.autocast(layer.weight.device.type, enabled=False):
+                        self._reconstruct(layer, chunks)
+        finally:
+            for walk in (walk for chunk in chunks for walk in chunk.walks):
+                walk.end()
+            self.recorder.remove()
+            torch.clear_autocast_cache()  # it may hold what was there before
+        if self.todo:
+            names = [name for name, layer in self.layers.items() if layer in self.todo]
+            logger.warning("%d layers never ran and stay as calibrated: %s", len(names), ", ".join(names))
+
+    def _order(self) -> dict[nn.Module, int]:
+        """The layers to reconstruct, by when they run. Errors of the first batch come before anything is changed."""
+        names = list(self.layers)
+        calls: list[str] = []
+        hooks = [
+            layer.register_forward_pre_hook(lambda *_, name=name: calls.append(name))  # type: ignore[misc]
+            for name, layer in self.layers.items()
+        ]
+        try:
+            for batch in self.batches[:1]:
+                run(self.model, batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        first = self._tensor([calls.index(name) if name in calls else _NEVER for name in names])
+        count = self._tensor([calls.count(name) for name in names])
+        all_reduce(first, dist.ReduceOp.MIN)
+        all_reduce(count, dist.ReduceOp.MAX)
+        shared = tied_layers(self.model)
+        skipped = [name for name, runs in zip(names, count.tolist(), strict=True) if runs > 1 or name in shared]
+        if skipped:
+            logger.warning(
+                "%d layers run more than once in a forward or share their weight, and stay as calibrated: %s",
+                len(skipped),
+                ", ".join(skipped),
+            )
+        order = [names[place] for place in first.argsort(stable=True).tolist()]
+        return {self.layers[name]: place for place, name in enumerate(order) if name not in skipped}
+
+    def _tensor(self, values: Any) -> Tensor:
+        return torch.tensor(values, device=next(self.model.parameters()).device)
+
+    def _forward(self, layer: QuantizedLayer) -> Callable[[Tensor], Tensor]:
+        """What the layer computes in a walk: it stops here for as long as the layer is not done."""
+
+        def forward(x: Tensor) -> Tensor:
+            walk = threading.current_thread()
+            assert isinstance(walk, Walk)
+            if layer in self.todo:
+                walk.stop(layer, x, self.recorder.kept(x))
+            if not walk.in_float:
+                return layer.quantized_forward(x)
+            weight = self.float_weights.get(layer)
+            return layer.compute(x, layer.float_weight() if weight is None else weight, layer.bias)
+
+        return forward
+
+    def _next(self, chunks: list[_Chunk]) -> QuantizedLayer | None:
+        """Bring as many batches as memory allows to where they wait for a layer, and return the first of these layers."""
+        if not self.todo:
+            return None
+        held = largest = 0
+        for chunk in chunks:
+            if not chunk.waits(self.todo):
+                if held + largest > _MEMORY:
+                    break
+                chunk.advance(self.todo)
+            held, largest = held + chunk.size, max(largest, chunk.size)
+        places = [self.todo[walk.layer] for chunk in chunks for walk in chunk.walks if walk.layer in self.todo]
+        first = self._tensor(min(places, default=_NEVER))
+        all_reduce(first, dist.ReduceOp.MIN)
+        found = [layer for layer, place in self.todo.items() if place == int(first)]
+        return found[0] if found else None  # type: ignore[return-value]
+
+    def _reconstruct(self, layer: QuantizedLayer, chunks: list[_Chunk]) -> None:
+        moments = self._moments(layer, chunks)
+        if not bool(moments.quantized.isfinite().all() and moments.mixed.isfinite().all()):
+            raise CalibrationError(f"the inputs of layer {layer.daq_name!r} have NaN or infinite values")
+        if moments.count > 0:
+            self.float_weights[layer] = layer.float_weight().clone()
+            fit_layer(layer, moments)
+        del self.todo[layer]
+
+    def _moments(self, layer: QuantizedLayer, chunks: list[_Chunk]) -> Moments:
+        there = [chunk for chunk in chunks if chunk.quantized.layer is layer]
+        same = [weakref.ref(walk.x) for chunk in there for walk in chunk.walks if walk.x is not None]
+        known = layer.a_quant is None and not isinstance(layer, nn.Conv2d)
+        if known and self.last is not None and _same(self.last[0], same):
+            return self.last[1]
+        moments = Moments(layer, layer.weight_shape())
+        for number, chunk in enumerate(there):
+            for half, x, exact in chunk.inputs(layer, number % 2):
+                q = x if layer.a_quant is None else layer.a_quant(x) * layer.a_quant.span.to(x.dtype)
+                moments.add(half, q, exact, moments.limit // (2 * len(there)) + 1)
+        moments.reduce()
+        self.last = (same, moments) if known else None
+        return moments
+
+
+def _same(some: list[Any], others: list[Any]) -> bool:
+    """Whether weak references are to the same tensors."""
+    alike = len(some) == len(others) > 0
+    return alike and all(one() is not None and one() is other() for one, other in zip(some, others, strict=True))
+
+
+@contextmanager
+def _bar(progress: bool | None, layers: int) -> Iterator[Callable[[str], None]]:
+    """A function that is told each layer as it begins."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    shown = console.is_terminal if progress is None else progress
+    with Progress(console=console, transient=True, disable=not shown) as bar:
+        task = bar.add_task("", total=layers)
+        done = iter(range(layers + 1))
+        yield lambda name: bar.update(task, completed=next(done), description=name)

@@ -1,0 +1,589 @@
+"""Reconstruction: against slow definitions on tiny layers, without harm on every family, and safe at every end."""
+
+import copy
+import logging
+import threading
+
+import pytest
+import timm
+import tiny
+import torch
+import torch.nn.functional as F
+from models import images, small_net, small_timm
+from text_models import tiny_bert, tiny_llama, tokens
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import hf_daq
+from hf_daq import DaqConfig
+from hf_daq.errors import CalibrationError, ModelError
+from hf_daq.model.batch import run
+from hf_daq.nn.fitting import fit_layer
+from hf_daq.nn.layers import quantized_layers
+from hf_daq.nn.moments import Moments
+from hf_daq.nn.rounding import best_steps, centered, improve_codes, refit, round_columns
+from hf_daq.reconstruction import _joined
+
+# ------------------------------------------------------------------------------------------------- the mathematics
+
+
+def correlated(groups, columns, count, seed=0):
+    """Inputs (groups, count, columns) of the quantized and the float network."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(groups, columns, columns, generator=generator, dtype=torch.float64)
+    quantized = torch.randn(groups, count, columns, generator=generator, dtype=torch.float64) @ mixing + 0.3
+    return quantized, quantized + 0.3 * torch.randn(groups, count, columns, generator=generator, dtype=torch.float64)
+
+
+def moments_of(quantized, in_float, center=False):
+    def with_ones(x):
+        return torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
+
+    q, f = with_ones(quantized), with_ones(in_float)
+    return centered(q.mT @ q, f.mT @ q, center)
+
+
+def random_weight(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_columns_are_rounded_as_the_definition_says():
+    """The optimum of the columns that are left, for every column anew, by a system of equations."""
+    groups, outputs, columns, last = 2, 3, 140, 7  # more columns than a block
+    moments = moments_of(*correlated(groups, columns, 500))
+    weight, steps = (
+        random_weight(groups, outputs, columns),
+        torch.full((groups, outputs, columns), 1.7, dtype=torch.float64),
+    )
+    codes, values = round_columns(weight, moments, steps, last, 0.01)
+    for group in range(groups):
+        h = moments.quantized[group] + 0.01 * moments.quantized[group].diagonal().mean() * torch.eye(columns)
+        order = h.diagonal().argsort(descending=True, stable=True).tolist()
+        for row in range(outputs):
+            w, error = weight[group, row], {}
+            for place, column in enumerate(order):
+                value, rest, past = w[column], order[place:], order[:place]
+                if past:
+                    errors = torch.stack([error[column] for column in past])
+                    moved = torch.linalg.solve(h[rest][:, rest], h[rest][:, past] @ errors)
+                    value = value - moved[0]
+                code = ((value / 1.7 + 1) * last / 2).round().clamp(0, last)
+                error[column] = (2 * code / last - 1) * 1.7 - w[column]
+                assert codes[group, row, column] == code
+                torch.testing.assert_close(values[group, row, column], value, rtol=1e-6, atol=1e-8)
+
+
+def test_another_look_at_the_columns_lowers_the_error_until_no_code_alone_does():
+    last, steps = 7, torch.full((2, 3, 140), 1.7, dtype=torch.float64)
+    moments, weight = moments_of(*correlated(2, 140, 500)), random_weight(2, 3, 140)
+    covariance = moments.quantized + 0.1 * moments.quantized.diagonal(dim1=1, dim2=2).mean(1)[
+        :, None, None
+    ] * torch.eye(140)
+
+    def error(codes):
+        away = (2 * codes / last - 1) * steps - weight
+        return ((away @ covariance) * away).sum(2)
+
+    codes, _ = round_columns(weight, moments, steps, last, 0.1)
+    for _ in range(50):
+        before, (codes, values) = codes, improve_codes(codes, weight, moments, steps, last, 0.1)
+        assert (error(codes) <= error(before) + 1e-9).all()
+        assert torch.equal(((values / steps + 1) * last / 2).round().clamp(0, last), codes)
+        if torch.equal(codes, before):
+            break
+    else:
+        pytest.fail("it does not end")
+    for column in range(0, 140, 7):
+        for other in (codes[:, :, column] - 1, codes[:, :, column] + 1):
+            changed = codes.clone()
+            changed[:, :, column] = other.clamp(0, last)
+            assert (error(changed) >= error(codes) - 1e-9).all()
+
+
+def test_refit_is_damped_least_squares():
+    quantized, in_float = correlated(2, 5, 40)
+    weight, damping = random_weight(2, 3, 5), 0.3
+    moments = moments_of(quantized, in_float)
+    found = refit(weight, moments, damping)
+    for group in range(2):
+        ridge = (damping * moments.quantized[group].diagonal().mean() * 40).sqrt()
+        rows = torch.cat([quantized[group], ridge * torch.eye(5)])
+        wanted = torch.cat([in_float[group] @ weight[group].T, ridge * weight[group].T])
+        torch.testing.assert_close(found[group].T, torch.linalg.lstsq(rows, wanted).solution)
+
+
+def test_centered_moments_are_covariances():
+    quantized, in_float = correlated(1, 4, 300)
+    found = moments_of(quantized, in_float, center=True)
+    wanted = torch.cov(torch.cat([in_float[0], quantized[0]], 1).T, correction=0)
+    torch.testing.assert_close(found.quantized[0], wanted[4:, 4:])
+    torch.testing.assert_close(found.mixed[0], wanted[:4, 4:])
+    torch.testing.assert_close(found.float_mean[0], in_float[0].mean(0))
+
+
+GRANULARITY = {"tensor": {}, "channel": {"weight_granularity": "channel"}, "group": {"group_size": 5}}
+
+
+@pytest.mark.parametrize("granularity", GRANULARITY)
+def test_steps_are_the_best_of_those_that_were_tried(granularity):
+    layer = quantized_layer(nn.Linear(10, 6), weight_bits=2, **GRANULARITY[granularity])
+    quantizer, weight = layer.w_quant, random_weight(1, 6, 10)
+    moments = moments_of(*correlated(1, 10, 100))
+    steps = best_steps(weight, moments, quantizer)
+    energy = moments.quantized[0].diagonal()
+
+    def error(scale):
+        rows = quantizer.rows(weight[0]).reshape(len(steps), -1)
+        weights = quantizer.rows(energy.expand(6, 10)).reshape(len(steps), -1)
+        ends = (steps * scale)[:, None]
+        return ((((rows / ends + 1) * 1.5).round().clamp(0, 3) / 1.5 - 1) * ends - rows).square().mul(weights).sum(1)
+
+    for scale in (0.5, 0.7, 1.4, 2.0):
+        assert (error(1.0) <= error(scale) + 1e-12).all()
+
+
+# ------------------------------------------------------------------------------------------------------ one layer
+
+
+class Around(nn.Module):
+    """Quantized is what stands in the middle."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def inputs_of(layer, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(layer, nn.Conv2d):
+        return torch.randn(6, layer.in_channels, 9, 9, generator=generator)
+    return torch.randn(40, layer.weight.shape[0 if isinstance(layer, Conv1D) else 1], generator=generator)
+
+
+def quantized_layer(layer, **config):
+    torch.manual_seed(0)
+    model = Around(layer)
+    hf_daq.apply_daq(model, DaqConfig(first_last_bits=config["weight_bits"], **config))
+    with hf_daq.calibrate(model, check=False):
+        model(inputs_of(layer))
+    return model.layer
+
+
+def conv(*args, seed=0, kind=nn.Conv2d, **kwargs):
+    torch.manual_seed(seed)
+    return kind(*args, **kwargs)
+
+
+LAYERS = {
+    "linear": lambda: conv(12, 7, kind=nn.Linear),
+    "no bias": lambda: conv(12, 7, bias=False, kind=nn.Linear),
+    "conv1d": lambda: conv(7, 12, kind=Conv1D),
+    "1x1": lambda: conv(6, 4, 1),
+    "strided": lambda: conv(3, 4, 3, stride=2, padding=1),
+    "dilated": lambda: conv(3, 4, (3, 2), dilation=(2, 1), padding=(1, 0)),
+    "grouped": lambda: conv(6, 4, 3, groups=2),
+    "depthwise": lambda: conv(5, 10, 3, groups=5, padding="same"),
+    "same": lambda: conv(3, 4, 3, stride=2, kind=timm.layers.Conv2dSame),
+    "reflect": lambda: conv(3, 4, 3, padding=1, padding_mode="reflect"),
+    "circular": lambda: conv(3, 4, 3, padding=2, padding_mode="circular"),
+    "standardized": lambda: conv(3, 4, 3, kind=timm.layers.ScaledStdConv2dSame),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_moments_give_the_mean_and_the_squares_of_the_output(kind):
+    layer = quantized_layer(LAYERS[kind](), weight_bits=4)
+    one, other = inputs_of(layer), inputs_of(layer, seed=1)
+    found = Moments(layer, layer.weight_shape())
+    found.add(0, one[:4], other[:4], 10**6)
+    found.add(1, one[4:], other[4:], 10**6)
+    got = centered(found.quantized.sum(0), found.mixed.sum(0), False)
+    weight = layer.float_weight().detach()
+    rows = weight.double().reshape(found.groups, -1, found.columns)
+    y_one, y_other = (
+        layer.compute(x, weight, None).detach().double().movedim(1 if x.ndim == 4 else -1, 0).flatten(1)
+        for x in (one, other)
+    )
+    weights = torch.ones(y_one.shape[1], dtype=torch.float64)
+    if not isinstance(layer, nn.Conv2d):  # the few with massive activations would decide alone
+        energy = y_other.square().sum(0)
+        energies = (energy[:4], energy[4:])
+        weights = torch.cat([usual / (usual + e) for e in energies if (usual := e.log().mean().exp())])
+    torch.testing.assert_close(found.count, float(weights.sum()), rtol=1e-4, atol=0)
+    weights = weights / weights.sum()
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close((rows @ got.quantized_mean[:, :, None]).flatten(), y_one @ weights, **close)
+    torch.testing.assert_close((rows @ got.float_mean[:, :, None]).flatten(), y_other @ weights, **close)
+    torch.testing.assert_close(((rows @ got.quantized) * rows).sum(2).flatten(), y_one.square() @ weights, **close)
+    torch.testing.assert_close(((rows @ got.mixed) * rows).sum(2).flatten(), (y_one * y_other) @ weights, **close)
+
+
+def test_no_more_positions_than_asked_for():
+    layer = quantized_layer(LAYERS["1x1"](), weight_bits=4)
+    found = Moments(layer, layer.weight_shape())
+    found.add(1, inputs_of(layer), inputs_of(layer), 100)
+    assert found.count == 100
+    assert not found.quantized[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [1, 2, 3, 8])
+@pytest.mark.parametrize("normalization", ["scale", "standardize"])
+@pytest.mark.parametrize("granularity", GRANULARITY)
+def test_weights_lie_inside_their_cells(granularity, normalization, bits, dtype):
+    config = {"weight_normalization": normalization, "weight_bits": bits, **GRANULARITY[granularity]}
+    layer = quantized_layer(LAYERS["linear"](), **config).to(dtype)
+    x = inputs_of(layer).to(dtype)
+    moments = Moments(layer, layer.weight_shape())
+    moments.add(0, x[:20], x[:20], 100)
+    moments.add(1, x[20:], x[20:], 100)
+    fit_layer(layer, moments)
+    positions, codes = layer.w_quant.positions(layer.float_weight()), layer.codes().float()
+    margin = 0.48 if dtype == torch.float32 else 0.5
+    assert (positions - codes).abs().max() < margin + 1e-3
+    assert positions.min() > -0.05
+    assert positions.max() < 2**bits - 0.95
+    assert layer.calibrated
+    assert layer.weight.dtype == dtype
+
+
+@pytest.mark.parametrize("bits", [(2, None), (3, 8), (4, 4)])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_comes_closer_to_the_float_one(kind, bits):
+    float_layer = LAYERS[kind]()
+    layer = quantized_layer(LAYERS[kind](), weight_bits=bits[0], activation_bits=bits[1])
+    x = inputs_of(layer)
+    model = Around(layer)
+    model.daq_config = DaqConfig(bits=3)
+    with torch.no_grad():
+        wanted, weight = float_layer(x), layer.weight.clone()
+        before = (layer(x) - wanted).square().sum()
+        hf_daq.reconstruct(model, [x])
+        after = (layer(x) - wanted).square().sum()
+    assert after < before * 1.0001
+    assert kind != "standardized" or torch.equal(layer.weight, weight)
+
+
+def test_a_layer_whose_inputs_are_all_the_same_or_zero():
+    for value in (0.0, 1.0):
+        layer = quantized_layer(LAYERS["linear"](), weight_bits=3)
+        x = torch.full((40, 12), value)
+        moments = Moments(layer, layer.weight_shape())
+        moments.add(0, x, x, 100)
+        fit_layer(layer, moments)
+        assert layer.calibrated
+        torch.testing.assert_close(layer(x), LAYERS["linear"]()(x), rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ the whole network
+
+
+def calibrated(model, batches, config):
+    hf_daq.apply_daq(model, config)
+    with hf_daq.calibrate(model, check=False):
+        for batch in batches:
+            run(model, batch)
+    return model
+
+
+class Depthwise(nn.Sequential):
+    def __init__(self):
+        layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU6()]
+        for _ in range(2):
+            layers += [nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU6()]
+            layers += [nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8)]
+        super().__init__(*layers, nn.Flatten(), nn.Linear(8 * 64, 10))
+
+
+def depthwise():
+    torch.manual_seed(0)
+    model = Depthwise().train()
+    model(images(32, 8))
+    return model.eval()
+
+
+def text(seed):
+    ids, mask = tokens(8, 9, seed), torch.ones(8, 9, dtype=torch.long)
+    mask[::2, 6:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+FAMILIES = {
+    "cnn": (lambda: small_timm("test_resnet"), lambda seed: images(8, 32, seed)),
+    "depthwise": (depthwise, lambda seed: images(8, 8, seed)),
+    "vit": (lambda: small_timm("test_vit", img_size=32), lambda seed: images(8, 32, seed)),
+    "bert": (tiny_bert, text),
+    "llama": (tiny_llama, text),
+    "gpt2": (lambda: tiny.build("gpt2"), lambda seed: {"input_ids": tokens(8, 9, seed) % 60}),
+    "t5": (lambda: tiny.build("t5"), lambda seed: tiny.inputs("t5", seed)),
+    "switch": (lambda: tiny.build("switch"), lambda seed: tiny.inputs("switch", seed)),
+}
+
+
+@torch.no_grad()
+def output(model, batch):
+    found = model(**batch) if isinstance(batch, dict) else model(batch)
+    return found if isinstance(found, torch.Tensor) else found.logits
+
+
+def error(model, exact, batches):
+    return sum((output(model, batch) - output(exact, batch)).square().sum().item() for batch in batches)
+
+
+@pytest.mark.parametrize("bits", [(8, 8), (3, 8)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_network_comes_closer_to_the_float_one(family, bits):
+    build, batch = FAMILIES[family]
+    batches, exact = [batch(seed) for seed in (1, 2)], build()
+    model = calibrated(
+        build(), batches, DaqConfig(weight_bits=bits[0], activation_bits=bits[1], weight_granularity="channel")
+    )
+    before = error(model, exact, batches)
+    assert hf_daq.reconstruct(model, batches) is model
+    assert error(model, exact, batches) <= before * (1.0 if bits[0] == 8 else 0.8)
+
+
+@pytest.mark.parametrize("family", ["cnn", "bert", "llama"])
+def test_layers_are_fitted_in_the_quantized_prefix_one_after_the_other(family):
+    """The same layer by layer with whole forwards of two models and hooks, in no thread."""
+    build, batch = FAMILIES[family]
+    batches, exact = [batch(seed) for seed in (1, 2, 3)], build()
+    config = DaqConfig(weight_bits=3, activation_bits=8)
+    model, slow = (calibrated(build(), batches, config) for _ in range(2))
+    hf_daq.reconstruct(model, batches)
+
+    def inputs(network, name, batch):
+        found = []
+        hook = network.get_submodule(name).register_forward_pre_hook(lambda _, args: found.append(args[0]))
+        output(network, batch)
+        hook.remove()
+        return found[0]
+
+    order = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+        for name, layer in quantized_layers(slow).items()
+    ]
+    output(slow, batches[0])
+    for hook in hooks:
+        hook.remove()
+    assert len(order) == len(quantized_layers(slow))
+    for name in order:
+        layer = slow.get_submodule(name)
+        moments = Moments(layer, layer.weight_shape())
+        for one in batches:
+            x, f = inputs(slow, name, one), inputs(exact, name, one)
+            x = layer.a_quant(x).detach() * layer.a_quant.span.detach()
+            for half, part in enumerate((slice(0, 4), slice(4, 8))):
+                q, r = x[part], f[part]
+                if isinstance(one, dict) and x.ndim == 3:
+                    q, r = (value[one["attention_mask"][part] > 0] for value in (q, r))
+                moments.add(half, q, r, 10**6)
+        with torch.no_grad():
+            fit_layer(layer, moments)
+    for name, value in slow.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, msg=name)
+
+
+def test_padding_does_not_count():
+    config = DaqConfig(weight_bits=3, activation_bits=8)
+    short = {"input_ids": tokens(8, 6, 1), "attention_mask": torch.ones(8, 6, dtype=torch.long)}
+    padded = {key: F.pad(value, (0, 3), value=0) for key, value in short.items()}
+    one, other = (calibrated(tiny_bert(), [short], config) for _ in range(2))
+    hf_daq.reconstruct(one, [short])
+    hf_daq.reconstruct(other, [padded])
+    assert (error(one, other, [short])) < 1e-6 * output(one, short).square().sum()
+
+
+def test_weights_only_in_groups():
+    config = DaqConfig(weight_bits=2, group_size=8)
+    batches, exact = [text(1), text(2)], tiny_llama()
+    model = hf_daq.apply_daq(tiny_llama(), config)
+    before = error(model, exact, batches)
+    hf_daq.reconstruct(model, batches)
+    assert error(model, exact, batches) < 0.6 * before
+
+
+def test_it_trains_on():
+    batches = [images(8, 32)]
+    model = calibrated(small_timm(), batches, DaqConfig(bits=3))
+    hf_daq.reconstruct(model, batches)
+    codes = {name: layer.codes() for name, layer in quantized_layers(model).items()}
+    optimizer = torch.optim.SGD(hf_daq.param_groups(model, lr=0.1, quantizer_lr=1e-3))
+    model.train()
+    for _ in range(3):
+        F.cross_entropy(model(batches[0]), torch.arange(8)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert any(not torch.equal(layer.codes(), codes[name]) for name, layer in quantized_layers(model).items())
+
+
+def test_everything_else_is_left_as_it_was(tmp_path):
+    model = calibrated(tiny_llama(), [text(1)], DaqConfig(weight_bits=3, activation_bits=8)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weights, threads = dict(model.named_parameters()), threading.active_count()
+    hf_daq.reconstruct(model, iter([text(1)]))
+    layers = quantized_layers(model)
+    for name, value in model.state_dict().items():
+        owner = name.rpartition(".")[0].removesuffix(".w_quant")
+        changed = owner in layers and not name.endswith("bias") and ".a_quant." not in name
+        assert torch.equal(value, before[name]) != changed, name
+    assert all(module.training for module in model.modules())
+    assert all(dict(model.named_parameters())[name] is value for name, value in weights.items())
+    assert not any("forward" in vars(module) or module._forward_pre_hooks for module in model.modules())
+    assert model.config.use_cache
+    assert threading.active_count() == threads
+    hf_daq.pack(model)
+
+
+def test_it_is_the_same_every_time_and_with_many_batches():
+    config, parts = DaqConfig(weight_bits=3, activation_bits=8), list(images(40).split(1))
+    models = [calibrated(small_net(), parts, config) for _ in range(2)]
+    for model in models:
+        hf_daq.reconstruct(model, parts)
+    one, other = (model.state_dict() for model in models)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_small_batches_are_joined_where_they_have_one_shape():
+    ids = [{"input_ids": tokens(1, length)} for length in [5] * 40 + [6] * 30]
+    joined = _joined(ids)
+    assert len(joined) == 24
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in joined[:14]]), tokens(1, 5).expand(40, 5))
+    odd = [{"input_ids": tokens(1, 5), "position": tokens(2, 5)}] * 40
+    assert _joined(odd) == odd
+    assert [len(batch) for batch in _joined(list(images(70).split(1)))] == [3] * 23 + [1]
+
+
+class Odd(nn.Module):
+    """Layers that run twice, never, and share a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.twice, self.never, self.one, self.other, self.last = (nn.Linear(8, 8) for _ in range(6))
+        self.mixed = nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.twice(self.twice(self.first(x)).relu()).relu()
+        return self.last(self.other(self.one(self.mixed(x)).relu()))
+
+
+def test_what_cannot_be_done_stays_and_is_named(caplog):
+    torch.manual_seed(0)
+    x, model = torch.randn(32, 8), hf_daq.apply_daq(Odd(), DaqConfig(weight_bits=3, first_last_bits=3))
+    model.other.weight = model.one.weight
+    before = copy.deepcopy(model.state_dict())
+    with caplog.at_level(logging.WARNING, "hf_daq"):
+        hf_daq.reconstruct(model, [x])
+    assert (
+        "run more than once in a forward or share their weight, and stay as calibrated: twice, one, other"
+        in caplog.text
+    )
+    assert "1 layers never ran and stay as calibrated: never" in caplog.text
+    changed = {name.split(".")[0] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"first", "mixed", "last"}
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, RuntimeError])
+def test_an_interruption_leaves_a_model_that_is_whole(ending):
+    batches = [images(4, 32), images(4, 32, seed=2)]
+    model = calibrated(small_timm(), batches, DaqConfig(bits=3)).train()
+    names = list(quantized_layers(model))
+    before, threads = copy.deepcopy(model.state_dict()), threading.active_count()
+    calls = []
+
+    def stop(*_):
+        calls.append(1)
+        if len(calls) == 4:  # once for the order, then three times
+            raise ending("enough")
+
+    hook = model.get_submodule(names[3]).register_forward_pre_hook(stop)
+    with pytest.raises(ending, match="enough"):
+        hf_daq.reconstruct(model, batches)
+    hook.remove()
+    after = model.state_dict()
+    done = [name for name in names if not torch.equal(after[f"{name}.weight"], before[f"{name}.weight"])]
+    assert done == names[:3]
+    assert threading.active_count() == threads
+    assert all(module.training for module in model.modules())
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert model.eval()(batches[0]).isfinite().all()
+    hf_daq.reconstruct(model, batches)
+
+
+def test_autocast_and_bf16():
+    batches = [images(8, 32)]
+    model = calibrated(small_timm(), batches, DaqConfig(weight_bits=3, activation_bits=8))
+    before = error(model, small_timm(), batches)
+    with torch.autocast("cpu", torch.bfloat16):
+        hf_daq.reconstruct(model, batches)
+    assert error(model, small_timm(), batches) < before
+    model = calibrated(tiny_llama().bfloat16(), [text(1)], DaqConfig(weight_bits=3, activation_bits=8))
+    before = error(model, tiny_llama().bfloat16(), [text(1)])
+    hf_daq.reconstruct(model, [text(1)])
+    assert error(model, tiny_llama().bfloat16(), [text(1)]) < before
+
+
+def test_errors_say_what_to_do_and_change_nothing():
+    x = images()
+    with pytest.raises(
+        ModelError, match="reconstruct needs the model that apply_daq returned; this one is not quantized"
+    ):
+        hf_daq.reconstruct(small_net(), [x])
+    model = hf_daq.apply_daq(small_net(), bits=3)
+    with pytest.raises(CalibrationError, match=r"run hf_daq.calibrate\(model\) before reconstruct"):
+        hf_daq.reconstruct(model, [x])
+    with hf_daq.calibrate(model):
+        model(x)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ModelError, match="reconstruct got no batches"):
+        hf_daq.reconstruct(model, [])
+    with pytest.raises(ModelError, match=r"batches is one Tensor; write hf_daq.reconstruct\(model, \[batch\]\)"):
+        hf_daq.reconstruct(model, x)
+    with pytest.raises(ModelError, match="batch is a list"):
+        hf_daq.reconstruct(model, [[x, x]])
+    with pytest.raises(RuntimeError, match="channels"):
+        hf_daq.reconstruct(model, [x[:, :2]])
+    with pytest.raises(CalibrationError, match="the inputs of layer '.*' have NaN or infinite values"):
+        hf_daq.reconstruct(model, [torch.full_like(x, torch.nan)])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ModelError, match=r"packed: hf_daq.unpack\(model\) comes first"):
+        hf_daq.reconstruct(hf_daq.pack(model), [x])
+
+
+def test_progress_is_shown_where_it_is_asked_for(capsys):
+    model = calibrated(small_net(), [images()], DaqConfig(bits=3))
+    hf_daq.reconstruct(model, [images()])
+    assert capsys.readouterr().err == ""
+    hf_daq.reconstruct(model, [images()], progress=True)
+
+
+# ---------------------------------------------------------------------------------------------- batch normalization
+
+
+def test_statistics_are_those_of_the_batches():
+    model = nn.Sequential(nn.BatchNorm2d(3, momentum=0.2), nn.Dropout(0.5), nn.BatchNorm2d(3)).train()
+    model[0].num_batches_tracked.fill_(7)
+    batches = [images(8, seed=seed) * seed + seed for seed in (1, 2, 3)]
+    hf_daq.reestimate_batch_norm(model, iter(batches))
+    x = torch.stack(batches)
+    torch.testing.assert_close(model[0].running_mean, x.mean((0, 1, 3, 4)))
+    torch.testing.assert_close(model[0].running_var, x.movedim(2, 0).flatten(2).var(2).mean(1))
+    torch.testing.assert_close(model[2].running_mean, torch.zeros(3), rtol=0, atol=1e-5)  # no dropout
+    assert (model[0].momentum, model[0].num_batches_tracked, model.training, model[1].training) == (0.2, 7, True, True)
+
+
+def test_statistics_stay_after_an_error():
+    with pytest.raises(ModelError, match="Linear has no batch normalization with running statistics"):
+        hf_daq.reestimate_batch_norm(nn.Linear(2, 2), [torch.ones(1, 2)])
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ModelError, match="reestimate_batch_norm got no batches"):
+        hf_daq.reestimate_batch_norm(model, [])
+    with pytest.raises(ValueError, match="expected 4D input"):
+        hf_daq.reestimate_batch_norm(model, [images(), images()[0]])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model[0].momentum == 0.1
