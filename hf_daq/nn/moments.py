@@ -35,6 +35,7 @@ class Moments:
         self.quantized = torch.zeros(2, self.groups, size, size, device=layer.weight.device, dtype=dtype)
         self.mixed = torch.zeros_like(self.quantized)
 
+    @torch.no_grad()
     def add(self, half: int, quantized: Tensor, in_float: Tensor, limit: int) -> None:
         """At most `limit` positions of inputs: of images before padding, of tokens any shape that ends with the columns."""
         if isinstance(self.layer, nn.Conv2d):
