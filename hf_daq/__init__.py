@@ -19,6 +19,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .apply import apply_daq, pack, remove_daq, restart, unpack
+    from .batch_norm import reestimate_batch_norm
     from .calibration import calibrate
     from .checkpoint import from_pretrained, push_to_hub, save_pretrained
     from .config import DaqConfig
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from .model.param_groups import param_groups
     from .model.plan import plan
     from .nn.integers import integer_arithmetic
-    from .reconstruction import reconstruct, reestimate_batch_norm
+    from .reconstruction import reconstruct
     from .report.health import health
     from .report.monitor import Monitor
     from .report.summary import summary
@@ -91,7 +92,7 @@ _FILES = {
     "plan": "model.plan",
     "push_to_hub": "checkpoint",
     "reconstruct": "reconstruction",
-    "reestimate_batch_norm": "reconstruction",
+    "reestimate_batch_norm": "batch_norm",
     "remove_daq": "apply",
     "restart": "apply",
     "save_pretrained": "checkpoint",

@@ -1,5 +1,4 @@
-"""`reconstruct`: weights of a calibrated model, layer by layer, that give the outputs of the float network; and
-`reestimate_batch_norm`."""
+"""`reconstruct`: weights of a calibrated model, layer by layer, that give the outputs of the float network."""
 
 from __future__ import annotations
 
@@ -8,16 +7,14 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import groupby
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import CalibrationError, ModelError
-from .model.batch import examples_in, run
+from .model.batch import all_batches, joined, run
 from .model.guards import ORDER, refuse_wrapped
 from .model.recording import Recorder
 from .model.roles import tied_layers
@@ -32,7 +29,6 @@ from .nn.quantizers import is_shard
 
 logger = logging.getLogger("hf_daq")
 _MEMORY = 2**29  # bytes of the inputs of one layer, over both networks
-_AT_ONCE = 32  # batches
 _NEVER = 2**31
 
 
@@ -70,61 +66,7 @@ def reconstruct(model: nn.Module, batches: Iterable[Any], *, progress: bool | No
     """
     layers = _checked(model, "reconstruct")
     with evaluating(model), _without_caches(model):
-        _Sweep(model, layers, _joined(_kept_batches(model, batches, "reconstruct"))).run(progress)
-    return model
-
-
-@torch.no_grad()
-def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
-    """Take the running means and variances of batch normalization anew from batches, in place, and return the model.
-
-        hf_daq.reestimate_batch_norm(model, [images])
-        hf_daq.save_pretrained(model, "out")
-
-    Useful after training, as the statistics of a network whose codes still moved are not those of its last codes, and after
-    `calibrate` alone. Not after `reconstruct`, whose outputs are fitted to those of the float network, with the statistics
-    of that. Every batch counts alike, so they should be as large as in training. All other modules are in evaluation
-    mode. Under `torch.distributed` the statistics are the means of all batches of all ranks.
-
-    Args:
-        model: any model, quantized or not.
-        batches: each what the model takes, a tensor, a mapping or a tuple of arguments.
-
-    Raises:
-        ModelError: no batches, or no batch normalization with running statistics. If anything raises, the statistics stay
-        as they were.
-    """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    if not norms:
-        raise ModelError(f"{type(model).__name__} has no batch normalization with running statistics")
-    found = _kept_batches(model, batches, "reestimate_batch_norm")
-    before = [(norm.momentum, {name: value.clone() for name, value in norm.named_buffers()}) for norm in norms]
-    try:
-        with evaluating(model):
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None
-                norm.train()
-            for batch in found:
-                run(model, batch)
-        count = torch.tensor(float(len(found)), device=norms[0].running_mean.device)  # type: ignore[union-attr]
-        all_reduce(count, dist.ReduceOp.SUM)
-        for norm in norms:
-            for value in (norm.running_mean, norm.running_var):
-                assert value is not None
-                value.mul_(len(found))
-                all_reduce(value, dist.ReduceOp.SUM)
-                value.div_(count)
-    except BaseException:
-        for norm, (_, values) in zip(norms, before, strict=True):
-            for name, value in norm.named_buffers():
-                value.copy_(values[name])
-        raise
-    finally:
-        for norm, (momentum, values) in zip(norms, before, strict=True):
-            norm.momentum = momentum
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.copy_(values["num_batches_tracked"])
+        _Sweep(model, layers, joined(all_batches(model, batches, "reconstruct"))).run(progress)
     return model
 
 
@@ -138,47 +80,6 @@ def _checked(model: nn.Module, what: str) -> dict[str, QuantizedLayer]:
         raise ModelError(f"{what} needs whole weights, and the model is sharded; the order is: {ORDER}")
     check_calibrated(layers, what)
     return layers
-
-
-def _kept_batches(model: nn.Module, batches: Iterable[Any], what: str) -> list[Any]:
-    """All batches of this rank; a rank may have none, if another one has some."""
-    if isinstance(batches, Tensor | Mapping):
-        raise ModelError(f"batches is one {type(batches).__name__}; write hf_daq.{what}(model, [batch])")
-    found = [batch for batch in batches if examples_in(batch) > 0]
-    total = torch.tensor(len(found), device=next(model.parameters()).device)
-    all_reduce(total, dist.ReduceOp.SUM)
-    if int(total) == 0:
-        raise ModelError(f"{what} got no batches; pass a list of a few hundred inputs in batches, as for calibrate")
-    return found
-
-
-def _joined(batches: list[Any]) -> list[Any]:
-    """At most some dozen batches, as each takes two threads: neighbours of the same shape become one."""
-    size = -(-len(batches) // _AT_ONCE)
-    if size == 1:
-        return batches
-    joined: list[Any] = []
-    for _, alike in groupby(batches, _form):
-        same = list(alike)
-        joined += [_concatenated(same[start : start + size]) for start in range(0, len(same), size)]
-    return joined
-
-
-def _form(batch: Any) -> Any:
-    """Equal for batches that can be one; of others it is never equal."""
-    values = batch if isinstance(batch, Mapping) else {"": batch}
-    tensors = all(isinstance(value, Tensor) and value.ndim > 0 for value in values.values())
-    if not tensors or len({len(value) for value in values.values()}) != 1:
-        return object()
-    return [(name, value.shape[1:], value.dtype) for name, value in values.items()]
-
-
-def _concatenated(batches: list[Any]) -> Any:
-    if len(batches) == 1:
-        return batches[0]
-    if isinstance(batches[0], Tensor):
-        return torch.cat(batches)
-    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
 @contextmanager

@@ -17,12 +17,11 @@ from transformers.pytorch_utils import Conv1D
 import hf_daq
 from hf_daq import DaqConfig
 from hf_daq.errors import CalibrationError, ModelError
-from hf_daq.model.batch import run
+from hf_daq.model.batch import joined, run
 from hf_daq.nn.fitting import fit_layer
 from hf_daq.nn.layers import quantized_layers
 from hf_daq.nn.moments import Moments
 from hf_daq.nn.rounding import best_steps, centered, improve_codes, refit, round_columns
-from hf_daq.reconstruction import _joined
 
 # ------------------------------------------------------------------------------------------------- the mathematics
 
@@ -450,12 +449,12 @@ def test_it_is_the_same_every_time_and_with_many_batches():
 
 def test_small_batches_are_joined_where_they_have_one_shape():
     ids = [{"input_ids": tokens(1, length)} for length in [5] * 40 + [6] * 30]
-    joined = _joined(ids)
-    assert len(joined) == 24
-    assert torch.equal(torch.cat([batch["input_ids"] for batch in joined[:14]]), tokens(1, 5).expand(40, 5))
+    found = joined(ids)
+    assert len(found) == 24
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in found[:14]]), tokens(1, 5).expand(40, 5))
     odd = [{"input_ids": tokens(1, 5), "position": tokens(2, 5)}] * 40
-    assert _joined(odd) == odd
-    assert [len(batch) for batch in _joined(list(images(70).split(1)))] == [3] * 23 + [1]
+    assert joined(odd) == odd
+    assert [len(batch) for batch in joined(list(images(70).split(1)))] == [3] * 23 + [1]
 
 
 class Odd(nn.Module):

@@ -9,7 +9,7 @@ import hf_daq
 
 GROUND, FRONT = (
     ("errors", "version", "config", "text"),
-    ("apply", "calibration", "checkpoint", "plots", "reconstruction"),
+    ("apply", "batch_norm", "calibration", "checkpoint", "plots", "reconstruction"),
 )
 MAY_IMPORT = {
     "ground": "",
@@ -65,7 +65,8 @@ HOMES = {
     "config": "DaqConfig",
     "apply": "apply_daq remove_daq pack unpack restart",
     "calibration": "calibrate",
-    "reconstruction": "reconstruct reestimate_batch_norm",
+    "reconstruction": "reconstruct",
+    "batch_norm": "reestimate_batch_norm",
     "checkpoint": "save_pretrained from_pretrained push_to_hub",
     "nn.integers": "integer_arithmetic",
     "model.param_groups": "param_groups",

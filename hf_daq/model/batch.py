@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import ExportError, ModelError
+from ..nn.observers import all_reduce
 
 
 class Call(NamedTuple):
@@ -49,6 +52,7 @@ def examples_in(batch: Any) -> int:
 
 
 _BATCH = 16
+_AT_ONCE = 32
 
 
 class Inputs:
@@ -102,3 +106,44 @@ def _are_tokens(value: Tensor) -> bool:
 def outputs_of(model: nn.Module, batch: Inputs, tensors: list[Tensor]) -> list[Tensor]:
     args, kwargs = batch.arguments(tensors)
     return [leaf for leaf in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
+
+
+def all_batches(model: nn.Module, batches: Iterable[Any], what: str) -> list[Any]:
+    """All batches of this rank; a rank may have none, if another one has some."""
+    if isinstance(batches, Tensor | Mapping):
+        raise ModelError(f"batches is one {type(batches).__name__}; write hf_daq.{what}(model, [batch])")
+    found = [batch for batch in batches if examples_in(batch) > 0]
+    total = torch.tensor(len(found), device=next(model.parameters()).device)
+    all_reduce(total, dist.ReduceOp.SUM)
+    if int(total) == 0:
+        raise ModelError(f"{what} got no batches; pass a list of a few hundred inputs in batches, as for calibrate")
+    return found
+
+
+def joined(batches: list[Any]) -> list[Any]:
+    """At most some dozen batches, as each takes two threads: neighbours of the same shape become one."""
+    size = -(-len(batches) // _AT_ONCE)
+    if size == 1:
+        return batches
+    found: list[Any] = []
+    for _, alike in groupby(batches, _form):
+        same = list(alike)
+        found += [_concatenated(same[start : start + size]) for start in range(0, len(same), size)]
+    return found
+
+
+def _form(batch: Any) -> Any:
+    """Equal for batches that can be one; of others it is never equal."""
+    values = batch if isinstance(batch, Mapping) else {"": batch}
+    tensors = all(isinstance(value, Tensor) and value.ndim > 0 for value in values.values())
+    if not tensors or len({len(value) for value in values.values()}) != 1:
+        return object()
+    return [(name, value.shape[1:], value.dtype) for name, value in values.items()]
+
+
+def _concatenated(batches: list[Any]) -> Any:
+    if len(batches) == 1:
+        return batches[0]
+    if isinstance(batches[0], Tensor):
+        return torch.cat(batches)
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
