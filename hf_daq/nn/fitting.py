@@ -21,6 +21,7 @@ from .rounding import (
     round_columns,
 )
 
+_WIDE = 512  # columns from which float32 serves: it is twice as fast
 _MARGIN = 0.02  # codes between a weight and the end of its cell
 
 
@@ -40,6 +41,8 @@ def _fit(layer: QuantizedLayer, moments: Moments) -> None:
     quantizer = layer.w_quant
     center = quantizer.shift is not None
     both = centered(moments.quantized.sum(0), moments.mixed.sum(0), center)
+    if moments.columns >= _WIDE:
+        both = Centered(*(value.float() for value in both))
     weight = wide(layer.float_weight().detach()).to(both.quantized.dtype)
     target = weight.reshape(moments.groups, -1, moments.columns)
     span = 1.0 if layer.a_quant is None else float(layer.a_quant.span)
