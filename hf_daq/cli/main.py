@@ -344,12 +344,6 @@ def export_command(
         out = out / f"model.{to}"
     if not out.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {out.parent}")
-    if to != "gguf" and not (inputs or folder / PROBE_NAME).exists():
-        raise ExportError(
-            f"real inputs are needed to compare the export with the model, and {folder} has no {PROBE_NAME}; pass "
-            '--inputs FILE.safetensors with two rows or more: one tensor "x" for images, or what the model takes, e.g. '
-            '"input_ids" and "attention_mask"; safetensors.torch.save_file({"x": images}, "inputs.safetensors") writes one'
-        )
     with working(f"exporting {folder} to {out}"):
         report, source = _exported(folder, out, to, runtime, inputs)
     if as_json:
@@ -373,6 +367,12 @@ def _exported(
         tokenizer = folder if (folder / "tokenizer.json").exists() else None
         return hf_daq.export_gguf(model, out, tokenizer), None
     batch, source = read_inputs(model, folder, inputs)
+    if batch is None:
+        raise ExportError(
+            f"real inputs are needed to compare the export with the model, and {folder} has no {PROBE_NAME}; pass "
+            '--inputs FILE.safetensors with two rows or more: one tensor "x" for images, or what the model takes, e.g. '
+            '"input_ids" and "attention_mask"; safetensors.torch.save_file({"x": images}, "inputs.safetensors") writes one'
+        )
     if to == "compressed-tensors":
         report: Any = hf_daq.export_compressed_tensors(model, out, batch)
         copy_companions(folder, out)
