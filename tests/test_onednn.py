@@ -166,14 +166,31 @@ def test_autocast_gives_its_dtype():
     assert close(found.float(), expected.float(), 2e-2)
 
 
-def test_gradients_nan_and_inference_mode():
+@pytest.mark.parametrize("weight_bits", [4, 8])
+def test_gradients_are_those_of_the_quantized_layer(weight_bits):
+    model, x = tiny(weight_bits=weight_bits)
+
+    def gradient(run):
+        leaf = x.clone().requires_grad_()
+        output = run(model, leaf)
+        (output.square().sum()).backward()
+        return output, leaf.grad
+
+    assert model[0].path(x.clone().requires_grad_()) == "integers"
+    (found, of_x), (expected, of_expected) = gradient(lambda model, x: model(x)), gradient(plain)
+    assert close(found, expected)
+    assert close(of_x, of_expected)
+    for name in ("bias", "a_quant.upper"):
+        parameter = model[0].get_parameter(name).requires_grad_()
+        model(x).square().sum().backward()
+        assert parameter.grad.abs().sum() > 0
+        parameter.requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert close(gradient(lambda model, x: model(x))[1], gradient(plain)[1])
+
+
+def test_nan_and_inference_mode():
     model, x = tiny()
-    leaf = x.clone().requires_grad_()
-    assert model[0].path(leaf) == "unpacked"
-    model(leaf).sum().backward()
-    assert leaf.grad.abs().sum() > 0
-    with torch.no_grad():
-        assert model[0].path(leaf) == "integers"
     with torch.inference_mode():
         fresh, _ = tiny()
         assert torch.equal(fresh(x), model(x))
@@ -271,3 +288,20 @@ def test_compiled_kernels_give_the_codes_of_the_quantizer(kernels, shape, dtype)
         assert not has_nan
     x.view(-1)[5] = torch.nan
     assert onednn.run_codes(x, rows)[1]
+
+
+def test_summary_says_how_packed_layers_compute():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(4, 6)
+    with hf_daq.calibrate(hf_daq.apply_daq(model, bits=4, first_last_bits=8), check=False):
+        model(x)
+    assert "path" not in hf_daq.summary(model, x).to_text(wide=True)
+    hf_daq.pack(model)
+    model[0].weight_grid, model[0].group_size = "odd", 6  # one layer that cannot go this way
+    found = hf_daq.summary(model, x)
+    assert [layer.path for layer in found.layers] == ["unpacked", "integers", "integers"]
+    assert found.layers[0].path_error == 0
+    assert 0 < max(layer.path_error for layer in found.layers) < 1e-6
+    assert "runs in integers: 2 of 3 layers, error " in str(found)
+    assert "integers" in found.to_text(wide=True).split("W: weights")[0]
+    assert "runs" not in str(hf_daq.summary(model))

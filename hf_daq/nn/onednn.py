@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers.padding import pad_same
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .codes import _in_memory
 from .formula import activation_rows, center, constants_of
@@ -63,10 +64,15 @@ def serves(layer: Any, x: Tensor) -> bool:
 
 def _suits(layer: Any, x: Tensor) -> bool:
     plain = x.is_cpu and x.dtype in _DTYPES and x.numel() > 0 and (x.ndim == 4 or not isinstance(layer, nn.Conv2d))
-    learns = x.requires_grad and torch.is_grad_enabled()
-    if torch.compiler.is_compiling():
-        return plain and not learns and not torch.compiler.is_exporting()
-    return plain and not learns and _in_memory(x)
+    if not plain:
+        return False
+    if torch.is_grad_enabled():
+        quantizer, bias = layer.a_quant, layer.bias
+        if quantizer.lower.requires_grad or quantizer.upper.requires_grad or (bias is not None and bias.requires_grad):
+            return False
+        if x.requires_grad and (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")):
+            return False
+    return not torch.compiler.is_exporting() if torch.compiler.is_compiling() else _in_memory(x)
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[attr-defined]
@@ -155,6 +161,32 @@ def _sums_are_exact(layer: Any, found: Prepared, weight: Tensor) -> bool:
 
 def forward(layer: Any, x: Tensor) -> Tensor:
     """The output for an input that `serves`."""
+    if x.requires_grad and torch.is_grad_enabled():
+        output: Tensor = _Integers.apply(x, layer)  # type: ignore[no-untyped-call]
+        return output
+    return _output(layer, x)
+
+
+class _Integers(torch.autograd.Function):
+    """With the gradient of the quantized layer, which computes once more for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return _output(layer, x)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        with torch.enable_grad():
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            output = ctx.layer.as_quantized(x)
+        (of_x,) = torch.autograd.grad(output, x, grad)
+        return of_x, None
+
+
+def _output(layer: Any, x: Tensor) -> Tensor:
     found: Prepared = layer._prepared
     codes, has_nan = run_codes(x, found.rows)
     if torch.compiler.is_compiling():

@@ -73,6 +73,8 @@ class Measurement:
         the inputs.
     distinct_weights, distinct_inputs: distinct values the layer computes with, the most under one scale, and in one call.
     bad_weights, bad_inputs, bad_outputs: how many are NaN or infinite.
+    path, path_error: packed layers only: the way the last call took, and the largest relative difference of the outputs to
+        those of the quantized layer.
     """
 
     def __init__(self, name: str, layer: Any) -> None:
@@ -95,6 +97,8 @@ class Measurement:
         ) = 0
         self.signal = self.noise = self.energy = 0.0
         self.bypassed = 0
+        self.path: str | None = None
+        self.path_error: float | None = None
         self.channels: Tensor | None = None
         self.weight_lower: float | None = None
         self.weight_upper: float | None = None
@@ -151,12 +155,21 @@ class Measurement:
         self.energy += squares(x)
         if self.a_quant is not None:
             self._look_at_inputs(self.a_quant, x)
-        if self.w_quant is not None and not self.bad_weights:
+        if self.w_quant is None:
+            self._look_at_path(x, output)
+        elif not self.bad_weights:
             reference = wide(self.float_output(x))
             self.signal += squares(reference)
             noise = squares(reference - wide(output))
             self.noise += noise
             self.bypassed += noise < _EXACT * squares(reference) and self._deviates(x, reference)
+
+    def _look_at_path(self, x: Tensor, output: Tensor) -> None:
+        self.path = self.layer.path(x)
+        expected = wide(self.layer.as_quantized(x))
+        energy, difference = squares(expected), squares(wide(output) - expected)
+        error = math.sqrt(difference / energy) if energy > 0 else math.inf if difference > 0 else 0.0
+        self.path_error = max(self.path_error or 0.0, error)
 
     def _deviates(self, x: Tensor, reference: Tensor) -> bool:
         """Whether what the quantizers give is not this float output, which a shift can match on a few positions."""

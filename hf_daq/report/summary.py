@@ -42,6 +42,8 @@ class LayerSummary:
         quantized network; inf where they are equal.
     float_bytes, bytes: size of the weight in its dtype, and packed: dense codes with scales in float32.
     macs: multiply-accumulates for one example, of all calls of the layer.
+    path: packed layers only: how the layer computes this batch: "integers", "codes", or "unpacked", bit for bit as the
+        quantized layer. path_error: the norm of the difference to the outputs of that layer, relative to theirs.
     """
 
     name: str
@@ -65,6 +67,8 @@ class LayerSummary:
     float_bytes: int
     bytes: int
     macs: int | None
+    path: str | None
+    path_error: float | None
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,8 @@ class Summary:
 
     def to_table(self, wide: bool = False) -> Group:
         """For rich: a table of layers and the totals; `wide` with all figures, in some 150 columns."""
-        return Group(_wide_table(self) if wide else _table(self), _totals_text(self.totals, wide))
+        table, totals = _wide_table(self) if wide else _table(self), _totals_text(self.totals, wide)
+        return Group(table, totals, *_paths_text(self.layers))
 
     def to_text(self, wide: bool = False) -> str:
         """The same as text: in 80 columns if the figures leave room for it, or as wide as all figures are."""
@@ -184,6 +189,8 @@ def _row(found: Measurement) -> LayerSummary:
         float_bytes=found.parameters * found.dtype.itemsize,
         bytes=found.bytes,
         macs=found.macs if reached else None,
+        path=found.path,
+        path_error=found.path_error,
     )
 
 
@@ -281,7 +288,8 @@ def _table(summary: Summary) -> Table:
 
 
 def _wide_table(summary: Summary) -> Table:
-    table = _empty_table(_WIDE_HEADERS)
+    packed = any(layer.path for layer in summary.layers)
+    table = _empty_table([*_WIDE_HEADERS, *["path"] * packed])
     for column in table.columns[1:3]:
         column.justify = "left"
     for layer in summary.layers:
@@ -296,10 +304,20 @@ def _wide_table(summary: Summary) -> Table:
             *(_cell(value, ".1f") for value in (layer.weight_sqnr, layer.output_sqnr)),
             *(_cell(value, ",.1f", 1e-3) for value in (layer.float_bytes, layer.bytes)),
             _cell(layer.macs, ",.2f", 1e-6),
+            *[layer.path or "-"] * packed,
         )
     for kept in summary.kept:
         size = _cell(kept.bytes, ",.1f", 1e-3)
-        table.add_row(*_first_cells(kept), "float", "float", *"-" * 10, size, size, _cell(kept.macs, ",.2f", 1e-6))
+        table.add_row(
+            *_first_cells(kept),
+            "float",
+            "float",
+            *"-" * 10,
+            size,
+            size,
+            _cell(kept.macs, ",.2f", 1e-6),
+            *["-"] * packed,
+        )
     return table
 
 
@@ -332,6 +350,16 @@ def _totals_text(totals: dict[str, Any], wide: bool) -> Text:
         share = totals["macs_quantized"]
         lines.append(f"MACs: {macs or 0}" + ("" if share is None else f"; {share:.1%} quantized"))
     return Text("\n".join(lines))
+
+
+def _paths_text(layers: list[LayerSummary]) -> list[Text]:
+    """How packed layers compute, where it is not by unpacking weights."""
+    lines = []
+    for path, words in (("integers", "in integers"), ("codes", "from codes")):
+        errors = [layer.path_error or 0.0 for layer in layers if layer.path == path]
+        if errors:
+            lines.append(Text(f"runs {words}: {len(errors)} of {len(layers)} layers, error {max(errors):.0e}"))
+    return lines
 
 
 def _cell(value: float | None, form: str, factor: float = 1) -> str:

@@ -16,8 +16,8 @@ texts: weights, and inputs to 8 bits; causal language models: weights only, in g
 
 on `--rows` examples it was not trained on. The table has sizes in MB (10^6 bytes).
 
-`--speed` measures inference of float and quantized files in the same runtime, random weights for names of timm, as ratios of medians
-taken in turn.
+`--speed` measures inference of float and quantized files in the same runtime, and of the packed network in PyTorch (images in
+channels_last), random weights for names of timm, as ratios of medians taken in turn.
 """
 
 import argparse
@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--int8_outputs", action="store_true", help="as of hf_daq.export_onnx")
     add("--speed", nargs="*", default=[], metavar="MODEL")
     add("--speed_bits", nargs="+", type=int, default=[4])
+    add("--compiled", action="store_true", help="--speed in PyTorch with torch.compile too")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--seed", type=int, default=0)
     add("--output", type=Path, help="JSON file for the tables")
@@ -264,6 +266,7 @@ def speed(name: str, bits: int, args: argparse.Namespace) -> Iterator[dict[str, 
         if "x" not in batch:
             arguments = {"args": (), "kwargs": batch, "dynamic_shapes": shapes}
         torch.onnx.export(model, f=paths["float"], dynamo=True, verbose=False, external_data=False, **arguments)
+        network = copy.deepcopy(model)
         hf_daq.apply_daq(model, settings(kind, bits))
         with hf_daq.calibrate(model):
             run(model, {key: value[:16] for key, value in inputs.items()})
@@ -276,6 +279,34 @@ def speed(name: str, bits: int, args: argparse.Namespace) -> Iterator[dict[str, 
             for count in (1, 8):
                 feed = {key: value[:count].numpy() for key, value in inputs.items()}
                 yield {"model": name, "bits": bits, "runtime": runtime, "batch": count, **ratios(sessions, feed)}
+        for row in packed_speed(network, model, inputs, args.compiled):
+            yield {"model": name, "bits": bits, **row}
+
+
+def packed_speed(
+    network: nn.Module, model: nn.Module, inputs: dict[str, Tensor], compiled: bool
+) -> Iterator[dict[str, Any]]:
+    """Times of the float network and the packed one in PyTorch, and the error to the outputs of the quantized one."""
+    few = {key: value[:8] for key, value in inputs.items()}
+    expected = outputs(model, few)
+    models = {"float": network, "exact": hf_daq.pack(model)}
+    if "x" in inputs:
+        models = {label: found.to(memory_format=torch.channels_last) for label, found in models.items()}
+    for way in ("PyTorch", "PyTorch, compiled")[: 1 + compiled]:
+        if "compiled" in way:
+            models = {label: torch.compile(found) for label, found in models.items()}
+        for count in (1, 8):
+            feed = {key: value[:count] for key, value in inputs.items()}
+            if "x" in feed:
+                feed["x"] = feed["x"].contiguous(memory_format=torch.channels_last)
+            sessions = {label: partial(inferred, found) for label, found in models.items()}
+            found = ratios(sessions, feed)
+            yield {"runtime": way, "batch": count, **found, "error": error(outputs(models["exact"], few), expected)}
+
+
+def inferred(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    with torch.inference_mode():
+        return run(model, batch)
 
 
 def onnxruntime(path: Path, threads: int) -> Callable[[dict[str, Any]], Any]:
