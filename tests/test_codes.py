@@ -22,6 +22,7 @@ from hf_daq.nn.functional import dequantize_weight
 from hf_daq.nn.kernels import compiler
 from hf_daq.nn.packed import packed_layers
 from hf_daq.nn.paths import bit_for_bit
+from measure import decoding
 
 pytestmark = pytest.mark.skipif(compiler() is None or os.name == "nt", reason="no compiler of C++")
 BUILDS = {
@@ -226,6 +227,8 @@ def test_arguments_that_do_not_fit_are_refused():
         packed_linear(x, weight.stream[:-1], weight.scale, None, *weight[2:5], 24)
     with pytest.raises(ValueError, match="are not those of a weight of 3 bits, of the shape"):
         packed_linear(x, weight.stream, weight.scale[:-1], None, *weight[2:5], 24)
+    with pytest.raises(ValueError, match="are not those of a weight of 3 bits, of the shape"):
+        weight._replace(stream=weight.stream[:9]).codes()
     with pytest.raises(ValueError, match="a bias of torch.float64 and shape"):
         packed_linear(x, *weight[:2], torch.zeros(24).double(), *weight[2:5], 24)
     with pytest.raises(NotImplementedError, match=r"hf_daq.unpack\(model\)"):
@@ -268,6 +271,21 @@ def test_a_decoder_generates_the_same_and_is_saved_again_byte_for_byte(tmp_path)
     assert one == other
     hf_daq.unpack(loaded)
     assert torch.equal(loaded(input_ids=inputs).logits, want)
+
+
+def test_generation_is_measured(tmp_path, monkeypatch):
+    tiny_llama(max_position_embeddings=64).save_pretrained(tmp_path / "float")
+    monkeypatch.setattr(decoding, "measured", decoding.measure)
+    sizes = ["--bits", "3", "--group_size", "16", "--prompt", "8", "--tokens", "4"]
+    rows = decoding.main([str(tmp_path / "float"), *sizes, "--output", str(tmp_path / "table.json")])
+    assert [(row["model"], row["dtype"]) for row in rows] == [
+        ("float", "bfloat16"),
+        ("W3", "bfloat16"),
+        ("float", "float32"),
+        ("W3", "float32"),
+    ]
+    assert all(row["tokens/s"] > 0 for row in rows)
+    assert 0 < rows[-1]["error, float32"] < 1e-5
 
 
 def test_threads_and_a_process_that_forks(monkeypatch):

@@ -24,7 +24,7 @@ from .trust import agrees
 _SMALL = 2**14  # weights up to which nothing is compiled: torch is as fast
 _ROWS = {torch.float32: 32, torch.float16: 32, torch.bfloat16: 16}
 """Of inputs, up to which the product reads codes; with more, a product of floats is faster."""
-_TILE = 2**20  # bytes of float weights that stay in the cache
+_TILE = 2**22  # bytes of float weights that stay in the cache
 _PER_THREAD = 2**17  # weights that are worth a thread
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _forked: list[bool] = []
@@ -52,8 +52,9 @@ class Coded(NamedTuple):
         count = math.prod(self.shape)
         if not self._readable(torch.float32):
             return unpack_bits(self.stream, self.bits, count).view(self.shape)
+        (*stream, _, _, _, _), _scale = _addressed(self)
         codes = torch.empty(self.shape, dtype=torch.uint8)
-        _call("daq_read_codes", self.stream.data_ptr(), self.stream.numel(), self.bits, codes.data_ptr(), count)
+        _call("daq_read_codes", *stream, codes.data_ptr(), count)
         return codes
 
     def weight(self, dtype: torch.dtype) -> Tensor:
@@ -247,7 +248,8 @@ def _product(x: Tensor, coded: Coded, bias: Tensor | None) -> Tensor:
 def _tiled(x: Tensor, coded: Coded, bias: Tensor | None) -> Tensor:
     """The product of floats with some rows of the weight after the other, which stay in the cache."""
     rows, columns = coded.shape
-    size = max(16, _TILE // (columns * x.itemsize) // 16 * 16)
+    parts = -(-rows * columns * x.itemsize // _TILE)
+    size = -(-rows // (16 * parts)) * 16
     result = x.new_empty(len(x), rows)
     for first in range(0, rows, size):
         last = min(first + size, rows)

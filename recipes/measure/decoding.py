@@ -110,8 +110,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if args.one:
-        print(json.dumps(measure(args.folder, args.one, args)))
-        return []
+        row = measure(args.folder, args.one, args)
+        print(json.dumps(row))
+        return [row]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         source, packed = args.folder or Path(temporary, "float"), args.packed or Path(temporary)
