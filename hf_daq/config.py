@@ -20,7 +20,7 @@ QUANT_METHOD = "daq"
 Rounding = Literal["daq", "ste", "soft"]
 Granularity = Literal["tensor", "channel", "group"]
 Normalization = Literal["scale", "standardize"]
-Grid = Literal["odd", "integer"]
+Grid = Literal["auto", "odd", "integer"]
 Init = Literal["mse", "3std"]
 ScaleDtype = Literal["float16", "bfloat16"]
 
@@ -77,7 +77,8 @@ class DaqConfig:
             channel may be shorter.
         weight_grid: the values of b bits. "odd": odd multiples of a step, as many below 0 as above it, and no 0 (paper);
             "integer": whole multiples from -2^(b-1) to 2^(b-1) - 1 with 0 among them, which integer kernels and formats
-            of b bits read as they are. At 1 bit both are -1 and 1.
+            of b bits read as they are; at 1 bit -1 and 1 too. "auto": "odd" for 1 and 2 bits, "integer" from 3 bits on, what
+            was measured to be the better start.
         weight_normalization: "scale": the bounds are in units of the weight's root mean square, and quantization
             starts where the float weights are; "standardize": the weight's mean is removed as well (paper).
         scale_dtype: "float16" or "bfloat16": scales of weights are rounded in every forward, in training too, so that files
@@ -120,7 +121,7 @@ class DaqConfig:
     temperature: float = 4.0
     weight_granularity: Granularity = "tensor"
     group_size: int | None = None
-    weight_grid: Grid = "odd"
+    weight_grid: Grid = "auto"
     scale_dtype: ScaleDtype | None = None
     weight_normalization: Normalization = "scale"
     weight_init: Init = "mse"
@@ -204,10 +205,10 @@ class DaqConfig:
     @classmethod
     def paper(cls, bits: int | None = None, **kwargs: Any) -> DaqConfig:
         """The settings of the paper: standardized weights with bounds at +-3, activation bounds at 3 standard
-        deviations, per tensor, no bias correction, gamma 2, sigma 1 for weights and 2 for activations. Arguments as
-        `DaqConfig`."""
+        deviations, per tensor, odd multiples of a step, no bias correction, gamma 2, sigma 1 for weights and 2 for activations.
+        Arguments as `DaqConfig`."""
         inits = {"weight_normalization": "standardize", "weight_init": "3std", "activation_init": "3std"}
-        return cls(bits, **(inits | {"bias_correction": False} | kwargs))
+        return cls(bits, **(inits | {"weight_grid": "odd", "bias_correction": False} | kwargs))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DaqConfig:
@@ -228,6 +229,8 @@ class DaqConfig:
                 f"format_version={version!r} is not known here (this hf_daq reads 1 to {FORMAT_VERSION}); "
                 "install a newer hf_daq: pip install -U hf_daq"
             )
+        if version == 1:  # which knew no other grid
+            values.setdefault("weight_grid", "odd")
         preset = values.pop("preset", None)
         if preset not in (None, "paper"):
             raise ConfigError(f"preset={preset!r} must be 'paper', or be left out")
@@ -238,6 +241,12 @@ class DaqConfig:
         names = [entry.name for entry in dataclasses.fields(self) if entry.name != "dequantize"]
         fields = {name: _plain(getattr(self, name)) for name in names}
         return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, **fields}
+
+    def grid(self, bits: int) -> str:
+        """ "odd" or "integer", of a layer with weights of this many bits."""
+        if self.weight_grid != "auto":
+            return self.weight_grid
+        return "odd" if bits <= 2 else "integer"
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What transformers takes over from a config that is passed for an already quantized checkpoint."""

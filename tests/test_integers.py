@@ -82,13 +82,15 @@ def test_each_layer_agrees_in_float32_and_codes_differ_on_thresholds_only(name, 
             break
 
 
-def test_weights_are_odd_codes_are_unsigned_and_the_formula_holds():
-    model = hf_daq.apply_daq(small_net(), weight_bits=3, activation_bits=4, weight_granularity="channel")
+@pytest.mark.parametrize("grid", ["odd", "integer"])
+def test_weights_are_of_their_grid_codes_are_unsigned_and_the_formula_holds(grid):
+    bits = {"weight_bits": 3, "activation_bits": 4}
+    model = hf_daq.apply_daq(small_net(), **bits, weight_grid=grid, weight_granularity="channel")
     with hf_daq.calibrate(model):
         model(images())
     values = integers(model.hidden)
     assert values.weight.dtype == torch.int16
-    assert set(values.weight.unique().tolist()) <= {-7, -5, -3, -1, 1, 3, 5, 7}
+    assert set(values.weight.unique().tolist()) <= set(range(-7, 8, 2) if grid == "odd" else range(-4, 4))
     assert values.weight_scale.shape == (12, 1)
     assert values.input_bits == 4
     x = torch.randn(5, 16)

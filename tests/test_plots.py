@@ -140,7 +140,7 @@ def test_eight_bits_have_no_single_codes_and_packed_layers_have_nothing_else():
     assert figure.get_suptitle() == "Codes of packed weights, 1 of 4 layers"
     (axis,) = figure.axes
     levels, shares = codes(axis)
-    assert levels == pytest.approx(np.arange(-7, 8, 2) / 7)
+    assert levels == pytest.approx(np.arange(-4, 4) / 4)
     assert shares == pytest.approx(100 * want.numpy() / want.sum().item())
     assert not lines(axis, "bounds")
     assert not axis.patches

@@ -78,7 +78,9 @@ def linear_by_hand(layer, x, y):
         outside = share_outside(x, -zero * step, (top - zero) * step)
         found |= {"input_lower": low, "input_upper": high, "zero_point": zero, "inputs_clipped": outside}
         found |= {"input_codes": len(np.unique(input_codes))}
-    quantized = np.abs(values["w_quant.scale"][:, None]) * (2 * codes - levels) / levels / span
+    bits = layer.w_quant.bits
+    center = 2 ** (bits - 1) if bits > 2 else levels / 2
+    quantized = np.abs(values["w_quant.scale"][:, None]) * (codes - center) / center / span
     return found | {
         "weight_lower": lower.min(),
         "weight_upper": upper.max(),

@@ -298,7 +298,7 @@ def quantize_layer(layer: Any, name: str, config: DaqConfig, weight_bits: int, a
         quantized_class.weight_shape(layer),
         granularity=config.weight_granularity,
         group_size=config.group_size,
-        grid=config.weight_grid,
+        grid=config.grid(weight_bits),
         scale_dtype=config.scale_dtype,
         # A class of transformers has no place for the bias of a linear layer that had none, nor have exported files.
         shift=config.bias_correction and (layer.bias is not None or isinstance(layer, nn.Conv2d)),
