@@ -213,13 +213,13 @@ def test_layout_of_packed_weights(tmp_path):
     stored = load_file(tmp_path / "model.safetensors")
     layer = {name.rpartition(".")[2]: value for name, value in stored.items() if "layers.0.self_attn.q_proj" in name}
     assert {name: (value.dtype, tuple(value.shape)) for name, value in layer.items()} == {
-        "weight_packed": (torch.int32, (32, 5)),
+        "weight_packed": (torch.int32, (32, 4)),
         "weight_shape": (torch.int64, (2,)),
         "weight_scale": (torch.float32, (32, 2)),
     }
     described_weights = described(tmp_path)["config_groups"]["group_0"]["weights"]
     assert described_weights == {
-        "num_bits": 5,
+        "num_bits": 4,
         "type": "int",
         "symmetric": True,
         "strategy": "group",
@@ -228,7 +228,7 @@ def test_layout_of_packed_weights(tmp_path):
     }
     assert described(tmp_path)["format"] == "pack-quantized"
     assert report.size == (tmp_path / "model.safetensors").stat().st_size
-    assert "12 layers: 4-bit weights as int5, pack-quantized, a scale for 16 columns" in str(report)
+    assert "12 layers: 4-bit weights as int4, pack-quantized, a scale for 16 columns" in str(report)
 
 
 def test_layout_of_int8_weights_and_inputs(tmp_path):
@@ -268,9 +268,9 @@ def test_mixed_bits_are_groups_of_their_own(tmp_path):
 
 
 def test_widths(tmp_path):
-    model = calibrated(weight_bits=2, rules=[{"pattern": "*.down_proj", "weight_bits": 4}])
+    model = calibrated(weight_bits=2, rules=[{"pattern": "*.down_proj", "weight_bits": 5}])
     report = export_compressed_tensors(model, tmp_path, batch(), widths=(4, 8))
-    assert {(kind.bits, kind.width) for kind in report.containers} == {(2, 4), (4, 8)}
+    assert {(kind.bits, kind.width) for kind in report.containers} == {(2, 4), (5, 8)}
     assert report.relative_error < 1e-5
 
 
@@ -336,7 +336,7 @@ def test_refusals(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="c_attn' is a Conv1D, and .* linear layers only; leave such layers in full"):
         export_compressed_tensors(hf_daq.pack(calibrated("gpt2")), out)
     with pytest.raises(ExportError, match=r"weights of 4 bits, which need 5 or more here; widths=\(2, 4\) has none"):
-        export_compressed_tensors(calibrated(weight_bits=4), out, widths=(2, 4))
+        export_compressed_tensors(calibrated(weight_bits=4, weight_grid="odd"), out, widths=(2, 4))
     with pytest.raises(
         ExportError, match="transformers does not open T5ForConditionalGeneration.*no attribute 'weight'"
     ):
