@@ -66,7 +66,9 @@ def quantized(name="llama", bits=4, build=None, **config):
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.3)  # norms and biases that are worth a comparison
-    return hf_daq.apply_daq(model, DaqConfig(weight_bits=bits, **{"group_size": 256, "weight_grid": "odd"} | config)).eval()
+    return hf_daq.apply_daq(
+        model, DaqConfig(weight_bits=bits, **{"group_size": 256, "weight_grid": "odd"} | config)
+    ).eval()
 
 
 def logits(model):
