@@ -208,7 +208,8 @@ class DaqConfig:
         deviations, per tensor, odd multiples of a step, no bias correction, gamma 2, sigma 1 for weights and 2 for activations.
         Arguments as `DaqConfig`."""
         inits = {"weight_normalization": "standardize", "weight_init": "3std", "activation_init": "3std"}
-        return cls(bits, **(inits | {"weight_grid": "odd", "bias_correction": False} | kwargs))
+        settings: dict[str, Any] = {**inits, "weight_grid": "odd", "bias_correction": False, **kwargs}
+        return cls(bits, **settings)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DaqConfig:
