@@ -54,6 +54,8 @@ def calibrate(model: nn.Module, *, check: bool = True) -> Iterator[nn.Module]:
     batch at all, if each layer is reached on some rank. If anything raises, the quantizers stay as they were. Quantizer
     parameters that do not require gradients still do not afterwards.
 
+    Embeddings have no such inputs: their bounds start from their weights.
+
     Batch normalization uses its running statistics here. A network that was never trained has none worth the name: give
     it some forwards in training mode first.
 
@@ -75,8 +77,12 @@ def calibrate(model: nn.Module, *, check: bool = True) -> Iterator[nn.Module]:
     if any(is_shard(layer.weight) for layer in layers.values()):
         raise ModelError(f"calibrate cannot see through a sharded model; the order is: {ORDER}")
     recorder = Recorder(model, keep_calls=check)
-    observers = {name: _Observer(layer, recorder) for name, layer in layers.items()}
-    hooks = [layer.register_forward_pre_hook(observers[name], with_kwargs=True) for name, layer in layers.items()]
+    observers = {
+        name: _Observer(layer, recorder)
+        for name, layer in layers.items()
+        if layer.owner is None and not isinstance(layer, nn.Embedding)
+    }
+    hooks = [layers[name].register_forward_pre_hook(observer, with_kwargs=True) for name, observer in observers.items()]
     try:
         with evaluating(model), torch.no_grad(), _float_layers(layers.values()):
             yield model
@@ -85,9 +91,15 @@ def calibrate(model: nn.Module, *, check: bool = True) -> Iterator[nn.Module]:
             hook.remove()
         recorder.remove()
     with torch.no_grad():
-        values = {name: _initial_values(name, layer, observers[name], config) for name, layer in layers.items()}
-        for name, layer in layers.items():
-            _write(layer, values[name])
+        values = {
+            name: _initial_values(name, layer, observers[name], config)
+            if name in observers
+            else _from_weight(name, layer, config)
+            for name, layer in layers.items()
+            if layer.owner is None
+        }
+        for name, found in values.items():
+            _write(layers[name], found)
     if check:
         _warn(model, recorder.calls)
 
@@ -131,13 +143,23 @@ class _Values:
     a_quant: ActivationQuantizer | None
 
 
+def _from_weight(name: str, layer: QuantizedLayer, config: DaqConfig) -> _Values:
+    """Of the weight alone: all there is for a table, whose inputs are no numbers."""
+    weight = layer.float_weight()
+    if not weight.isfinite().all():
+        raise CalibrationError(f"the weight of layer {name!r} has NaN or infinite values")
+    values = _Values(copy.deepcopy(layer.w_quant), copy.deepcopy(layer.a_quant))
+    start_from_weight(values.w_quant, weight, config.weight_init)
+    return values
+
+
 def _initial_values(name: str, layer: QuantizedLayer, observer: _Observer, config: DaqConfig) -> _Values:
     found, sample = observer.statistics, observer.sample
     found.reduce()
     weight = layer.float_weight()
-    _check(name, found, weight)
-    w_quant, a_quant = copy.deepcopy(layer.w_quant), copy.deepcopy(layer.a_quant)
-    start_from_weight(w_quant, weight, config.weight_init)
+    _check(name, found)
+    values = _from_weight(name, layer, config)
+    w_quant, a_quant = values.w_quant, values.a_quant
     inputs = sample.rows
     full = sample.output(inputs, weight)
     usual = usual_weights(full)
@@ -153,10 +175,10 @@ def _initial_values(name: str, layer: QuantizedLayer, observer: _Observer, confi
     w_quant.scale.mul_(ratio.repeat_interleave(w_quant.groups))
     if w_quant.shift is not None:
         w_quant.shift.copy_(shift)
-    return _Values(w_quant, a_quant)
+    return values
 
 
-def _check(name: str, found: Statistics, weight: Tensor) -> None:
+def _check(name: str, found: Statistics) -> None:
     if found.count == 0:
         raise CalibrationError(
             f"calibration never reached layer {name!r}; run the model inside `with hf_daq.calibrate(model):` on inputs "
@@ -166,8 +188,6 @@ def _check(name: str, found: Statistics, weight: Tensor) -> None:
         raise CalibrationError(
             f"the inputs of layer {name!r} have NaN or infinite values (from {found.low} to {found.high})"
         )
-    if not weight.isfinite().all():
-        raise CalibrationError(f"the weight of layer {name!r} has NaN or infinite values")
 
 
 def _input_bounds(

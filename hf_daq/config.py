@@ -92,10 +92,13 @@ class DaqConfig:
             time; the paper does without.
         first_last_bits: number of bits for the first convolution (or patch embedding) and the classifier; None keeps them in
             full precision.
+        embedding_bits: number of bits for the tables of `nn.Embedding`, weights only; None keeps them in full precision. Each
+            row has its own bounds and scale, also at `weight_granularity="tensor"`, or one for every `group_size` columns.
         rules: exceptions, e.g. `[{"pattern": "layer1.*", "weight_bits": 8}, {"pattern": "re:.*downsample.*",
             "skip": True}]`. A pattern is a glob, or a regular expression after "re:", over module names; it also
             covers every module below the ones it names. The first rule that matches decides; keys it leaves out keep
-            the values of the config. A rule is stronger than the default for first and last layers.
+            the values of the config. A rule is stronger than the default for first and last layers. It gives bits to
+            embeddings if `embedding_bits` does too, or if its pattern matches nothing else.
         modules_to_not_convert: patterns of modules that stay in full precision, before any rule.
         layers: the resolved bits, one entry a quantized layer. Written by `apply_daq`; if given, it alone decides.
         low_memory: a training step does not keep quantized inputs and weights for the backward but computes them once
@@ -128,6 +131,7 @@ class DaqConfig:
     activation_init: Init = "mse"
     bias_correction: bool = True
     first_last_bits: int | None = None
+    embedding_bits: int | None = None
     rules: Sequence[Mapping[str, Any]] = ()
     modules_to_not_convert: Sequence[str] = ()
     layers: Mapping[str, Mapping[str, int | None]] | None = None
@@ -156,8 +160,9 @@ class DaqConfig:
         check_bits("weight_bits", self.weight_bits)
         if self.activation_bits is not None:
             check_bits("activation_bits", self.activation_bits)
-        if self.first_last_bits is not None:
-            check_bits("first_last_bits", self.first_last_bits)
+        for name in ("first_last_bits", "embedding_bits"):
+            if getattr(self, name) is not None:
+                check_bits(name, getattr(self, name))
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
@@ -256,6 +261,10 @@ class DaqConfig:
     def replace(self, **changes: Any) -> DaqConfig:
         """A copy with some fields changed, validated like a new one."""
         return dataclasses.replace(self, **{"bits": None, **changes})
+
+    def per_row(self) -> DaqConfig:
+        """The config for a table: with a scale for each row instead of one for all."""
+        return self.replace(weight_granularity="channel") if self.weight_granularity == "tensor" else self
 
     def scale_count(self, shape: Sequence[int]) -> int:
         """How many scales a weight of shape (channels, ...) has."""

@@ -563,3 +563,14 @@ def test_llama_cpp_cuts_text_as_the_tokenizer_does(tokenizer, tmp_path):
     opened = Llama(str(tmp_path / "model.gguf"), vocab_only=True, verbose=False)
     for text in [*SENTENCES, TEXT]:
         assert opened.tokenize(text.encode(), add_bos=True, special=True) == tokenizer(text)["input_ids"], text
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])  # qwen2 is tied
+def test_embeddings_are_the_values_they_are_quantized_to(name, tmp_path):
+    model = quantized(name, embedding_bits=4)
+    report = export_gguf(model, tmp_path / "model.gguf", embeddings="f32")
+    assert report.types == {"4-bit weights as Q4_1": 14}
+    found = tensors(tmp_path / "model.gguf")
+    expected = model.model.embed_tokens.quantized_weight().detach()
+    assert np.array_equal(found["token_embd.weight"].data, expected.numpy())
+    assert ("output.weight" in found) == (name == "llama")

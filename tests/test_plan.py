@@ -61,7 +61,10 @@ def test_a_plan_prints_its_totals_and_marks_what_it_cannot_quantize():
 
 def net_with_a_conv1d():
     return nn.ModuleDict(
-        {"res": nn.ModuleDict({"c1": nn.Conv1d(4, 4, 1), "fc": nn.Linear(4, 4)}), "tokens": nn.Embedding(8, 4)}
+        {
+            "res": nn.ModuleDict({"c1": nn.Conv1d(4, 4, 1), "fc": nn.Linear(4, 4)}),
+            "tokens": nn.Embedding(8, 4, max_norm=1.0),
+        }
     )
 
 

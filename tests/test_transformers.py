@@ -340,7 +340,14 @@ def test_values_that_no_quantizer_can_have_are_refused(saved, change, message):
         (
             lambda c: c["layers"].update({"bert.embeddings.word_embeddings": {"weight_bits": 2, "activation_bits": 2}}),
             ConfigError,
-            "does not have",
+            "gives activation_bits to layer 'bert.embeddings.word_embeddings'",
+        ),
+        (
+            lambda c: c["layers"].update(
+                {"bert.embeddings.word_embeddings": {"weight_bits": 2, "activation_bits": None}}
+            ),
+            CheckpointError,
+            "no bert.embeddings.word_embeddings.w_quant|w_quant: lower is not finite",
         ),
     ],
 )

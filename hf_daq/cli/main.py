@@ -65,6 +65,9 @@ def plan_command(
         int | None,
         typer.Option(min=1, max=8, help="Number of bits for the first layer and the classifier; default: float."),
     ] = None,
+    embedding_bits: Annotated[
+        int | None, typer.Option(min=1, max=8, help="Number of bits for embeddings; default: float.")
+    ] = None,
     granularity: Annotated[Granularity | None, typer.Option(help="Weights that share a scale.")] = None,
     group_size: Annotated[int | None, typer.Option(min=2, help="Columns that share a scale.")] = None,
     config: Annotated[
@@ -92,6 +95,7 @@ def plan_command(
         "weight_bits": weight_bits,
         "activation_bits": activation_bits,
         "first_last_bits": first_last_bits,
+        "embedding_bits": embedding_bits,
         "weight_granularity": granularity,
         "group_size": group_size,
     }

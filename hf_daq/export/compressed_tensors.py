@@ -68,6 +68,7 @@ class Report:
 
     size: bytes of the files of weights.
     containers: how many layers are stored how.
+    embeddings: how many hold their quantized values in full precision.
     layer_error: the largest of all layers for the same input: root mean square of the difference between the outputs of
         the exported layer and of the model's, divided by that of the outputs.
     relative_error: the same of the outputs of the whole model.
@@ -79,6 +80,7 @@ class Report:
     directory: Path
     size: int
     containers: dict[Container, int]
+    embeddings: int = 0
     layer_error: float | None = None
     relative_error: float | None = None
     agreement: float | None = None
@@ -86,6 +88,8 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.directory}: {self.size / 2**20:.2f} MiB"]
         lines += [f"  {count} layers: {container}" for container, count in self.containers.items()]
+        if self.embeddings:
+            lines.append(f"  {self.embeddings} embeddings: their quantized values, in full precision")
         if self.layer_error is None:
             return "\n".join([*lines, "  not compared with the model; pass inputs to compare"])
         compared = f"of a layer {self.layer_error:.2g}, of the outputs {self.relative_error:.2g}"
@@ -102,7 +106,8 @@ def export_compressed_tensors(
 ) -> Report:
     """Write a folder that `AutoModel....from_pretrained` of transformers opens without hf_daq.
 
-    Linear layers only. Their weights become `weight_packed` (int32) and `weight_shape`, or `weight` (int8), with
+    Linear layers only; embeddings, and output embeddings that share their weight, are written as the values they are quantized
+    to, in full precision. The others' weights become `weight_packed` (int32) and `weight_shape`, or `weight` (int8), with
     `weight_scale` of shape (out, 1) or (out, groups) in the dtype of the model; static inputs get `input_scale` and
     `input_zero_point` (int8), shape (1,). Layers in full precision stay as they are.
 
@@ -139,7 +144,9 @@ def export_compressed_tensors(
         compared = () if opened is None or inputs is None else _compare(model, opened, inputs)
         size = weights_size(temporary)
     kinds = list(containers.values())
-    return Report(Path(directory), size, {kind: kinds.count(kind) for kind in kinds}, *compared)
+    embeddings = sum(isinstance(layer, nn.Embedding) for layer in daq_layers(model).values())
+    counts = {kind: kinds.count(kind) for kind in kinds}
+    return Report(Path(directory), size, counts, embeddings, *compared)
 
 
 def _library(name: str) -> Any:
@@ -161,7 +168,7 @@ def _check(model: nn.Module) -> None:
     if not layers:
         raise ExportError("there is no quantized layer; export the model that apply_daq or from_pretrained returned")
     for name, layer in layers.items():
-        if not isinstance(layer, nn.Linear):
+        if not isinstance(layer, nn.Linear | nn.Embedding):
             kind = layer.float_class.__name__
             raise ExportError(
                 f"layer {name!r} is a {kind}, and compressed-tensors holds linear layers only; leave such layers in full "
@@ -227,6 +234,14 @@ def _compress(model: Any, widths: Sequence[int]) -> dict[str, Container]:
     names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     containers = {}
     for name, layer in daq_layers(model).items():
+        if isinstance(layer, nn.Embedding) or layer.owner is not None:
+            stored = nn.Module()
+            if layer.owner is None:
+                stored.register_buffer("weight", layer.quantized_weight().detach())  # type: ignore[operator]
+            if layer.has_bias:
+                stored.register_buffer("bias", layer.quantized_bias())
+            model.set_submodule(name, stored)
+            continue
         found = integers(layer)
         containers[name] = _container(name, found, widths)
         stored = nn.Module()

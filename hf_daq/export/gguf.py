@@ -89,8 +89,8 @@ def export_gguf(model: nn.Module, path: str | Path, tokenizer: Any = None, *, em
     For `...ForCausalLM` of Llama, Mistral, Qwen2, Qwen3 and Gemma 1 to 3, with quantized weights and inputs in full
     precision. Weights of 1 bit become Q1_0, 2 bits Q2_K, 3 bits Q4_0, 4 bits Q4_1, 5 bits Q5_1, 6 and 7 bits Q8_0. Weights
     of 8 bits, which lie between the values of Q8_0, are written as F16. On the grid "integer" 4 bits become Q4_0, 5 bits
-    Q5_0 and 8 bits Q8_0. Layers in full precision, embeddings and the output embedding follow `embeddings`; norms and
-    biases are float32.
+    Q5_0 and 8 bits Q8_0. Layers in full precision, embeddings and the output embedding follow `embeddings` (quantized embeddings
+    as the values they are quantized to); norms and biases are float32.
 
     Q1_0 has a scale for 128 columns and Q2_K for 256, the others for 32, F16 any: `group_size` must be a multiple of that.
 
@@ -147,7 +147,7 @@ def _check(model: nn.Module) -> None:
     if not layers:
         raise ExportError("there is no quantized layer; export the model that apply_daq or from_pretrained returned")
     for name, layer in layers.items():
-        if not isinstance(layer, nn.Linear):
+        if not isinstance(layer, nn.Linear | nn.Embedding):
             raise ExportError(
                 f"layer {name!r} is a {layer.float_class.__name__}, and this export writes linear layers only; leave it in full "
                 f"precision, DaqConfig(..., modules_to_not_convert=[{name!r}, ...])"
@@ -181,6 +181,12 @@ def _tensors(model: nn.Module, family: Family, kind: str, gguf: Any) -> Iterator
         value = family.arranged(name, value.detach().float().cpu(), model.config)
         yield name, _float32(value) if value.ndim == 1 else _float(name, value, kind, gguf)
     for name, layer in layers.items():
+        if layer.owner is not None:  # which llama.cpp has from the embedding
+            continue
+        if isinstance(layer, nn.Embedding):
+            table = layer.quantized_weight().float().cpu()  # type: ignore[operator]
+            yield f"{name}.weight", _float(name, family.arranged(f"{name}.weight", table, model.config), kind, gguf)
+            continue
         yield f"{name}.weight", _quantized(name, layer, family, model.config)
         bias = layer.quantized_bias()
         if bias is not None:

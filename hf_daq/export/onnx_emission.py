@@ -23,7 +23,12 @@ def emitting(
     model: nn.Module, layers: Mapping[str, Any], multiply: bool, products: bool, int8_inputs: bool
 ) -> Iterator[None]:
     """Inside, quantized layers emit ONNX operators; with `products`, among them those of ONNX Runtime alone."""
-    emissions = {layer: Emission(layer, name, multiply, products, int8_inputs) for name, layer in layers.items()}
+    emissions: dict[nn.Module, Any] = {
+        layer: TableEmission(layer)
+        if isinstance(layer, nn.Embedding)
+        else Emission(layer, name, multiply, products, int8_inputs)
+        for name, layer in layers.items()
+    }
 
     def restart(*_: Any) -> None:
         for emission in emissions.values():
@@ -149,6 +154,27 @@ class Emission:
         if weight.shape != self.shape:
             weight = weight.reshape(len(self.codes), -1)[:, : self.columns].reshape(self.shape)
         return weight
+
+
+class TableEmission:
+    """The forward of an embedding while it is traced: rows of integers, and their scales."""
+
+    calls = 0
+
+    def __init__(self, layer: Any) -> None:
+        self.layer, found = layer, integers(layer)
+        halves = found.odd and found.weight_bits == 8
+        codes = (found.weight - 1).div(2, rounding_mode="floor") if halves else found.weight
+        self.codes, self.scale = codes.to(torch.int8), found.weight_scale * (2 if halves else 1)
+        self.offset = 0.5 if halves else 0.0
+        columns = torch.arange(codes.shape[1], device=codes.device)
+        self.groups = None if found.group_size is None else columns // found.group_size
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows, scale = nn.functional.embedding(x, self.codes).float(), nn.functional.embedding(x, self.scale)
+        rows = rows + self.offset if self.offset else rows
+        output: Tensor = self.layer.scaled(rows * (scale if self.groups is None else scale[..., self.groups]))
+        return output
 
 
 def _multiple(found: Integers) -> int:

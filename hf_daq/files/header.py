@@ -2,7 +2,8 @@
 
 The header's metadata has one key, "hf_daq", with a JSON string `{"hf_daq_version": ..., "quantization_config": ...}`; in
 a packed file also `"shapes": {layer: shape of its weight}`, so that codes can be read without the model; `"names": {layer:
-its name in the file}` where transformers renames tensors as it saves; and `"card"`, the facts of the model card.
+its name in the file}` where transformers renames tensors as it saves; `"tied": {layer: embedding}` of layers that have their
+weight, codes and scales from an embedding; and `"card"`, the facts of the model card.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, 
 @dataclass(frozen=True)
 class Header:
     """What a weights file says of itself: quantization config, library version, name -> (dtype, shape), the shapes of packed
-    weights, the facts of its card, and names of layers in the file where these are others."""
+    weights, the facts of its card, names of layers in the file where these are others, and of embeddings whose weight a layer
+    shares."""
 
     config: DaqConfig
     version: str
@@ -40,6 +42,7 @@ class Header:
     shapes: dict[str, list[int]]
     facts: CardFacts = field(default_factory=CardFacts)
     names: dict[str, str] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
 
 
 def read_description(directory: Path) -> dict[str, Any]:
@@ -105,7 +108,9 @@ def parse_header(path: Any, metadata: Mapping[str, str], tensors: dict[str, tupl
         config = DaqConfig.from_dict(content["quantization_config"])
         version, shapes = str(content["hf_daq_version"]), content.get("shapes", {})
         facts = CardFacts.from_dict(content.get("card", {}))
-        names = {str(name): str(other) for name, other in content.get("names", {}).items()}
+        names, tied = (
+            {str(name): str(other) for name, other in content.get(key, {}).items()} for key in ("names", "tied")
+        )
     except ConfigError as error:
         raise CheckpointError(f"{path}: quantization config: {error}") from None
     except CheckpointError as error:
@@ -114,7 +119,7 @@ def parse_header(path: Any, metadata: Mapping[str, str], tensors: dict[str, tupl
         raise CheckpointError(f"{path}: damaged {METADATA_KEY!r} metadata: {error!r}") from None
     if config.layers is None:
         raise CheckpointError(f"{path}: the quantization config has no resolved layers")
-    return Header(config, version, tensors, shapes, facts, names)
+    return Header(config, version, tensors, shapes, facts, names, tied)
 
 
 def read_agreeing_header(path: Path, config: DaqConfig) -> Header:
@@ -136,7 +141,7 @@ def joined(headers: list[Header]) -> Header:
     if any(header.config != first.config for header in headers):
         raise CheckpointError("the weights files of this checkpoint disagree about the quantization config")
     tensors = {name: entry for header in headers for name, entry in header.tensors.items()}
-    return Header(first.config, first.version, tensors, first.shapes, first.facts, first.names)
+    return Header(first.config, first.version, tensors, first.shapes, first.facts, first.names, first.tied)
 
 
 def weights_files(directory: Path) -> list[Path]:

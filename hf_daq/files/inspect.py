@@ -36,7 +36,8 @@ from .header import (
 
 @dataclass(frozen=True)
 class InspectedLayer:
-    """A quantized layer of a file. bytes: of its weight in this file, codes and scales; float_bytes: of the float weight."""
+    """A quantized layer of a file. bytes: of its weight in this file, codes and scales; float_bytes: of the float weight;
+    all 0 for a layer that shares the weight of an embedding, which counts it."""
 
     name: str
     shape: tuple[int, ...]
@@ -215,6 +216,10 @@ def describe(source: str, description: Mapping[str, Any], headers: list[Header])
 def _layer(name: str, bits: Mapping[str, int | None], header: Header, description: Mapping[str, Any]) -> InspectedLayer:
     weight_bits, activation_bits = bits["weight_bits"], bits["activation_bits"]
     assert weight_bits is not None
+    owner = header.tied.get(name)
+    if owner is not None and owner != name:
+        of_owner = _layer(owner, bits, header, description).shape if owner not in header.tied else ()
+        return InspectedLayer(name, of_owner, weight_bits, activation_bits, 0, 0, 0)
     stored = header.names.get(name, name)
     dtype, shape = header.tensors.get(f"{stored}.weight", ("F32", None))
     if shape is None:  # packed
@@ -239,6 +244,8 @@ def _packed_bytes(layers: tuple[InspectedLayer, ...], kept: tuple[KeptTensor, ..
     total = sum(tensor.bytes for tensor in kept if tuple(tensor.name.rpartition(".")[::2]) not in gone)
     total += sum(_size(*entry) for name, entry in header.tensors.items() if ".a_quant." in name)
     for name, layer in zip(names, layers, strict=True):
+        if layer.name in header.tied:
+            continue
         scale = header.tensors.get(f"{name}.w_quant.scale", ("", (0,)))
         total += packed_bytes(layer.parameters, layer.weight_bits, math.prod(scale[1]))
         shift = header.tensors.get(f"{name}.w_quant.shift")

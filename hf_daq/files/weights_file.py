@@ -37,12 +37,20 @@ def header_metadata(
     """
     content: dict[str, Any] = {"hf_daq_version": __version__, "quantization_config": model.daq_config.to_dict()}
     if model.daq_config.packed:
-        content["shapes"] = {name: list(layer.shape) for name, layer in packed_layers(model).items()}
+        content["shapes"] = _shapes(model)
+    tied = {name: layer.owner.daq_name for name, layer in daq_layers(model).items() if layer.owner is not None}
+    if tied:
+        content["tied"] = tied
     if names:
         content["names"] = dict(names)
     if facts is not None and facts.to_dict():
         content["card"] = facts.to_dict()
     return {METADATA_KEY: json.dumps(content, sort_keys=True)}
+
+
+def _shapes(model: nn.Module) -> dict[str, list[int]]:
+    """Of packed weights, by the layers that have them."""
+    return {name: list(layer.shape) for name, layer in packed_layers(model).items() if layer.owner is None}
 
 
 def write_checkpoint(
@@ -95,7 +103,7 @@ def check_fits(model: nn.Module, header: Header, path: Path) -> None:
             problems.append(f"{name} has shape {shape}, the model {tuple(expected[name].shape)}")
         if dtype not in BYTES or dtype.startswith(("F", "BF")) != expected[name].is_floating_point():
             problems.append(f"{name} has dtype {dtype}, the model {expected[name].dtype}")
-    shapes = {name: list(layer.shape) for name, layer in packed_layers(model).items()}
+    shapes = _shapes(model)
     if shapes != header.shapes:
         problems.append("the shapes of packed weights in its metadata are not those of the model")
     if problems:
@@ -135,6 +143,8 @@ def check_values(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
 
 def layer_problem(name: str, layer: DaqLayer, tensors: Mapping[str, Tensor]) -> str | None:
     """What is wrong with the bounds and scales of a layer among these tensors, or None."""
+    if layer.owner is not None:
+        return None
     if layer.w_quant is None and not torch.isfinite(tensors[f"{name}.weight_scale"]).all():
         return f"{name}.weight_scale is not finite"
     for side, quantizer in layer.quantizers.items():

@@ -100,6 +100,7 @@ class DaqHfQuantizer(HfQuantizer):
                 "packed=True is written by hf_daq.pack; quantize without it, calibrate or train, then pack"
             )
         patch(model, config.replace(dequantize=False))
+        _tie_what_has_weights(model)
         for layer in packed_layers(model).values():
             layer._is_hf_initialized = True  # transformers would read the weight of every layer to initialize it
         self.shapes = {
@@ -122,6 +123,7 @@ class DaqHfQuantizer(HfQuantizer):
             _check_loaded(model, self.shapes)
         if self.pre_quantized and self.quantization_config.dequantize:
             unpatch(model, quantized=True)
+            _tie_what_has_weights(model)
         else:
             attach(model)
 
@@ -247,9 +249,26 @@ def _with_origin(model: Any, facts: CardFacts | None) -> CardFacts:
     return facts
 
 
+def _tie_what_has_weights(model: Any) -> None:
+    """Let transformers tie no weights of packed layers, which have none and are tied as they are; in a model that is not
+    packed, all weights again."""
+    for part in _transformers_parts(model):
+        part._tied_weights_keys, part.all_tied_weights_keys = vars(part).pop("daq_tied", None) or (
+            part._tied_weights_keys,
+            getattr(part, "all_tied_weights_keys", {}),
+        )
+        every = part.all_tied_weights_keys
+        packed = {f"{name}.weight" for name in packed_layers(part)}
+        if packed & every.keys():
+            part.daq_tied = part._tied_weights_keys, every
+            part._tied_weights_keys = {target: source for target, source in every.items() if target not in packed}
+            part.all_tied_weights_keys = dict(part._tied_weights_keys)
+
+
 def attach(model: Any) -> None:
     """Make a patched transformers model what `from_pretrained` gives: transformers knows that it is quantized, saves its
     config, and trains it."""
+    _tie_what_has_weights(model)
     config: Any = model.daq_config
     quantizer = vars(model).get("hf_quantizer")
     if quantizer is None:
@@ -269,6 +288,7 @@ def attach(model: Any) -> None:
 
 def detach(model: Any) -> None:
     """Inverse of `attach`."""
+    _tie_what_has_weights(model)
     float_configs = getattr(vars(model).get("hf_quantizer"), "float_configs", ())
     for name in ("hf_quantizer", "quantization_method", "save_pretrained", "push_to_hub"):
         model.__dict__.pop(name, None)
@@ -353,9 +373,11 @@ def _clear(model: nn.Module) -> None:
 @torch.no_grad()
 def _check_loaded(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
     """Refuse a quantized checkpoint without all its codes or quantizers, or with values that no quantizer can have."""
-    tensors = {name: tensor for part in (model.named_parameters, model.named_buffers) for name, tensor in part()}
+    kinds = model.named_parameters, model.named_buffers
+    tensors = {name: tensor for named in kinds for name, tensor in named(remove_duplicate=False)}
     for name, layer in daq_layers(model).items():
-        if isinstance(layer, QuantizedLayer) and not getattr(layer.weight, "_is_hf_initialized", False):
+        fresh = layer.owner is None and isinstance(layer, QuantizedLayer)
+        if fresh and not getattr(layer.weight, "_is_hf_initialized", False):
             _start_new(layer, model.daq_config)  # type: ignore[arg-type]
         for key in layer.state_dict():
             if "_quant." not in key and layer.w_quant is not None:

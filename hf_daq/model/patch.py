@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ..nn.leaf import ONLOAD
 from ..nn.packed import daq_layers, pack_layer, packed_layers, unpack_layer
 from ..nn.quantizers import is_shard
 from ..nn.swap import hides_forward
+from ..nn.tied import tie_layer, unpack_tied
 from .guards import ORDER, refuse_wrapped, watch
 from .plan import plan
 from .roles import computed_weights
@@ -45,12 +46,17 @@ def patch(model: nn.Module, config: DaqConfig) -> None:
     for name, row in planned.quantized.items():
         assert row.weight_bits is not None
         layer: Any = model.get_submodule(name)
+        if row.tied_to is not None:
+            continue
         quantize_layer(layer, name, config, row.weight_bits, row.activation_bits)
         if not layer.weight.requires_grad:
             for quantizer in layer.quantizers.values():
                 quantizer.requires_grad_(False)
+    for name, row in planned.quantized.items():
+        if row.tied_to is not None:
+            tie_layer(model.get_submodule(name), model.get_submodule(row.tied_to), name, config)  # type: ignore[arg-type]
     if config.packed:
-        for layer in quantized_layers(model).values():
+        for layer in _tied_first(quantized_layers(model)):
             pack_layer(layer, values=False)
     _use_qkv_as_a_layer(model)
     bits = {
@@ -73,8 +79,12 @@ def start_weights(model: nn.Module) -> None:
     """Set the weight quantizers from the float weights. Layers without values (on the meta device) are left out."""
     config: DaqConfig = model.daq_config  # type: ignore[assignment]
     for layer in quantized_layers(model).values():
-        if not layer.weight.is_meta:
+        if layer.owner is None and not layer.weight.is_meta:
             start_from_weight(layer.w_quant, layer.float_weight(), config.weight_init)
+
+
+def _tied_first(layers: Mapping[str, Any]) -> list[Any]:
+    return sorted(layers.values(), key=lambda layer: layer.owner is None)
 
 
 def restart_weights(model: nn.Module) -> None:
@@ -89,7 +99,8 @@ def restart_weights(model: nn.Module) -> None:
         if not layer.calibrated:
             raise CalibrationError(f"layer {name!r} is not calibrated: `with hf_daq.calibrate(model): model(batch)`")
     for layer in layers.values():
-        start_layer(layer, model.daq_config)  # type: ignore[arg-type]
+        if layer.owner is None:
+            start_layer(layer, model.daq_config)  # type: ignore[arg-type]
 
 
 def start_layer(layer: QuantizedLayer, config: DaqConfig) -> None:
@@ -144,7 +155,8 @@ def unpatch(model: nn.Module, quantized: bool = False) -> None:
         with torch.no_grad():
             for name, layer in layers.items():
                 bias = layer.quantized_bias()
-                layer.bias = None if bias is None else nn.Parameter(bias.clone())
+                if bias is not None:
+                    layer.bias = nn.Parameter(bias.clone())
                 layer.weight.copy_(values[name])
     for layer in layers.values():
         restore_layer(layer)
@@ -170,7 +182,7 @@ def pack_layers(model: nn.Module) -> None:
         if layer.weight.is_meta:
             raise ModelError(f"the model is offloaded; {ONLOAD}")
     check_calibrated(layers, "pack")
-    for layer in layers.values():
+    for layer in _tied_first(layers):
         pack_layer(layer)
     model.daq_config = config.replace(packed=True)
 
@@ -187,8 +199,11 @@ def unpack_layers(model: nn.Module) -> None:
                 "keep the checkpoint from before packing to train on"
             )
     model.daq_config = config = config.replace(packed=False)
-    for layer in layers.values():
-        unpack_layer(layer, config)
+    for layer in reversed(_tied_first(layers)):
+        if layer.owner is None:
+            unpack_layer(layer, config)
+        else:
+            unpack_tied(layer, config)
 
 
 @torch.no_grad()
@@ -242,6 +257,7 @@ def _check_computed_weights(model: nn.Module, config: DaqConfig) -> None:
             kept = name not in config.layers
         else:
             kept = any(pattern_matches(pattern, name) for pattern in skipped)
+            kept = kept or (isinstance(model.get_submodule(name), nn.Embedding) and config.embedding_bits is None)
         if not kept:
             raise ModelError(
                 f"layer {name!r} computes its weight or bias from other parameters; before apply_daq write {call}, with "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -11,14 +12,24 @@ from torch import nn
 from ..config import DaqConfig, did_you_mean, packed_bytes, pattern_matches
 from ..errors import ConfigError
 from ..nn.layers import LAYER_TYPES
+from ..nn.scaled import know_embeddings
 from ..text import add_row, as_text, bits_text, cell, plain_table, shape_text
-from .roles import bypassed_layers, largest_weight, outer_layers, saved_tensors, tied_layers, weight_modules
+from .roles import (
+    bypassed_layers,
+    largest_weight,
+    outer_layers,
+    refused_tables,
+    saved_tensors,
+    tied_layers,
+    tied_tables,
+    weight_modules,
+)
 
 
 @dataclass(frozen=True)
 class PlannedLayer:
     """One row of a plan. `weight_bits` is None for a layer that stays in full precision; `unsupported` if nobody asked for
-    that: it holds a weight which this library cannot quantize."""
+    that: it holds a weight which this library cannot quantize. `tied_to`: the embedding with whose codes it computes."""
 
     name: str
     kind: str
@@ -27,6 +38,7 @@ class PlannedLayer:
     activation_bits: int | None
     reason: str
     unsupported: bool = False
+    tied_to: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ class Plan:
             "layers_quantized": len(self.quantized),
             "layers_kept": len(self.kept),
             "layers_unsupported": len(self.unsupported),
-            "weights_quantized": sum(math.prod(layer.shape) for layer in self.quantized.values()),
+            "weights_quantized": sum(math.prod(row.shape) for row in self.quantized.values() if row.tied_to is None),
             "parameters": self.parameters,
             "float_bytes": self.float_bytes,
             "packed_bytes": self.packed_bytes,
@@ -107,16 +119,21 @@ def plan(model: nn.Module, config: DaqConfig | None = None, **kwargs: Any) -> Pl
         resolved layer is not in the model.
     """
     config = config_from(config, kwargs)
+    know_embeddings(model)
     modules = dict(weight_modules(model))
-    tied, bypassed = tied_layers(model), bypassed_layers(model)
+    tied, refused = tied_layers(model), bypassed_layers(model) | refused_tables(model)
+    owners = tied_tables(model, refused)
+    tied = {name: reason for name, reason in tied.items() if name not in owners}
     if config.layers is not None:
-        _check_resolved(config.layers, modules, bypassed | tied)
+        _check_resolved(config.layers, modules, refused | tied, owners)
     else:
-        _check_patterns(config, modules)
-    outer = outer_layers(model)
-    layers = tuple(_plan_layer(name, module, config, outer, tied, bypassed) for name, module in modules.items())
+        _check_patterns(config, modules, refused, owners)
+    outer, tables = outer_layers(model), _bits_of_tables(config, modules, owners)
+    layers = tuple(_plan_layer(name, module, config, outer, tied, refused, tables) for name, module in modules.items())
+    layers = tuple(_following(row, owners, layers, config) for row in layers)
     float_bytes = sum(value.nbytes for value in saved_tensors(model))
-    saved = sum(_saved_bytes(modules[row.name], row, config) for row in layers if row.weight_bits is not None)
+    own = (row for row in layers if row.weight_bits is not None and row.tied_to is None)
+    saved = sum(_saved_bytes(modules[row.name], row, config) for row in own)
     return Plan(layers, sum(value.numel() for value in model.parameters()), float_bytes, float_bytes - saved)
 
 
@@ -137,7 +154,8 @@ def _plan_layer(
     config: DaqConfig,
     outer: dict[str, str],
     tied: dict[str, str],
-    bypassed: dict[str, str],
+    refused: dict[str, str],
+    tables: dict[str, tuple[int | None, str]],
 ) -> PlannedLayer:
     shape = tuple(largest_weight(module).shape)
 
@@ -145,16 +163,19 @@ def _plan_layer(
         weight_bits, activation_bits = bits or (None, None)
         return PlannedLayer(name, type(module).__name__, shape, weight_bits, activation_bits, reason, unsupported)
 
-    if isinstance(module, nn.Embedding):
-        return row(None, "embedding")
+    table_bits, table_reason = tables.get(name, (None, ""))
+    if name in tables and table_bits is None:
+        return row(None, table_reason)
     if type(module) not in LAYER_TYPES and outer.get(name) == "router":
         return row(None, "router")
     if type(module) not in LAYER_TYPES:
         return row(None, f"no quantized form of {type(module).__name__}", unsupported=not _asked_to_stay(name, config))
     if name in tied:
-        return row(None, tied[name])
-    if name in bypassed:
-        return row(None, bypassed[name], unsupported=not _asked_to_stay(name, config))
+        return row(None, tied[name], unsupported=name in tables)
+    if name in refused:
+        return row(None, refused[name], unsupported=not _asked_to_stay(name, config))
+    if table_bits is not None:
+        return row((table_bits, None), table_reason)
     if config.layers is not None:
         entry = config.layers.get(name)
         return row(entry and (entry["weight_bits"], entry["activation_bits"]), "resolved before")  # type: ignore[arg-type]
@@ -184,20 +205,79 @@ def _asked_to_stay(name: str, config: DaqConfig) -> bool:
     return bool(rule.get("skip"))
 
 
+def _following(
+    row: PlannedLayer, owners: dict[str, str], layers: tuple[PlannedLayer, ...], config: DaqConfig
+) -> PlannedLayer:
+    """The row of a layer that shares the weight of an embedding: quantized with it, and by nothing else."""
+    owner = owners.get(row.name, row.name)
+    if owner == row.name:
+        return row
+    bits = next(other.weight_bits for other in layers if other.name == owner)
+    reason = f"shares its weight with {owner}"
+    if bits is None:
+        return replace(row, weight_bits=None, activation_bits=None, reason=reason, unsupported=False)
+    skipped = [*config.modules_to_not_convert, *(rule["pattern"] for rule in config.rules if rule.get("skip"))]
+    pattern = next((one for one in skipped if pattern_matches(one, row.name)), None)
+    if config.layers is None and pattern is not None:
+        raise ConfigError(
+            f"pattern {pattern!r} keeps {row.name!r} in full precision, but it shares its weight with {owner!r}, which gets "
+            f"{bits} bits: name both there, modules_to_not_convert=[{row.name!r}, {owner!r}]"
+        )
+    return replace(row, weight_bits=bits, activation_bits=None, reason=reason, unsupported=False, tied_to=owner)
+
+
+def _bits_of_tables(
+    config: DaqConfig, modules: dict[str, nn.Module], owners: dict[str, str]
+) -> dict[str, tuple[int | None, str]]:
+    """Embedding -> its bits, None for full precision, and the reason."""
+    tables = {name: module for name, module in modules.items() if isinstance(module, nn.Embedding)}
+    found: dict[str, tuple[int | None, str]] = dict.fromkeys(tables, (None, "embedding"))
+    if config.layers is not None:
+        bits = {name: entry["weight_bits"] for name, entry in config.layers.items()}
+        return found | {name: (bits[name], "resolved before") for name in tables if name in bits}
+    for name in tables:
+        pattern = next((one for one in config.modules_to_not_convert if pattern_matches(one, name)), None)
+        rule = next((one for one in config.rules if _is_for_tables(one, name, config, modules, owners)), None)
+        if config.embedding_bits is not None and pattern is not None:
+            found[name] = None, f"modules_to_not_convert: {pattern}"
+        elif pattern is None and rule is not None:
+            found[name] = None if rule.get("skip") else _bits_of_table(rule, config), f"rule {rule['pattern']}"
+        elif pattern is None and config.embedding_bits is not None:
+            found[name] = config.embedding_bits, "embedding_bits"
+    return found
+
+
+def _is_for_tables(
+    rule: Mapping[str, Any], name: str, config: DaqConfig, modules: dict[str, nn.Module], owners: dict[str, str]
+) -> bool:
+    """Whether a rule decides about this embedding. One that gives bits to other layers too does so only where embeddings have
+    bits without it."""
+    if not pattern_matches(rule["pattern"], name):
+        return False
+    others = (key for key, module in modules.items() if not isinstance(module, nn.Embedding) and key not in owners)
+    return config.embedding_bits is not None or not any(pattern_matches(rule["pattern"], key) for key in others)
+
+
+def _bits_of_table(rule: Mapping[str, Any], config: DaqConfig) -> int | None:
+    bits: int | None = rule.get("weight_bits", rule.get("bits", config.embedding_bits))
+    return bits
+
+
 def _saved_bytes(module: Any, row: PlannedLayer, config: DaqConfig) -> int:
     """By how many bytes a layer gets smaller when it is packed."""
     assert row.weight_bits is not None
-    shape = LAYER_TYPES[type(module)].weight_shape(module)
-    packed = packed_bytes(math.prod(shape), row.weight_bits, config.scale_count(shape))
+    quantized_class = LAYER_TYPES[type(module)]
+    shape = quantized_class.weight_shape(module)
+    packed = packed_bytes(math.prod(shape), row.weight_bits, quantized_class.config_of(config).scale_count(shape))
     if row.activation_bits is not None:
         packed += 8  # bounds of the inputs, both in float32
-    if module.bias is None and config.bias_correction and isinstance(module, nn.Conv2d):
+    if isinstance(module, nn.Conv2d) and module.bias is None and config.bias_correction:
         packed += shape[0] * module.weight.itemsize
     own: int = sum(value.nbytes for name, value in module.named_parameters(recurse=False) if name != "bias")
     return own - packed
 
 
-def _check_resolved(layers: Any, modules: dict[str, nn.Module], fixed: dict[str, str]) -> None:
+def _check_resolved(layers: Any, modules: dict[str, nn.Module], fixed: dict[str, str], owners: dict[str, str]) -> None:
     convertible = [name for name, module in modules.items() if type(module) in LAYER_TYPES]
     for name in layers:
         if name not in convertible:
@@ -206,24 +286,40 @@ def _check_resolved(layers: Any, modules: dict[str, nn.Module], fixed: dict[str,
             )
         if name in fixed:
             raise ConfigError(f"the config quantizes layer {name!r}, but in this model it {fixed[name]}")
+        owner = owners.get(name, name)
+        if layers[name]["activation_bits"] is not None and isinstance(modules[owner], nn.Embedding):
+            raise ConfigError(
+                f"the config gives activation_bits to layer {name!r}, which computes with the weight of an embedding: its input "
+                "is not quantized, activation_bits=None"
+            )
+        if owner not in layers or dict(layers[owner]) != dict(layers[name]):
+            raise ConfigError(
+                f"the config quantizes layer {name!r}, but in this model it shares its weight with {owner!r}, which the config "
+                "does not quantize alike"
+            )
 
 
-def _check_patterns(config: DaqConfig, modules: dict[str, nn.Module]) -> None:
+def _check_patterns(
+    config: DaqConfig, modules: dict[str, nn.Module], refused: dict[str, str], owners: dict[str, str]
+) -> None:
     names = list(modules)
     for pattern in [*config.modules_to_not_convert, *(rule["pattern"] for rule in config.rules)]:
         if not any(pattern_matches(pattern, name) for name in names):
             hint = did_you_mean(pattern, names) or f"; layers are named like {', '.join(map(repr, names[:3]))}"
             raise ConfigError(f"pattern {pattern!r} matches no layer of the model{hint}")
+    tables = _bits_of_tables(config, modules, owners)
+    quantized = {name for name, (bits, _) in tables.items() if bits is not None and name not in refused}
     for rule in config.rules:
         if not rule.get("skip"):
-            _check_bits_rule(rule["pattern"], modules)
+            _check_bits_rule(rule["pattern"], modules, quantized)
 
 
-def _check_bits_rule(pattern: str, modules: dict[str, nn.Module]) -> None:
+def _check_bits_rule(pattern: str, modules: dict[str, nn.Module], tables: set[str]) -> None:
     """Refuse bits for nothing but layers that stay in float."""
     matched = [(name, module) for name, module in modules.items() if pattern_matches(pattern, name)]
-    if any(type(module) in LAYER_TYPES for _, module in matched):
-        return
+    for name, module in matched:
+        if type(module) in LAYER_TYPES and (name in tables or not isinstance(module, nn.Embedding)):
+            return
     shown = ", ".join(f"{name!r} ({type(module).__name__})" for name, module in matched[:3])
     more = f" and {len(matched) - 3} more" if len(matched) > 3 else ""
     raise ConfigError(

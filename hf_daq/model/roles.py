@@ -7,7 +7,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from functools import cache
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..nn.layers import LAYER_TYPES
+from ..nn.tied import TIED_TYPES
 from .traced import likely_ends, traced_ends
 
 _ROUTER_NAMES = ("gate", "shared_expert_gate", "router")
@@ -129,9 +130,52 @@ def bypassed_layers(model: nn.Module) -> dict[str, str]:
     }
 
 
+def refused_tables(model: nn.Module) -> dict[str, str]:
+    """Names of embeddings with an option that quantized ones have not, with the reason."""
+    options = ("max_norm", "sparse", "scale_grad_by_freq")
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and (
+            option := next((key for key in options if getattr(module, key)), None)
+        ):
+            found[name] = f"has {option}={getattr(module, option)!r}, and no quantized form"
+    return found
+
+
+def tied_tables(model: nn.Module, refused: Container[str]) -> dict[str, str]:
+    """Layers that share one weight, which can be quantized for all of them: name -> the first embedding among them.
+
+    Args:
+        refused: names of layers that cannot be quantized.
+    """
+    modules = dict(model.named_modules())
+    groups: dict[str, set[str]] = {}
+    for one, other in _tied_pairs(model):
+        names = {name.removesuffix(".weight") for name in (one, other)}
+        if one.endswith(".weight") and other.endswith(".weight"):
+            group = set().union(names, *(groups.get(name, ()) for name in names))
+            groups |= dict.fromkeys(group, group)
+    found = {}
+    for name, group in groups.items():
+        tables = [other for other in modules if other in group and isinstance(modules[other], nn.Embedding)]
+        fit = all(type(modules.get(other)) in TIED_TYPES and other not in refused for other in group)
+        if tables and fit:
+            found[name] = tables[0]
+    return found
+
+
 def tied_layers(model: nn.Module) -> dict[str, str]:
     """Names of layers whose weight belongs to another module too, with the reason."""
     tied = {}
+    for target, source in _tied_pairs(model):
+        for one, other in ((target, source), (source, target)):
+            if one.endswith(".weight"):
+                tied[one.removesuffix(".weight")] = f"shares its weight with {other.removesuffix('.weight')}"
+    return tied
+
+
+def _tied_pairs(model: nn.Module) -> list[tuple[str, str]]:
+    """Names of parameters that are, or will be, one."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
@@ -139,11 +183,7 @@ def tied_layers(model: nn.Module) -> dict[str, str]:
     # While transformers loads a model, its weights are not tied yet.
     pairs = list(getattr(model, "all_tied_weights_keys", {}).items())
     pairs += [(name, names[0]) for names in owners.values() for name in names[1:]]
-    for target, source in pairs:
-        for one, other in ((target, source), (source, target)):
-            if one.endswith(".weight"):
-                tied[one.removesuffix(".weight")] = f"shares its weight with {other.removesuffix('.weight')}"
-    return tied
+    return pairs
 
 
 def computed_weights(model: nn.Module) -> dict[str, str]:

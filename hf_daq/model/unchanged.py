@@ -62,6 +62,11 @@ def check_unchanged(model: nn.Module, adapters: bool = False) -> None:
                 f"layer {name!r} is not what model.daq_config says: {bits}, packed={config.packed}; {_AGAIN}"
             )
     for name, layer in layers.items():
+        if layer.owner is not None and (layers.get(layer.owner.daq_name) is not layer.owner or not _is_tied(layer)):
+            raise ModelError(
+                f"layer {name!r} does not share its weight with {layer.owner.daq_name!r} any more, as it did when both were "
+                f"quantized as one; write model.tie_weights(), or {_AGAIN.removeprefix('write ')}"
+            )
         if name not in (config.layers or {}):
             raise ModelError(
                 f"the model has changed since apply_daq: its layer {layer.daq_name!r} is {name!r} now, which model.daq_config "
@@ -111,6 +116,10 @@ def check_opens(tensors: Mapping[str, Tensor], build: Callable[[], nn.Module]) -
 
 def _bits(layer: DaqLayer) -> dict[str, int | None]:
     return {"weight_bits": layer.weight_bits, "activation_bits": None if layer.a_quant is None else layer.a_quant.bits}
+
+
+def _is_tied(layer: Any) -> bool:
+    return layer.w_quant is None or layer.weight is layer.owner.weight
 
 
 def _is_adapter(module: Any) -> bool:

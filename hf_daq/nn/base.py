@@ -73,6 +73,11 @@ class DaqLayer(Leaf):
         raise NotImplementedError
 
     @property
+    def owner(self) -> DaqLayer | None:
+        """The embedding whose weight this layer shares; None where it has its own."""
+        return None
+
+    @property
     def input_bits(self) -> int | None:
         """None where the input is not quantized."""
         return None if self.a_quant is None else self.a_quant.bits

@@ -50,3 +50,27 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
             code = code | (columns[:, byte + 1] << (8 - shift))
         codes[:, index] = code & mask
     return codes.flatten()[:count]
+
+
+def unpack_rows(packed: Tensor, bits: int, columns: int, rows: Tensor) -> Tensor:
+    """Rows of the codes of a matrix with `columns` columns, of which no other bytes are read.
+
+    Args:
+        packed: uint8, from `pack_bits` of the matrix.
+        rows: int64, shape (n,).
+
+    Returns:
+        uint8, shape (n, columns).
+    """
+    size = -(-columns // 8) * bits  # bytes of whole eights of codes
+    if columns % 8 == 0:
+        window = packed.view(-1, size).index_select(0, rows)
+    else:  # rows start inside of bytes
+        start = rows * (columns * bits)
+        places = (start >> 3).unsqueeze(1) + torch.arange(size + 1, device=rows.device)
+        found = packed[places.clamp_(max=len(packed) - 1)].to(
+            torch.int32
+        )  # behind the last byte are none of these codes
+        window = ((found[:, :-1] | found[:, 1:] << 8) >> (start & 7).int().unsqueeze(1) & 255).to(torch.uint8)
+    eights = unpack_bits(window.flatten(), bits, len(rows) * size // bits * 8)
+    return eights.view(len(rows), -1)[:, :columns]

@@ -39,7 +39,7 @@ def start_from_weight(quantizer: WeightQuantizer, weight: Tensor, init: str) -> 
     count = quantizer.lower.numel()
     target = rows.float().reshape(count, -1)
     x = ((rows - offset) / unit).float().reshape(count, -1)
-    valid = quantizer.valid(x.device)
+    valid = quantizer.valid(x)
     largest = (x if valid is None else x * valid).abs().amax(1, keepdim=True).clamp_min(1e-3)
     chosen = torch.full_like(largest, 3.0)
     if init == "mse":

@@ -110,6 +110,8 @@ class _IntegerForward:
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         values = self.values
+        if isinstance(self.layer, nn.Embedding):
+            return self._rows(x)
         if values.input_bits is None:
             codes = x.double()
         else:
@@ -119,6 +121,15 @@ class _IntegerForward:
         if values.bias is not None:
             output = output + values.bias.view(_per_channel(self.layer, output))
         return output.to(x.dtype)
+
+    def _rows(self, indices: Tensor) -> Tensor:
+        weight, scale = (
+            nn.functional.embedding(indices, part) for part in (self.values.weight, self.values.weight_scale)
+        )
+        repeats = self.values.group_size or weight.shape[-1]
+        rows = weight * scale.repeat_interleave(repeats, -1)[..., : weight.shape[-1]]
+        output: Tensor = self.layer.scaled(rows.to(self.layer.weight_dtype))
+        return output
 
     def _scaled_sums(self, codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         # Whole numbers in float64, exact far beyond int32: torch has no integer convolution on the CPU.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import timm.layers
 import torch
@@ -46,6 +46,11 @@ class QuantizedLayer(DaqLayer):
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """A float layer: adapters are built with the class of the layer beside them. Copies come without arguments."""
         return cls.float_class(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
+    @classmethod
+    def config_of(cls, config: DaqConfig) -> DaqConfig:
+        """The config of a model as it holds for layers of this class."""
+        return config
 
     def float_weight(self) -> Tensor:
         """The weight the float layer computes with, shape (out, in / groups, ...)."""
@@ -88,11 +93,7 @@ class QuantizedLayer(DaqLayer):
         return self.w_quant.grid
 
     def quantized_forward(self, x: Tensor) -> Tensor:
-        if not self.calibrated:
-            raise CalibrationError(
-                f"layer {self.daq_name!r} is not calibrated; before the first forward write\n"
-                "    with hf_daq.calibrate(model):\n        model(batch)  # a few batches of real inputs"
-            )
+        self._check_calibrated()
         x = x if self.a_quant is None else self.a_quant(x)
         weight = self.quantized_weight()
         bias = self.quantized_bias()
@@ -100,6 +101,13 @@ class QuantizedLayer(DaqLayer):
             with _recomputing(x, weight):
                 return self.compute(x, weight, bias)
         return self.compute(x, weight, bias)
+
+    def _check_calibrated(self) -> None:
+        if not self.calibrated:
+            raise CalibrationError(
+                f"layer {self.daq_name!r} is not calibrated; before the first forward write\n"
+                "    with hf_daq.calibrate(model):\n        model(batch)  # a few batches of real inputs"
+            )
 
     def quantized_weight(self) -> Tensor:
         """The weight the quantized layer computes with, as `float_weight`."""
@@ -268,6 +276,36 @@ class DaqScaledStdConv2dSame(StandardizedConv, timm.layers.ScaledStdConv2dSame):
     pass
 
 
+class DaqEmbedding(QuantizedLayer, nn.Embedding):
+    """Quantizes the rows that it looks up. Every row has bounds of its own.
+
+    scale_attribute: name of what rows are multiplied with, None if they are not; scale_cast: whether in their dtype.
+    """
+
+    bias = None
+    scale_attribute: ClassVar[str | None] = None
+    scale_cast: ClassVar[bool] = False
+
+    @classmethod
+    def config_of(cls, config: DaqConfig) -> DaqConfig:
+        return config.per_row()
+
+    def quantized_forward(self, x: Tensor) -> Tensor:
+        self._check_calibrated()
+        return self.scaled(self.w_quant.looked_up(self.weight, x, self.padding_idx))
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.scaled(F.embedding(x, weight, self.padding_idx))
+
+    def scaled(self, rows: Tensor) -> Tensor:
+        """What the layer gives for the rows that it has looked up."""
+        if self.scale_attribute is None:
+            return rows
+        scale = getattr(self, self.scale_attribute)
+        product: Tensor = rows * (scale.to(rows.dtype) if self.scale_cast else scale)
+        return product
+
+
 LAYER_TYPES: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Linear: DaqLinear,
     timm.layers.Linear: DaqTimmLinear,
@@ -278,6 +316,7 @@ LAYER_TYPES: dict[type[nn.Module], type[QuantizedLayer]] = {
     timm.layers.StdConv2dSame: DaqStdConv2dSame,
     timm.layers.ScaledStdConv2d: DaqScaledStdConv2d,
     timm.layers.ScaledStdConv2dSame: DaqScaledStdConv2dSame,
+    nn.Embedding: DaqEmbedding,
 }
 for _float_type, _quantized_type in LAYER_TYPES.items():
     _quantized_type.float_class = _float_type
@@ -292,6 +331,7 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
 def quantize_layer(layer: Any, name: str, config: DaqConfig, weight_bits: int, activation_bits: int | None) -> None:
     """Turn a float layer into its quantized form, in place. Its type must be a key of `LAYER_TYPES`."""
     device, quantized_class = layer.weight.device, LAYER_TYPES[type(layer)]
+    config = quantized_class.config_of(config)
     shared: dict[str, Any] = {"rounding": config.rounding, "temperature": config.temperature, "device": device}
     w_quant = WeightQuantizer(
         weight_bits,
@@ -301,7 +341,7 @@ def quantize_layer(layer: Any, name: str, config: DaqConfig, weight_bits: int, a
         grid=config.grid(weight_bits),
         scale_dtype=config.scale_dtype,
         # A class of transformers has no place for the bias of a linear layer that had none, nor have exported files.
-        shift=config.bias_correction and (layer.bias is not None or isinstance(layer, nn.Conv2d)),
+        shift=config.bias_correction and (getattr(layer, "bias", None) is not None or isinstance(layer, nn.Conv2d)),
         normalization=config.weight_normalization,
         gamma=config.weight_gamma,
         sigma=config.weight_sigma,
@@ -323,8 +363,9 @@ def quantize_layer(layer: Any, name: str, config: DaqConfig, weight_bits: int, a
 def restore_layer(layer: QuantizedLayer) -> None:
     """Inverse of `quantize_layer`: the float class, without quantizers."""
     float_class: Any = layer.float_class
-    del layer.w_quant, layer.a_quant
-    for name in ("daq_name", "low_memory", "_kept", "_sharded"):
+    for name in ("w_quant", "a_quant"):
+        layer._modules.pop(name, None)
+    for name in ("daq_name", "low_memory", "owners", "_kept", "_sharded"):
         layer.__dict__.pop(name, None)
     change_class(layer, float_class)
 

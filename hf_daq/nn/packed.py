@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..config import DaqConfig
 from ..errors import ModelError
 from .base import DaqLayer
-from .bitpack import packed_size
+from .bitpack import packed_size, unpack_rows
 from .codes import Coded, encode
-from .layers import LAYER_TYPES, quantize_layer
+from .layers import LAYER_TYPES, QuantizedLayer, quantize_layer
 from .onednn import Prepared
 from .paths import PATHS, path_of
 from .swap import change_class
@@ -124,19 +126,47 @@ class PackedLayer(DaqLayer):
         return f"{super().extra_repr()}, bits={self.weight_bits}".removeprefix(", ")
 
 
+class PackedTable(PackedLayer):
+    """Reads the codes of the rows that it looks up."""
+
+    bias = None
+    scaled: Callable[[Tensor], Tensor]  # of the quantized class
+
+    def quantized_forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten()
+        scale = F.embedding(rows, self.weight_scale.view(self.shape[0], -1))  # refuses indices that are out of range
+        if x.numel() == 0:
+            return scale.new_empty(*x.shape, self.shape[1], dtype=self.weight_dtype)
+        codes = unpack_rows(self.weight_codes, self.weight_bits, self.shape[1], rows.long())
+        weight = self.coded()._replace(scale=scale.flatten()).weight_of(codes, self.weight_dtype)
+        return self.scaled(weight.view(*x.shape, -1))
+
+
 def _packed_class(quantized_class: Any) -> type[PackedLayer]:
     float_class = quantized_class.float_class
-    names = ("float_class", "compute", "stored", "standardizes", "same_pad")
+    base = PackedTable if issubclass(float_class, nn.Embedding) else PackedLayer
+    names = ["float_class", "compute", "stored", "standardizes", "same_pad"]
+    if base is PackedTable:
+        names += ["scaled", "scale_attribute", "scale_cast", "__reduce_ex__"]
     taken = {name: getattr(quantized_class, name) for name in names}
     name = quantized_class.__name__.replace("Daq", "Packed")  # timm's Linear and torch's have one name
-    return type(name, (PackedLayer, float_class), {**taken, "__module__": __name__})
+    return type(name, (base, float_class), {**taken, "__module__": __name__})
 
 
-_PLAIN = ("weight_bits", "weight_grid", "shape", "group_size", "has_bias", "weight_dtype")
-PACKED_TYPES = {quantized: _packed_class(quantized) for quantized in LAYER_TYPES.values()}
-for _packed_type in PACKED_TYPES.values():
-    register_notrace_module(_packed_type)
-globals().update({packed.__name__: packed for packed in PACKED_TYPES.values()})
+PLAIN = ("weight_bits", "weight_grid", "shape", "group_size", "has_bias", "weight_dtype")
+PACKED_TYPES: dict[type[QuantizedLayer], type[PackedLayer]] = {}
+
+
+def add_packed(float_class: type[nn.Module]) -> None:
+    """Make the packed class for a float one of `LAYER_TYPES`."""
+    quantized_class = LAYER_TYPES[float_class]
+    packed = PACKED_TYPES[quantized_class] = _packed_class(quantized_class)
+    register_notrace_module(packed)
+    globals()[packed.__name__] = packed
+
+
+for _float_class in LAYER_TYPES:
+    add_packed(_float_class)
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
@@ -158,24 +188,34 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def pack_layer(layer: Any, values: bool = True) -> None:
-    """Turn a quantized layer into its packed form, in place. Without `values` there are none yet."""
+    """Turn a quantized layer into its packed form, in place. Without `values` there are none yet. A layer that is tied to
+    another comes before it."""
     quantizer, dtype, device = layer.w_quant, layer.weight.dtype, layer.weight.device
+    own = layer.owner is None
     bits, shape, group_size, has_bias = quantizer.bits, layer.weight_shape(), layer.group_size, layer.has_bias
-    if values:
+    if not own:
+        codes = scale = None
+    elif values:
         codes, scale = encode(layer.codes(), bits), layer.weight_scale.float().clone()
     else:
         codes = torch.zeros(packed_size(math.prod(shape), bits), dtype=torch.uint8, device=device)
         scale = torch.full(quantizer.scale.shape, torch.nan, dtype=torch.float32, device=device)
     bias = layer.quantized_bias()
+    if own:
+        bias = (
+            None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
+        )  # else it is the one that it was
     for name in list(layer._parameters):
         delattr(layer, name)
-    del layer.w_quant
+    layer._modules.pop("w_quant", None)
     for name in ("low_memory", "_kept", "_sharded"):
         layer.__dict__.pop(name, None)
     change_class(layer, PACKED_TYPES[type(layer)])
-    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.clone(), requires_grad=False))
-    layer.register_buffer("weight_codes", codes)
-    layer.register_buffer("weight_scale", scale)
+    if not isinstance(layer, PackedTable):
+        layer.register_parameter("bias", bias)
+    if own:
+        layer.register_buffer("weight_codes", codes)
+        layer.register_buffer("weight_scale", scale)
     layer.weight_bits, layer.weight_grid, layer.shape, layer.weight_dtype = bits, quantizer.grid, shape, dtype
     layer.group_size, layer.has_bias = group_size, has_bias
     if layer.a_quant is not None:
@@ -190,11 +230,13 @@ def unpack_layer(layer: Any, config: DaqConfig) -> None:
     if a_quant is not None:
         largest = largest / a_quant.span.to(scale.dtype)
     layer._forget()
-    for key in ("weight_codes", "weight_scale", "a_quant", "bias", *_PLAIN):
+    table = isinstance(layer, PackedTable)
+    for key in ("weight_codes", "weight_scale", "a_quant", *(() if table else ("bias",)), *PLAIN):
         delattr(layer, key)
     change_class(layer, layer.float_class)
     layer.weight = nn.Parameter(weight)
-    layer.register_parameter("bias", nn.Parameter(bias) if has_bias else None)
+    if not table:
+        layer.register_parameter("bias", nn.Parameter(bias) if has_bias else None)
     quantize_layer(layer, name, config, bits, None)
     layer.a_quant = a_quant
     quantizer = layer.w_quant

@@ -212,27 +212,29 @@ class WeightQuantizer(Quantizer):
         flat = rows.view(shape[0], -1)
         return flat[:, : flat.shape[1] - self.padding].reshape(shape)
 
-    def valid(self, device: torch.device) -> Tensor | None:
-        """1 where `rows` holds a weight and 0 where it holds padding, shape (rows, group_size); None without padding."""
+    def valid(self, rows: Tensor) -> Tensor | None:
+        """1 where `rows` hold a weight and 0 where they hold padding, shape (rows, group_size); None without padding."""
         if self.padding == 0:
             return None
-        flat = torch.arange(self.groups * self.group_size, device=device) < self.groups * self.group_size - self.padding
-        return flat.float().view(self.groups, -1).repeat(self.lower.numel() // self.groups, 1)
+        count = self.groups * self.group_size
+        flat = torch.arange(count, device=rows.device) < count - self.padding
+        return flat.float().view(self.groups, -1).repeat(len(rows) // self.groups, 1)
 
     def statistics(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Offset and unit of the bounds for this weight, from `rows`, each broadcastable to it. No gradient."""
         rows = rows.detach()
-        dims = tuple(range(0 if self.granularity == "tensor" else 1, rows.ndim))
-        count: Tensor | int = rows.numel() // self.lower.numel()
+        whole = self.granularity == "tensor"
+        dims = tuple(range(0 if whole else 1, rows.ndim))
+        count: Tensor | int = rows.numel() if whole else math.prod(rows.shape[1:])
         if self.padding:
             sizes = torch.full((self.groups, 1), float(self.group_size), device=rows.device)
             sizes[-1] -= self.padding
             count = sizes.repeat(len(rows) // self.groups, 1)
         wide_dtype = torch.promote_types(rows.dtype, torch.float32)
-        offset = torch.zeros((len(self.lower),) + (1,) * (rows.ndim - 1), device=rows.device, dtype=wide_dtype)
+        offset = torch.zeros((1 if whole else len(rows), *(1,) * (rows.ndim - 1)), device=rows.device, dtype=wide_dtype)
         if self.normalization == "standardize":
             offset = rows.sum(dims, keepdim=True, dtype=wide_dtype) / count
-            valid = self.valid(rows.device)
+            valid = self.valid(rows)
             rows = rows - offset if valid is None else (rows - offset) * valid
             count = torch.clamp(count - 1, min=1) if isinstance(count, Tensor) else max(count - 1, 1)
         unit = _norm(rows, dims) / count**0.5
@@ -252,20 +254,40 @@ class WeightQuantizer(Quantizer):
         return self.unrows((rows - start) / (end - start) * self.levels, weight.shape)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return self._quantized(weight, self.output_scale, self._options(weight))
+        return self._quantized(weight, self.lower, self.upper, self.output_scale, self._options(weight))
+
+    def looked_up(self, table: Tensor, indices: Tensor, padding_idx: int | None) -> Tensor:
+        """Rows of a quantized table, of which only these are quantized: `F.embedding(indices, self(table), padding_idx)`,
+        with its gradients, and under autocast too in the dtype of the table. The granularity is not "tensor".
+
+        Args:
+            table: shape (rows, columns).
+            indices: integers of any shape.
+            padding_idx: row that learns nothing; None without one.
+        """
+        flat = indices.flatten()
+        weight = F.embedding(flat, table, padding_idx)
+        if flat.numel() > 0:
+            values = (value.view(len(table), -1) for value in (self.lower, self.upper, self.output_scale))
+            lower, upper, scale = (F.embedding(flat, value, padding_idx).flatten() for value in values)
+            weight = self._quantized(weight, lower, upper, scale, self._options(weight) | {"dtype": weight.dtype})
+        return weight.view(*indices.shape, table.shape[1])
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> Tensor:
         """The codes q of a weight, uint8 of its shape."""
         options = self._options(weight) | {"rounding": "ste", "dtype": None}
-        centered = self._quantized(wide(weight), torch.full_like(self.scale, self.center), options)
+        scale = torch.full_like(self.scale, self.center)
+        centered = self._quantized(wide(weight), self.lower, self.upper, scale, options)
         codes: Tensor = (centered + self.center).round_().to(torch.uint8)
         return codes
 
-    def _quantized(self, weight: Tensor, scale: Tensor, options: dict[str, Any]) -> Tensor:
+    def _quantized(
+        self, weight: Tensor, lower: Tensor, upper: Tensor, scale: Tensor, options: dict[str, Any]
+    ) -> Tensor:
         rows = self.rows(weight)
         offset, unit = (value.view(-1) for value in self.statistics(rows))
-        quantized = quantize_weight(rows, self.lower, self.upper, scale, offset, unit, **options)
+        quantized = quantize_weight(rows, lower, upper, scale, offset, unit, **options)
         return self.unrows(quantized, weight.shape)
 
 

@@ -32,7 +32,7 @@ def settled(model: nn.Module, gathered: Mapping[str, Tensor] | None = None) -> M
     replaced: dict[int, Tensor] = {}
     for name, layer in quantized_layers(model).items():
         weight = tensors.get(f"{name}.weight")
-        if weight is None or weight.is_meta or not layer.calibrated:
+        if layer.owner is not None or weight is None or weight.is_meta or not layer.calibrated:
             continue
         moved = _settled_weight(_with_tensors(layer, name, tensors))
         if not torch.equal(moved, weight):

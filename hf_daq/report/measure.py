@@ -69,8 +69,7 @@ class Measurement:
     first calls of all layers, None if there was none.
 
     largest_channel: root mean square of the weights of the largest output channel, by that of the median one.
-    signal, noise: sums of squares of the float layer's output, and of its difference to the quantized one's; energy: of
-        the inputs.
+    signal, noise: sums of squares of the float layer's output, and of its difference to the quantized one's.
     distinct_weights, distinct_inputs: distinct values the layer computes with, the most under one scale, and in one call.
     bad_weights, bad_inputs, bad_outputs: how many are NaN or infinite.
     path, path_error: packed layers only: the way the last call took, and the largest relative difference of the outputs to
@@ -95,7 +94,7 @@ class Measurement:
         self.clipped_inputs = self.negative_inputs = self.distinct_weights = self.distinct_inputs = (
             self.weight_codes
         ) = 0
-        self.signal = self.noise = self.energy = 0.0
+        self.signal = self.noise = 0.0
         self.bypassed = 0
         self.path: str | None = None
         self.path_error: float | None = None
@@ -149,10 +148,10 @@ class Measurement:
         self.outputs += output.numel()
         self.bad_inputs += bad
         self.bad_outputs += count_bad(output)
-        self.macs += output.numel() * math.prod(self.shape[1:])
+        if not isinstance(self.layer, nn.Embedding):
+            self.macs += output.numel() * math.prod(self.shape[1:])
         if bad or not self.usable:
             return
-        self.energy += squares(x)
         if self.a_quant is not None:
             self._look_at_inputs(self.a_quant, x)
         if self.w_quant is None:
@@ -201,7 +200,9 @@ class Measurement:
 
     @property
     def bytes(self) -> int:
-        """Of codes and scales in a packed file."""
+        """Of codes and scales in a packed file; 0 where they are those of an embedding."""
+        if self.layer.owner is not None:
+            return 0
         return packed_bytes(self.parameters, self.weight_bits, self.scale.numel())
 
 

@@ -67,7 +67,8 @@ class Monitor:
                 f"every={every}: the {window} steps of a window and the one before it make every={window + 1} the least"
             )
         self.every, self.window, self.per_layer = every, window, per_layer
-        self.layers = {_plain(name): layer for name, layer in quantized_layers(model).items()}
+        layers = quantized_layers(model).items()
+        self.layers = {_plain(name): layer for name, layer in layers if layer.owner is None}
         if not self.layers:
             packed = "hf_daq.unpack(model) makes a packed one trainable" if packed_layers(model) else "apply_daq first"
             raise ModelError(f"Monitor found no quantized layer that trains in {type(model).__name__}: {packed}")

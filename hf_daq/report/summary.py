@@ -212,7 +212,8 @@ def _totals(
     weights: dict[str, int] = {}
     macs: dict[str, int] = {}
     for found, layer in zip(measured, layers, strict=True):
-        weights[found.bits] = weights.get(found.bits, 0) + layer.parameters
+        own = layer.parameters if found.layer.owner is None else 0
+        weights[found.bits] = weights.get(found.bits, 0) + own
         macs[found.bits] = macs.get(found.bits, 0) + (layer.macs or 0)
     quantized = sum(macs.values())
     macs["float"] = sum(layer.macs or 0 for layer in kept)
@@ -239,6 +240,9 @@ def _totals(
 def _sizes(found: Measurement) -> tuple[int, int]:
     """Bytes of all that a layer holds, in float and packed."""
     layer = found.layer
+    if layer.owner is not None:
+        bias = found.shape[0] * found.dtype.itemsize if layer.has_bias else 0
+        return bias, bias
     if found.w_quant is None:
         before = (found.parameters + (found.shape[0] if layer.has_bias else 0)) * found.dtype.itemsize
         return before, _size(saved_tensors(layer))
