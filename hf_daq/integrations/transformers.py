@@ -102,7 +102,8 @@ class DaqHfQuantizer(HfQuantizer):
         patch(model, config.replace(dequantize=False))
         _tie_what_has_weights(model)
         for layer in packed_layers(model).values():
-            layer._is_hf_initialized = True  # transformers would read the weight of every layer to initialize it
+            if not layer._non_persistent_buffers_set:  # which no file has
+                layer._is_hf_initialized = True  # transformers would read the weight of every layer to initialize it
         self.shapes = {
             f"{name}.{key}": tuple(tensor.shape)
             for name, layer in daq_layers(model).items()

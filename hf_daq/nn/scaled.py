@@ -45,7 +45,12 @@ def _scale_of(kind: Any) -> tuple[str, bool] | None:
     name, text = tree.args.args[1].arg, ast.unparse(statements[0]) if len(statements) == 1 else ""
     before = f"return super().forward({name}) * self."
     attribute = text.removeprefix(before).removesuffix(".to(self.weight.dtype)")
-    if kind.__bases__ != (nn.Embedding,) or not text.startswith(before) or not attribute.isidentifier():
+    if (
+        kind.__bases__ != (nn.Embedding,)
+        or not text.startswith(before)
+        or not attribute.isidentifier()
+        or attribute == "weight"
+    ):
         return None
     return attribute, text.endswith(")")
 
