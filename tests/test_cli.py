@@ -399,7 +399,7 @@ def test_terminal_shows_names_and_figures_whole(folders, columns):
 def test_summary_and_health_in_80_columns(folders, tmp_path):
     model = hf_daq.from_pretrained(folders / "bert")
     with torch.no_grad():
-        model.bert.encoder.layer[1].intermediate.dense.a_quant.upper.mul_(1000)
+        model.bert.encoder.layer[1].intermediate.dense.w_quant.scale.mul_(1000)
     hf_daq.save_pretrained(model, tmp_path / "broken", probe={"input_ids": tokens()})
     shown, code = on_terminal(80, "summary", tmp_path / "broken", "--health")
     assert code == 1
