@@ -25,7 +25,7 @@ from .nn.layers import QuantizedLayer, evaluating, quantized_layers, replaced_fo
 from .nn.moments import Moments
 from .nn.observers import all_reduce
 from .nn.packed import packed_layers
-from .nn.quantizers import is_shard
+from .nn.quantizers import is_shard, processes
 
 logger = logging.getLogger("hf_daq")
 _MEMORY = 2**29  # bytes of the inputs of one layer, over both networks
@@ -244,7 +244,7 @@ class _Sweep:
     def _moments(self, layer: QuantizedLayer, chunks: list[_Chunk]) -> Moments:
         there = [chunk for chunk in chunks if chunk.quantized.layer is layer]
         same = [weakref.ref(walk.x) for chunk in there for walk in chunk.walks if walk.x is not None]
-        known = layer.a_quant is None and not isinstance(layer, nn.Conv2d)
+        known = layer.a_quant is None and not isinstance(layer, nn.Conv2d) and processes() == 1
         if known and self.last is not None and _same(self.last[0], same):
             return self.last[1]
         moments = Moments(layer, layer.weight_shape())
