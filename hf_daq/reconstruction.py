@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -25,7 +24,7 @@ from .nn.layers import QuantizedLayer, evaluating, quantized_layers, replaced_fo
 from .nn.moments import Moments
 from .nn.observers import all_reduce
 from .nn.packed import packed_layers
-from .nn.quantizers import is_shard, processes
+from .nn.quantizers import is_shard
 
 logger = logging.getLogger("hf_daq")
 _MEMORY = 2**29  # bytes of the inputs of one layer, over both networks
@@ -146,7 +145,6 @@ class _Sweep:
         self.model, self.layers, self.batches = model, layers, batches
         self.todo: dict[nn.Module, int] = {}
         self.float_weights: dict[nn.Module, Tensor] = {}
-        self.last: tuple[list[Any], Moments] | None = None
 
     def run(self, progress: bool | None) -> None:
         self.todo = self._order()
@@ -243,24 +241,13 @@ class _Sweep:
 
     def _moments(self, layer: QuantizedLayer, chunks: list[_Chunk]) -> Moments:
         there = [chunk for chunk in chunks if chunk.quantized.layer is layer]
-        same = [weakref.ref(walk.x) for chunk in there for walk in chunk.walks if walk.x is not None]
-        known = layer.a_quant is None and not isinstance(layer, nn.Conv2d) and processes() == 1
-        if known and self.last is not None and _same(self.last[0], same):
-            return self.last[1]
         moments = Moments(layer, layer.weight_shape())
         for number, chunk in enumerate(there):
             for half, x, exact in chunk.inputs(layer, number % 2):
                 q = x if layer.a_quant is None else layer.a_quant(x) * layer.a_quant.span.to(x.dtype)
                 moments.add(half, q, exact, moments.limit // (2 * len(there)) + 1)
         moments.reduce()
-        self.last = (same, moments) if known else None
         return moments
-
-
-def _same(some: list[Any], others: list[Any]) -> bool:
-    """Whether weak references are to the same tensors."""
-    alike = len(some) == len(others) > 0
-    return alike and all(one() is not None and one() is other() for one, other in zip(some, others, strict=True))
 
 
 @contextmanager
