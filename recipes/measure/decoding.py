@@ -10,7 +10,7 @@ each model is opened in a process of its own, and the table has
     prefill, s           CPU time of the prompt of `--prompt` tokens, the shortest of three
     tokens/s             of generate, batch 1, for `--tokens` tokens after the prompt
     MiB                  resident after that, over what the process took before it opened the model
-    error, float32       relative, of the logits of the prompt in float32, to those of the quantized model bit for bit
+    error, float32       relative, of the logits of the first tokens in float32, to those of the quantized model bit for bit
 """
 
 import argparse
@@ -80,9 +80,10 @@ def measure(folder: Path, dtype: str, args: argparse.Namespace) -> dict[str, Any
         row = {"open, s": opening, "prefill, s": prefill, "tokens/s": (args.tokens - 1) / (generate - prefill)}
         row["MiB"] = (memory().rss - before) / 2**20
         if dtype == "float32" and hasattr(model, "daq_config"):
-            found = model(prompt).logits
+            few = prompt[:, :8]  # more rows meet the same weights in float
+            found = model(few).logits
             with bit_for_bit():
-                expected = model(prompt).logits
+                expected = model(few).logits
             row["error, float32"] = ((found - expected).norm() / expected.norm()).item()
     return row
 
