@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import DaqError, ExportError
-from ..files.atomic import replace_file
 from ..model.batch import Inputs
 from ..model.unchanged import check_unchanged
 from ..nn.base import check_calibrated
 from ..nn.layers import evaluating
 from ..nn.packed import daq_layers
+from .onnx_cache import name_dimensions, with_cache
 from .onnx_emission import emitting
 from .onnx_exact import check_exact
+from .onnx_files import LARGEST_FILE, size_of, write_file
 from .onnx_metadata import input_shapes, write_metadata
 from .onnx_verify import RUNTIMES, OnnxRuntime, Report, judge, verify_file
 
 _TALKATIVE = "torch.onnx", "onnxscript", "torch.export", "torch.fx", "torch.utils.cpp_extension"
-_LARGEST_FILE = 2**31 - 2**20
 _CANNOT = (
     "torch.onnx cannot export this model (it must be free of Python branches on values of tensors, and of numpy; "
     "wrap what cannot be traced in a module of its own and export the rest)"
@@ -45,6 +45,7 @@ def export_onnx(
     runtime: str = "onnxruntime",
     int8_outputs: bool = False,
     int8_inputs: bool = False,
+    cache: bool = False,
     opset: int = 21,
     verify: bool = True,
     runtimes: Sequence[str] | None = None,
@@ -69,7 +70,8 @@ def export_onnx(
 
     Args:
         model: in float32. It is traced in evaluation and left as it was.
-        path: the file to write; replaced once everything has passed.
+        path: the file to write; replaced once everything has passed. Above 2 GiB the tensors are in a second file beside
+            it, `model.onnx.data`.
         inputs: real data, float32 images or integer tokens: a tensor, a tuple or a mapping, each tensor with the same
             number of rows, 2 at least. Two rows are traced; the number of rows stays free in the file, and the length
             of token sequences too where the model allows. All are used to verify and for the ranges of `int8_outputs`;
@@ -85,6 +87,9 @@ def export_onnx(
             slowly otherwise.
         int8_inputs: for ONNX Runtime, linear layers with weights alone: it rounds their inputs to 8 bits, block by block
             of columns, inside of the products. Not exact, with an error of some percent, and several times as fast.
+        cache: of a decoder, keys and values are inputs and outputs too, so that the file generates: `input_ids`,
+            `attention_mask` of all tokens, `position_ids` where the decoder takes them, `past_key_values.0.key`,
+            `past_key_values.0.value`, ... of any length, also 0; and `logits`, `present.0.key`, ...
         opset: 21 or higher.
         verify: run all inputs through the runtimes and compare.
         runtimes: those to compare with, of "onnxruntime" and "openvino"; None for those that the file is for: ONNX Runtime
@@ -114,15 +119,19 @@ def export_onnx(
     if "daq_config" in vars(model):
         check_unchanged(model)
     batch.to(next(model.parameters()).device)
-    with _inference(model):
+    decoder = model
+    with _inference(decoder):
+        if cache:
+            model, batch = with_cache(decoder, batch)
         emitted = emitting(model, layers, int8_outputs and weights == "int8", runtime == "onnxruntime", int8_inputs)
         proto = _exported(model, emitted, batch, opset)
         with _explained("the traced graph cannot be rewritten; report it, with the model"):
             _rewrite(proto, batch, weights, int8_outputs, runtime)
-        write_metadata(proto, model, layers)
-        _check_size(proto.ByteSize())
+        if cache:
+            name_dimensions(proto)
+        write_metadata(proto, decoder, layers)
         exact = not (int8_outputs or int8_inputs)
-        report = Report(path, proto.ByteSize(), weights, int8_outputs, int8_inputs, inputs=input_shapes(proto))
+        report = Report(path, size_of(proto), weights, int8_outputs, int8_inputs, inputs=input_shapes(proto))
         if verify:
             with _explained("the file cannot be compared with the model; report it, with the model"):
                 verify_file(report, model, layers, proto, batch, chosen)
@@ -130,8 +139,7 @@ def export_onnx(
                     check_exact(report, model, layers, proto, batch)
             judge(report, model, batch, min_agreement, max_error)
             report.passed = True
-    contents = proto.SerializeToString()
-    replace_file(path, lambda temporary: temporary.write_bytes(contents))
+    report.bytes = write_file(proto, path)
     return report
 
 
@@ -178,11 +186,6 @@ def _check_int8_inputs(layers: Mapping[str, Any], int8_inputs: bool, runtime: st
         )
 
 
-def _check_size(size: int) -> None:
-    if size > _LARGEST_FILE:
-        raise ExportError(f"the file would have {size / 2**30:.1f} GiB; one ONNX file holds 2 GiB at most")
-
-
 @contextmanager
 def _inference(model: Any) -> Iterator[None]:
     """Inside, the model computes as in evaluation, without gradients and without a cache of keys and values."""
@@ -215,6 +218,7 @@ def _exported(model: nn.Module, emitted: AbstractContextManager[None], batch: In
                     args,
                     kwargs=kwargs,
                     dynamic_shapes=batch.shapes(sequence),
+                    input_names=batch.names,
                     output_names=names,
                     opset_version=opset,
                     dynamo=True,
@@ -222,8 +226,6 @@ def _exported(model: nn.Module, emitted: AbstractContextManager[None], batch: In
                 )
                 break
     assert program is not None
-    found: Any = program.model.graph.initializers.values()
-    _check_size(sum(value.const_value.nbytes for value in found))
     return program.model_proto
 
 
@@ -298,7 +300,8 @@ def _rewrite(proto: Any, batch: Inputs, weights: str, int8_outputs: bool, runtim
         storage.dequantize_at_load(graph)
     passes.share_constants(graph)
     passes.drop_traces(graph)
-    onnx.checker.check_model(proto)
+    if size_of(proto) <= LARGEST_FILE:
+        onnx.checker.check_model(proto)
 
 
 def _output_ranges(graph: Any, batch: Inputs) -> dict[str, tuple[float, float]]:

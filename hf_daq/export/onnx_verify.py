@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import ExportError
 from ..model.batch import Inputs, outputs_of
 from ..nn.integers import integer_arithmetic
+from .onnx_files import readable
 
 _REFERENCE = "integers, PyTorch"
 _FINE = """\
@@ -243,10 +244,8 @@ class OnnxRuntime:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = torch.get_num_threads()
-        with _loading("ONNX Runtime"):
-            self.session = onnxruntime.InferenceSession(
-                proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
+        with _loading("ONNX Runtime"), readable(proto) as source:
+            self.session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         self.inputs = [value.name for value in self.session.get_inputs()]
         self.names = names
 
@@ -264,8 +263,8 @@ class OpenVino:
 
         core = openvino.Core()
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        with _loading("OpenVINO"):
-            self.request = core.compile_model(core.read_model(proto.SerializeToString()), "CPU", options)
+        with _loading("OpenVINO"), readable(proto) as source:
+            self.request = core.compile_model(core.read_model(source), "CPU", options)
 
     def __call__(self, tensors: Iterable[Tensor]) -> list[Any]:
         found = self.request([tensor.cpu().numpy() for tensor in tensors])

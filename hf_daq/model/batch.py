@@ -95,6 +95,11 @@ class Inputs:
         return shapes if self.named else tuple(shapes.values())
 
     @property
+    def names(self) -> list[str] | None:
+        """Those of the inputs of a file, where they are not the ones that tracing finds."""
+        return None
+
+    @property
     def tokens(self) -> bool:
         return any(map(_are_tokens, self.tensors.values()))
 
