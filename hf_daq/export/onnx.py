@@ -78,13 +78,13 @@ def export_onnx(
             a few hundred are enough.
         weights: "int8", or "int4": weights of up to 3 bits take half a byte in the file and run like int8.
         runtime: the one the file is for. "onnxruntime": convolutions without groups are written as products of gathered
-            codes with a matrix, because ONNX Runtime has no fast integer convolution with a float output; the height and
-            width of images are fixed. OpenVINO opens such a file, but is slower with it and not always right.
+            codes with a matrix, because ONNX Runtime has no fast integer convolution with a float output, and those with
+            groups as float ones of the codes; the height and width of images are fixed. OpenVINO opens such a file, unless
+            it has layers with weights alone, but is slower with it and not always right.
             "openvino": convolutions stay what they are; exact in both, fast in OpenVINO.
         int8_outputs: convolutions stay what they are; outputs of convolutions that no quantizer follows are rounded to 8
             bits, 8-bit weights of convolutions to 255 values, and biases to int32. Not exact: expect some percent of
-            other top-1 predictions. For ONNX Runtime and networks with depthwise convolutions, which it computes
-            slowly otherwise.
+            other top-1 predictions. For ONNX Runtime.
         int8_inputs: for ONNX Runtime, linear layers with weights alone: it rounds their inputs to 8 bits, block by block
             of columns, inside of the products. Not exact, with an error of some percent, and several times as fast.
         cache: of a decoder, keys and values are inputs and outputs too, so that the file generates: `input_ids`,
@@ -272,7 +272,7 @@ def _rewrite(proto: Any, batch: Inputs, weights: str, int8_outputs: bool, runtim
     from . import onnx_passes as passes
     from . import onnx_storage as storage
     from .onnx_graph import Graph
-    from .onnx_products import convolutions_as_products
+    from .onnx_products import convolutions_as_products, groups_in_float
 
     graph = Graph(proto)
     passes.name_values(graph)
@@ -290,6 +290,7 @@ def _rewrite(proto: Any, batch: Inputs, weights: str, int8_outputs: bool, runtim
     else:
         if runtime == "onnxruntime":
             convolutions_as_products(graph)
+            groups_in_float(graph)
         passes.add_offsets(graph)
         passes.separate_bias(graph)
     if weights == "int4":
