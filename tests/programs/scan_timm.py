@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import scanning
 import timm
 import torch
+from packed_paths import different_outputs
 from scanning import Result
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ import hf_daq
 from hf_daq.model.roles import outer_layers
 from hf_daq.nn.layers import QuantizedLayer, StandardizedConv, quantized_layers
 from hf_daq.nn.packed import packed_layers
+from hf_daq.nn.paths import bit_for_bit
 
 # Architecture: input size, and arguments that make it smaller.
 ARCHITECTURES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -229,8 +231,10 @@ def _packed_problems(model: nn.Module, images: Tensor, logits: Tensor, directory
     packed = timm.create_model(f"local-dir:{directory}", pretrained=True)
     if list(packed_layers(packed)) != list(quantized_layers(model)):
         yield "not every quantized layer is packed"
-    if not torch.equal(_evaluate(packed, images), logits):
-        yield "the packed model gives other logits"
+    with bit_for_bit():
+        if not torch.equal(_evaluate(packed, images), logits):
+            yield "the packed model gives other logits"
+    yield from different_outputs(packed, lambda: _evaluate(packed, images))
     if any(isinstance(layer, StandardizedConv) for layer in quantized_layers(model).values()):
         return  # has no float weights to go back to
     hf_daq.unpack(packed)
