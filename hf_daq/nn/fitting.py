@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .init import Grid
 from .layers import QuantizedLayer
 from .moments import Moments
 from .quantizers import WeightQuantizer, wide
@@ -51,11 +52,12 @@ def _fit(layer: QuantizedLayer, moments: Moments) -> None:
     if not layer.standardizes:
         one, other = (centered(q, f, center) for q, f in zip(moments.quantized, moments.mixed, strict=True))
         wanted = refit(target, both, best_damping(target, (one, other)))
+        grid = Grid(quantizer.levels, quantizer.center)
         steps = best_steps(wanted, both, quantizer)
         ends = _of_each_weight(quantizer, steps, target)
-        codes, values = round_columns(wanted, both, ends, quantizer.levels, ROUNDING_DAMPING)
-        codes, values = improve_codes(codes, wanted, both, ends, quantizer.levels, ROUNDING_DAMPING)
-        found = _output(quantizer, target, codes.mul(2 / quantizer.levels).sub_(1).mul_(ends), both)
+        codes, values = round_columns(wanted, both, ends, grid, ROUNDING_DAMPING)
+        codes, values = improve_codes(codes, wanted, both, ends, grid, ROUNDING_DAMPING)
+        found = _output(quantizer, target, codes.mul(1 / quantizer.center).sub_(1).mul_(ends), both)
         if found.error <= output.error:
             output = found
             _write_weight(layer, codes, values, ends, steps)
@@ -98,7 +100,7 @@ def _write_weight(layer: QuantizedLayer, codes: Tensor, values: Tensor, ends: Te
     """Values in floating point inside the cells of their codes, and bounds for them; where the dtype of the weight is too
     narrow for that, the middle of the cell."""
     last = layer.w_quant.levels
-    inside = values.div(ends).add_(1).mul_(last / 2)
+    inside = values.div(ends).add_(1).mul_(layer.w_quant.center)
     inside = torch.minimum(torch.maximum(inside, codes - (0.5 - _MARGIN)), codes + (0.5 - _MARGIN)).clamp_(0, last)
     _write_positions(layer, inside, ends, steps)
     wrong = layer.codes().reshape(codes.shape) != codes
@@ -108,8 +110,8 @@ def _write_weight(layer: QuantizedLayer, codes: Tensor, values: Tensor, ends: Te
 
 def _write_positions(layer: QuantizedLayer, positions: Tensor, ends: Tensor, steps: Tensor) -> None:
     quantizer = layer.w_quant
-    weight = positions.mul(2 / quantizer.levels).sub_(1).mul_(ends).reshape(layer.weight_shape())
+    weight = positions.mul(1 / quantizer.center).sub_(1).mul_(ends).reshape(layer.weight_shape())
     layer.weight.copy_(layer.stored(weight.to(layer.weight.dtype)))
     offset, unit = (value.flatten() for value in quantizer.statistics(quantizer.rows(layer.float_weight())))
     quantizer.lower.copy_((-steps - offset) / unit)
-    quantizer.upper.copy_((steps - offset) / unit)
+    quantizer.upper.copy_((steps * (quantizer.levels / quantizer.center - 1) - offset) / unit)

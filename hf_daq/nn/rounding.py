@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .init import Grid
 from .quantizers import WeightQuantizer
 
 DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
@@ -104,22 +105,24 @@ def best_steps(weight: Tensor, moments: Centered, quantizer: WeightQuantizer) ->
     rows, weights = (quantizer.rows(value).reshape(count, -1) for value in (flat, energy))
     largest = rows.abs().amax(1, keepdim=True).clamp_min(1e-12)
     best, least = largest, torch.full_like(largest, torch.inf)
-    last = quantizer.levels
+    grid = Grid(quantizer.levels, quantizer.center)
     for shrink in torch.logspace(0, -1.5, _CANDIDATES).tolist():
         step = largest * shrink
-        code = rows.div(step).add_(1).mul_(last / 2).round_().clamp_(0, last)
-        error = (code.mul_(2 / last).sub_(1).mul_(step).sub_(rows).square_().mul_(weights)).sum(1, keepdim=True)
+        code = rows.div(step).add_(1).mul_(grid.center).round_().clamp_(0, grid.levels)
+        error = (code.mul_(1 / grid.center).sub_(1).mul_(step).sub_(rows).square_().mul_(weights)).sum(1, keepdim=True)
         best, least = torch.where(error < least, step, best), torch.minimum(error, least)
     return best.flatten()
 
 
-def round_columns(weight: Tensor, moments: Centered, steps: Tensor, last: int, damping: float) -> tuple[Tensor, Tensor]:
+def round_columns(
+    weight: Tensor, moments: Centered, steps: Tensor, grid: Grid, damping: float
+) -> tuple[Tensor, Tensor]:
     """Codes, and the values that were rounded to them, in floating point: one column after the other, those with the most
     energy first, where the error of each is made good by the columns that come after (GPTQ, Frantar et al. 2023).
 
     Args:
         steps: the outermost value, shape as the weight.
-        last: the last code.
+        grid: of the codes.
         damping: of the moments.
     """
     covariance = moments.quantized + _ridge(moments, damping).diag_embed()
@@ -136,9 +139,9 @@ def round_columns(weight: Tensor, moments: Centered, steps: Tensor, last: int, d
         errors = torch.empty_like(values[:, :, start:end])
         for j in range(start, end):
             value, step = values[:, :, j], steps[:, :, j]
-            code = value.div(step).add_(1).mul_(last / 2).round_().clamp_(0, last)
+            code = value.div(step).add_(1).mul_(grid.center).round_().clamp_(0, grid.levels)
             codes[:, :, j] = code
-            error = (value - code.mul(2 / last).sub_(1).mul_(step)) / push[:, j, j, None]
+            error = (value - code.mul(1 / grid.center).sub_(1).mul_(step)) / push[:, j, j, None]
             errors[:, :, j - start] = error
             values[:, :, j + 1 : end] -= error[:, :, None] * push[:, j, None, j + 1 : end]
         values[:, :, end:] -= errors @ push[:, start:end, end:]
@@ -147,12 +150,12 @@ def round_columns(weight: Tensor, moments: Centered, steps: Tensor, last: int, d
 
 
 def improve_codes(
-    codes: Tensor, weight: Tensor, moments: Centered, steps: Tensor, last: int, damping: float
+    codes: Tensor, weight: Tensor, moments: Centered, steps: Tensor, grid: Grid, damping: float
 ) -> tuple[Tensor, Tensor]:
     """Codes, and the values that were rounded to them, after one more look at every column, at which all others are where
     they are: the squared error does not grow (coordinate descent). Arguments as for `round_columns`."""
     covariance = moments.quantized + _ridge(moments, damping).diag_embed()
-    values, rounded = torch.empty_like(weight), codes.mul(2 / last).sub_(1).mul_(steps)
+    values, rounded = torch.empty_like(weight), codes.mul(1 / grid.center).sub_(1).mul_(steps)
     codes = codes.clone()
     gradient = (rounded - weight) @ covariance
     for start in range(0, weight.shape[2], _BLOCK):
@@ -162,8 +165,8 @@ def improve_codes(
         for j in range(near.shape[2]):
             at, step = start + j, steps[:, :, start + j]
             value = rounded[:, :, at] - near[:, :, j] / inside[:, j, j, None]
-            code = value.div(step).add_(1).mul_(last / 2).round_().clamp_(0, last)
-            new = code.mul(2 / last).sub_(1).mul_(step)
+            code = value.div(step).add_(1).mul_(grid.center).round_().clamp_(0, grid.levels)
+            new = code.mul(1 / grid.center).sub_(1).mul_(step)
             near += (new - rounded[:, :, at])[:, :, None] * inside[:, j, None]
             values[:, :, at], codes[:, :, at], rounded[:, :, at] = value, code, new
         gradient += (rounded[:, :, part] - before) @ covariance[:, part]
