@@ -199,7 +199,10 @@ def test_reports_of_tables(options):
     assert hf_daq.health(model, IDS).ok
     sizes = hf_daq.summary(model).totals
     packed = hf_daq.pack(model)
-    assert hf_daq.summary(packed, IDS).totals["bytes_after"] == sizes["bytes_after"]
+    found = hf_daq.summary(packed, IDS)
+    assert found.totals["bytes_after"] == sizes["bytes_after"]
+    assert (found.layers[0].path, found.layers[0].path_error) == ("codes", 0.0)
+    assert hf_daq.health(packed, IDS).ok
 
 
 @pytest.mark.parametrize("options", GRANULARITIES.values(), ids=GRANULARITIES)

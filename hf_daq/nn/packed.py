@@ -141,6 +141,13 @@ class PackedTable(PackedLayer):
         weight = self.coded()._replace(scale=scale.flatten()).weight_of(codes, self.weight_dtype)
         return self.scaled(weight.view(*x.shape, -1))
 
+    def path(self, x: Tensor) -> str:
+        return "codes"
+
+    def as_quantized(self, x: Tensor) -> Tensor:
+        output: Tensor = self.compute(x, self.quantized_weight(), None)
+        return output
+
 
 def _packed_class(quantized_class: Any) -> type[PackedLayer]:
     float_class = quantized_class.float_class

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 import hf_daq
 from hf_daq import DaqConfig
 from hf_daq.nn.layers import LAYER_TYPES, quantized_layers
-from hf_daq.nn.packed import packed_layers
+from hf_daq.nn.packed import daq_layers, packed_layers
 from hf_daq.nn.paths import bit_for_bit
 
 CONFIG = DaqConfig(weight_bits=3, activation_bits=8)
@@ -246,6 +246,35 @@ def check_packed(case: Case) -> Iterator[str]:
             if not torch.equal(case.outputs(loaded), expected):
                 yield f"packed, {way}: other outputs"
         yield from different_outputs(loaded, partial(case.outputs, loaded))
+
+
+def check_embeddings(case: Case) -> Iterator[str]:
+    """Embeddings, and the layers that share their weight, come back from files as one, with the same outputs."""
+    config = WEIGHTS_ONLY.replace(embedding_bits=4)
+    if not any(isinstance(module, nn.Embedding) for module in case.float_model.modules()):
+        return
+    model, info = case.new(config, output_loading_info=True)
+    yield from loading_problems("float checkpoint", info)
+    owners = {name: layer.owner.daq_name for name, layer in quantized_layers(model).items() if layer.owner is not None}
+    shared = {name for name, row in hf_daq.plan(case.float_model, config).quantized.items() if row.tied_to}
+    if owners.keys() != shared:
+        yield f"tied are {sorted(owners)}, planned were {sorted(shared)}"
+    with bit_for_bit():
+        expected = case.outputs(model)
+        for packed in (False, True):
+            folder = case.folder / f"embeddings_{packed}"
+            hf_daq.save_pretrained(model, folder, packed=packed)
+            opened, info = case.model_class.from_pretrained(folder, output_loading_info=True)
+            what = "packed" if packed else "trainable"
+            yield from loading_problems(what, info)
+            opened.tie_weights()
+            if not torch.equal(case.outputs(opened), expected):
+                yield f"{what}: the outputs differ"
+            found = {
+                name: layer.owner.daq_name for name, layer in daq_layers(opened).items() if layer.owner is not None
+            }
+            if found != owners:
+                yield f"{what}: tied are {sorted(found)}"
 
 
 def train(case: Case, model: Any) -> Any:
@@ -536,6 +565,7 @@ CHECKS: dict[str, Callable[[Case], Iterator[str]]] = {
     "reload": check_reload,
     "packed": check_packed,
     "train": check_train,
+    "embeddings": check_embeddings,
     "dequantize": check_dequantize,
     "groups": check_groups,
     "bfloat16": check_bfloat16,
