@@ -387,7 +387,8 @@ def test_embeddings_that_multiply(kind, dtype, tmp_path):
     hf_daq.save_pretrained(model, tmp_path, packed=True)
     opened = type(model).from_pretrained(tmp_path)
     assert torch.equal(opened.get_submodule(name)(IDS), rows)
-    assert torch.equal(logits(opened), expected)
+    # `to` rounds the frequencies of rotary embeddings, which a model that is opened has in float32.
+    torch.testing.assert_close(logits(opened), expected, rtol=0, atol=0 if dtype == torch.float32 else 0.02)
     reread = pickle.loads(pickle.dumps(opened.get_submodule(name)))
     assert torch.equal(reread(IDS), rows)
     plain = hf_daq.remove_daq(model)

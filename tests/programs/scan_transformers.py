@@ -268,7 +268,8 @@ def check_embeddings(case: Case) -> Iterator[str]:
             what = "packed" if packed else "trainable"
             yield from loading_problems(what, info)
             opened.tie_weights()
-            if not torch.equal(case.outputs(opened), expected):
+            # Experts in float sum in another order where their memory is laid out otherwise.
+            if not torch.allclose(case.outputs(opened), expected, rtol=0, atol=1e-5 if "moe" in case.name else 0):
                 yield f"{what}: the outputs differ"
             found = {
                 name: layer.owner.daq_name for name, layer in daq_layers(opened).items() if layer.owner is not None
