@@ -24,6 +24,11 @@ class Grid(NamedTuple):
     levels: int
     center: float
 
+    def outermost(self, rows: Tensor) -> Tensor:
+        """The smallest bound, as the magnitude of the lower one, that clips nothing; shape (rows, 1)."""
+        above = self.center / (self.levels - self.center)  # an integer grid ends one step earlier above zero
+        return torch.maximum(-rows.amin(1, keepdim=True), rows.amax(1, keepdim=True) * above)
+
 
 @torch.no_grad()
 def start_from_weight(quantizer: WeightQuantizer, weight: Tensor, init: str) -> None:
@@ -40,7 +45,7 @@ def start_from_weight(quantizer: WeightQuantizer, weight: Tensor, init: str) -> 
     target = rows.float().reshape(count, -1)
     x = ((rows - offset) / unit).float().reshape(count, -1)
     valid = quantizer.valid(x)
-    largest = (x if valid is None else x * valid).abs().amax(1, keepdim=True).clamp_min(1e-3)
+    largest = grid.outermost(x if valid is None else x * valid).clamp_min(1e-3)
     chosen = torch.full_like(largest, 3.0)
     if init == "mse":
         budget = _SAMPLES if x.device.type == "cpu" else 256 * _SAMPLES

@@ -103,9 +103,9 @@ def best_steps(weight: Tensor, moments: Centered, quantizer: WeightQuantizer) ->
     energy = moments.quantized.diagonal(dim1=1, dim2=2)[:, None].expand_as(weight).flatten(0, 1)
     count = quantizer.lower.numel()
     rows, weights = (quantizer.rows(value).reshape(count, -1) for value in (flat, energy))
-    largest = rows.abs().amax(1, keepdim=True).clamp_min(1e-12)
-    best, least = largest, torch.full_like(largest, torch.inf)
     grid = Grid(quantizer.levels, quantizer.center)
+    largest = grid.outermost(rows).clamp_min(1e-12)
+    best, least = largest, torch.full_like(largest, torch.inf)
     for shrink in torch.logspace(0, -1.5, _CANDIDATES).tolist():
         step = largest * shrink
         code = rows.div(step).add_(1).mul_(grid.center).round_().clamp_(0, grid.levels)
