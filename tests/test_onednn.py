@@ -267,6 +267,16 @@ def test_a_compiled_model_sees_through(weight_bits):
     assert compiled(spoiled).isnan().any()
 
 
+def test_inductor_compiles_convolutions_and_linear_layers():
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 6, 6)
+    convolution = packed(nn.Conv2d(4, 6, 3, padding=1), x)
+    linear = packed(nn.Linear(6, 5), torch.randn(8, 6), weight_bits=8)
+    model = nn.Sequential(convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
+    with torch.no_grad():
+        assert close(torch.compile(model, fullgraph=True)(x), plain(model, x))
+
+
 def test_an_exported_program_has_the_quantized_layer():
     model, x = tiny()
     program = torch.export.export(model, (x,))

@@ -228,7 +228,9 @@ def test_totals_are_the_bytes_and_weights_of_the_float_and_of_the_packed_model(n
     assert after.totals["macs"] == totals["macs"]
     missing = ("weight_lower", "weight_upper", "weights_clipped", "weight_sqnr", "output_sqnr")
     for one, other in zip(before.layers, after.layers, strict=True):
-        assert dataclasses.replace(one, **dict.fromkeys(missing)) == other
+        assert other.path_error < 1e-6
+        path = {"path": other.path, "path_error": other.path_error}
+        assert dataclasses.replace(one, **dict.fromkeys(missing), **path) == other
 
 
 def test_groups_bf16_and_transformers_models():

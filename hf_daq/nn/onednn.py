@@ -72,7 +72,9 @@ def _suits(layer: Any, x: Tensor) -> bool:
             return False
         if x.requires_grad and (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")):
             return False
-    return not torch.compiler.is_exporting() if torch.compiler.is_compiling() else _in_memory(x)
+    if torch.compiler.is_compiling():  # inductor wants the weight of a linear layer as a constant
+        return isinstance(layer, nn.Conv2d) and not torch.compiler.is_exporting()
+    return _in_memory(x)
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[attr-defined]
