@@ -97,7 +97,7 @@ def scope(tmp_path, monkeypatch, hub):
         "loader": [(images(2, 64), torch.tensor([1, 2]))] * 100,
         "optimizer": torch.optim.SGD(hf_daq.param_groups(model, lr=1e-3)),
         "bert": calibrated(tiny_bert()),
-        "batch": {"input_ids": tokens()},
+        "batch": {"input_ids": tokens() % tiny.VOCABULARY},
         "llama": hf_daq.apply_daq(tiny.build("llama"), weight_bits=8),
         "accelerator": Accelerator(),
         "accuracy": 0.7,

@@ -280,7 +280,7 @@ def _rewrite(proto: Any, batch: Inputs, weights: str, int8_outputs: bool, runtim
     passes.expand_circular_pads(graph)
     passes.fold_pads(graph)
     passes.move_codes(graph)
-    passes.fold_batch_norm(graph)
+    passes.fold_batch_norm(graph, rounded=int8_outputs)
     passes.drop_activations(graph)
     if int8_outputs:
         passes.round_offsets(graph)

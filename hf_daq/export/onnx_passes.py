@@ -177,8 +177,9 @@ def _moves(graph: Graph, pad: Any) -> bool:
     return attribute(pad, "mode", b"constant") != b"constant" or _pads_zeros(graph, pad)
 
 
-def fold_batch_norm(graph: Graph) -> None:
-    """BatchNormalization after a convolution goes into its weight (for integers: its scale and signs) and its bias."""
+def fold_batch_norm(graph: Graph, rounded: bool = False) -> None:
+    """BatchNormalization after a convolution goes into its weight (for integers: its scale and signs) and its bias. Where it
+    changes the sign of -128 it stays, or with `rounded` 127 is taken for 128, which is no int8."""
     gone = []
     for norm in graph.nodes("BatchNormalization"):
         conv = graph.producer(norm.input[0], "Conv")
@@ -187,7 +188,7 @@ def fold_batch_norm(graph: Graph) -> None:
         gamma, beta, mean, variance = (graph.values(name).astype(np.float64) for name in norm.input[1:5])
         factor = gamma / np.sqrt(variance + attribute(norm, "epsilon", 1e-5))
         bias = graph.values(conv.input[2]) if has_bias(conv) else np.zeros_like(factor)
-        if not _scale_weight(graph, conv, factor):
+        if not _scale_weight(graph, conv, factor, rounded):
             continue
         set_bias(graph, conv, graph.add(f"{conv.name}.bias", ((bias - mean) * factor + beta).astype(np.float32)))
         conv.output[0] = norm.output[0]
@@ -195,7 +196,7 @@ def fold_batch_norm(graph: Graph) -> None:
     graph.remove(gone)
 
 
-def _scale_weight(graph: Graph, conv: Any, factor: Array) -> bool:
+def _scale_weight(graph: Graph, conv: Any, factor: Array, rounded: bool) -> bool:
     weight = graph.constant(conv.input[1])
     if weight is not None:
         scaled = (weight * factor.reshape(-1, *(1,) * (weight.ndim - 1))).astype(np.float32)
@@ -207,6 +208,10 @@ def _scale_weight(graph: Graph, conv: Any, factor: Array) -> bool:
     codes, scale = graph.values(node.input[0]), graph.values(node.input[1]) * factor
     per_channel = (-1, *(1,) * (codes.ndim - 1))
     offset = note(node, "hf_daq_offset") is not None
+    if not offset and (codes[scale < 0] == -128).any():
+        if not rounded:
+            return False
+        codes = np.maximum(codes, -LARGEST)
     # With an offset the weight is scale * (code + 1/2), whose negative is scale * (~code + 1/2).
     codes = np.where((scale < 0).reshape(per_channel), ~codes if offset else -codes, codes)
     dead = scale == 0
