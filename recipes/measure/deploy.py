@@ -16,6 +16,9 @@ texts: weights, and inputs to 8 bits; causal language models: weights only, in g
 
 on `--rows` examples it was not trained on. The table has sizes in MB (10^6 bytes).
 
+`--decoder` measures four layers of a decoder of 0.49 billion parameters, random, with weights alone in groups of 128, in ONNX
+Runtime: exact and with `int8_inputs=True` against float, one row and 128.
+
 `--speed` measures inference of float and quantized files in the same runtime, and of the packed network in PyTorch (images in
 channels_last), random weights for names of timm, as ratios of medians taken in turn.
 """
@@ -64,6 +67,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--speed", nargs="*", default=[], metavar="MODEL")
     add("--speed_bits", nargs="+", type=int, default=[4])
     add("--compiled", action="store_true", help="--speed in PyTorch with torch.compile too")
+    add("--decoder", nargs="*", default=[], type=int, metavar="BITS")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--seed", type=int, default=0)
     add("--output", type=Path, help="JSON file for the tables")
@@ -343,6 +347,32 @@ def ratios(sessions: dict[str, Callable], feed: dict[str, Any], rounds: int = 9)
     return found
 
 
+def decoder(bits: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Sizes of files, their errors, and times of four layers without embeddings and head, which stay in float."""
+    torch.manual_seed(args.seed)
+    sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
+    config = transformers.Qwen2Config(vocab_size=16, num_hidden_layers=4, use_cache=False, **sizes)
+    model = transformers.Qwen2Model(config).eval()
+    inputs = {"input_ids": torch.randint(config.vocab_size, (4, 128))}
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {label: Path(folder, f"{label}.onnx") for label in ("float", "exact", "int8_inputs")}
+        batch = {key: value[:2] for key, value in inputs.items()}
+        shapes = {"input_ids": {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("sequence", min=1)}}
+        options = {"kwargs": batch, "dynamic_shapes": shapes, "dynamo": True, "verbose": False, "external_data": False}
+        torch.onnx.export(model, (), paths["float"], **options)
+        hf_daq.apply_daq(model, weight_bits=bits, group_size=128)
+        hf_daq.save_pretrained(model, Path(folder, "packed"), packed=True)
+        row: dict[str, Any] = {"bits": bits, "packed": size_of(Path(folder, "packed"))}
+        row["float, MB"] = paths["float"].stat().st_size / 1e6
+        for label in ("exact", "int8_inputs"):
+            options = {"int8_inputs": label == "int8_inputs", "max_error": float("inf"), "min_agreement": 0}
+            report = hf_daq.export_onnx(model, paths[label], batch, **options)
+            row[f"{label}, MB"], row[f"{label}: error"] = report.bytes / 1e6, report.runtimes["onnxruntime"].error
+        sessions = {label: onnxruntime(path, args.threads) for label, path in paths.items()}
+        for length in (1, 128):
+            yield row | {"rows": length} | ratios(sessions, {"x": inputs["input_ids"][:1, :length].numpy()})
+
+
 # ------------------------------------------------------------------------------------------------------------ main
 
 
@@ -366,7 +396,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     torch.set_num_threads(args.threads)
     transformers.logging.disable_progress_bar()
-    tables: dict[str, list[dict[str, Any]]] = {"sizes": [], "speed": []}
+    tables: dict[str, list[dict[str, Any]]] = {"sizes": [], "speed": [], "decoder": []}
     try:
         for entry in args.models:
             name, _, data = entry.partition("=")
@@ -374,6 +404,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for name in args.speed:
             for bits in args.speed_bits:
                 tables["speed"].extend(speed(name, bits, args))
+        for bits in args.decoder:
+            tables["decoder"].extend(decoder(bits, args))
     finally:
         for rows in tables.values():
             if rows:
