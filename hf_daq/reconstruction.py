@@ -47,7 +47,8 @@ def reconstruct(model: nn.Module, batches: Iterable[Any], *, progress: bool | No
 
     Everything runs in evaluation mode; bounds of layer inputs stay as they are. Padding tokens, which a 2-dimensional
     `attention_mask` names, do not count. Layers that standardize their weight only get a new scale and shift. A layer
-    that runs more than once in a forward, shares its weight or never runs stays as it was calibrated, which is logged.
+    that runs more than once in a forward, shares its weight or never runs stays as it was calibrated, which is logged; so do
+    embeddings, whose rows have no inputs.
     Beside the model there is, at most, one float copy of the weights that are quantized, and some hundred MB of inputs.
     Under `torch.distributed` moments are reduced, and all ranks end with the same weights.
 
@@ -168,11 +169,11 @@ class _Sweep:
 
     def _order(self) -> dict[nn.Module, int]:
         """The layers to reconstruct, by when they run. Errors of the first batch come before anything is changed."""
-        names = list(self.layers)
+        names = [name for name, layer in self.layers.items() if not isinstance(layer, nn.Embedding)]
         calls: list[str] = []
         hooks = [
-            layer.register_forward_pre_hook(lambda *_, name=name: calls.append(name))  # type: ignore[misc]
-            for name, layer in self.layers.items()
+            self.layers[name].register_forward_pre_hook(lambda *_, name=name: calls.append(name))  # type: ignore[misc]
+            for name in names
         ]
         try:
             for batch in self.batches[:1]:

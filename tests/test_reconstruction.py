@@ -599,3 +599,19 @@ def test_statistics_stay_after_an_error():
         hf_daq.reestimate_batch_norm(model, [images(), images()[0]])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model[0].momentum == 0.1
+
+
+def test_embeddings_stay_and_what_follows_is_fitted_to_the_float_network():
+    model = tiny_bert()
+    inputs = {"input_ids": tokens(16)}
+    with torch.no_grad():
+        wanted = model.eval()(**inputs).logits
+    hf_daq.apply_daq(model, weight_bits=3, embedding_bits=4, weight_granularity="channel")
+    with hf_daq.calibrate(model):
+        model(**inputs)
+    table = model.bert.embeddings.word_embeddings.weight.clone()
+    with torch.no_grad():
+        before = (model.eval()(**inputs).logits - wanted).square().sum()
+        hf_daq.reconstruct(model, [inputs])
+        assert (model(**inputs).logits - wanted).square().sum() < before
+    assert torch.equal(model.bert.embeddings.word_embeddings.weight, table)

@@ -50,8 +50,8 @@ class Health:
 
     findings: in the order of `named_modules`. layers: how many were looked at.
     network_sqnr: of the outputs of the model against those of its own float weights, in dB, without what is the same for all
-        examples; None if there is nothing to compare, as in a packed model. Training at few bits moves float weights away
-        from a good float network, so that afterwards a low figure says nothing.
+        examples; None if there is nothing to compare, as in a packed model. `reconstruct` and training at few bits move
+        float weights away from a good float network, so that afterwards a low figure says nothing.
     settings: arguments of `apply_daq` that bring a model that was only calibrated nearer to float, of those not in use.
     """
 
@@ -99,8 +99,9 @@ class Health:
         text = f"SQNR of its outputs {self.network_sqnr:.1f} dB against its own float weights"
         if self.fine:
             return f"{text}, fine" + ("; findings about noise do no harm" if self.findings else "")
-        tries = "; ".join([*self.settings, "training, after which its accuracy counts"])
-        return f"{text}, {_FINE_NETWORK:.0f} dB would be fine untrained. Try: {tries}"
+        tries = "; ".join([*self.settings, "hf_daq.reconstruct(model, batches)", "training"])
+        judged = f"{_FINE_NETWORK:.0f} dB would be fine after calibration; reconstruct and training move these weights"
+        return f"{text}, {judged}, and accuracy tells then. Try: {tries}"
 
     def __str__(self) -> str:
         return as_text(self, COLUMNS)
