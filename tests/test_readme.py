@@ -179,7 +179,9 @@ def test_the_main_page_is_short():
     assert lines.index("## Choose") <= 41  # the first screen
 
 
-@pytest.mark.parametrize(("extra", "run"), [("dev", "pytest"), ("recipes", "python recipes/minimal.py")])
+@pytest.mark.parametrize(
+    ("extra", "run"), [("dev", "pytest -n 2 --dist loadfile"), ("recipes", "python recipes/minimal.py")]
+)
 def test_the_two_install_lines_are_there(extra, run):
     line = f'python -m venv .venv && .venv/bin/pip install -q -e ".[{extra}]" -c constraints.txt && .venv/bin/{run}'
     assert f"```bash\n{line}\n```" in MAIN.read_text(encoding="utf-8")
