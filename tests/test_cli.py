@@ -399,18 +399,18 @@ def test_terminal_shows_names_and_figures_whole(folders, columns):
 def test_summary_and_health_in_80_columns(folders, tmp_path):
     model = hf_daq.from_pretrained(folders / "bert")
     with torch.no_grad():
-        model.bert.encoder.layer[1].intermediate.dense.w_quant.scale.mul_(1000)
+        model.bert.encoder.layer[1].output.dense.w_quant.scale.mul_(3)
     hf_daq.save_pretrained(model, tmp_path / "broken", probe={"input_ids": tokens()})
     shown, code = on_terminal(80, "summary", tmp_path / "broken", "--health")
     assert code == 1
     lines = [line.rstrip() for line in re.split(r"[\r\n]+", without_color(shown))]
     assert max(map(len, lines)) <= 80
     assert [line for line in lines if re.fullmatch(r"bert\.encoder\.layer\.0\.output\.dense +W3A8( +[\d.-]+){6}", line)]
-    broken = "bert.encoder.layer.1.intermediate.dense: "
+    broken = "bert.encoder.layer.1.output.dense: "
     at = next(i for i, line in enumerate(lines) if line.startswith(broken))
     assert re.fullmatch(r"[a-z-]+", lines[at].removeprefix(broken))
     assert re.match(r"  \w", lines[at + 1])
-    assert [line for line in lines[at + 1 :] if "'bert.encoder.layer.1.intermediate.dense'" in line], (
+    assert [line for line in lines[at + 1 :] if "'bert.encoder.layer.1.output.dense'" in line], (
         "a name is on one line"
     )
     for noise in ("compiling", "CUDA", "Loading", "%|"):
