@@ -85,11 +85,12 @@ def restart(model: nn.Module) -> nn.Module:
 def pack(model: nn.Module) -> nn.Module:
     """Replace the float weight of every quantized layer by its codes, in place, and return the model in evaluation mode.
 
-    1 to 8 bits a weight, dense, and one float32 scale a layer, channel or group. Linear layers whose weights alone are
-    quantized compute from the codes on the CPU, faster than in float where few rows meet a weight, as in `generate`; their
-    outputs are the same up to rounding of float32. The weights of other layers exist in float only while the layer computes:
-    memory is saved, not time, and outputs stay what they were, bit for bit. `save_pretrained` writes a packed
-    checkpoint, which opens like any other.
+    1 to 8 bits a weight, dense, and one float32 scale a layer, channel or group. On the CPU linear layers whose weights alone
+    are quantized compute from the codes, faster than in float where few rows meet a weight, as in `generate`; layers whose
+    inputs are quantized too compute in integers. Outputs of a layer are the same up to rounding of float32 (`summary` names
+    the way and the error), so that an input of the next one that lies between two codes may get either. The weights of
+    other layers exist in float only while the layer computes: memory is saved, not time. `save_pretrained` writes a
+    packed checkpoint, which opens like any other.
 
     Raises:
         ModelError: not quantized, packed already, wrapped or sharded. CalibrationError: not calibrated. The model is then

@@ -244,7 +244,8 @@ def pack_command(
 
     It is for inference, and as complete as the folder: tokenizers and other small files are copied.
 
-    With --probe, or if the folder has a probe, the outputs for it are compared: they stay the same, bit for bit.
+    With --probe, or if the folder has a probe, the outputs for it are compared, computed as before packing: they stay
+    the same, bit for bit.
 
     \b
     hf-daq pack trained packed --probe images.safetensors
@@ -298,7 +299,7 @@ def _convert(folder: Path, out: Path, packed: bool, probe: Path | None, as_json:
     compared = (
         "not compared with each other; --probe FILE compares their outputs for the inputs in FILE"
         if source is None
-        else f"outputs for {source} are the same, bit for bit"
+        else f"outputs for {source}, computed as before, are the same, bit for bit"
     )
     lines = [f"{out}: {after.tensor_bytes / 1e6:.2f} MB, of {before.tensor_bytes / 1e6:.2f} MB; {compared}"]
     lines += [f"copied: {', '.join(copied)}"] if copied else []

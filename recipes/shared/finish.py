@@ -115,7 +115,7 @@ def _packed(model: Any, output: Path, inputs: Any) -> str:
     card = hf_daq.inspect(output / "quantized").facts
     hf_daq.save_pretrained(model, output / "packed", packed=True, probe=inputs, card=card)
     size = (output / "packed" / "model.safetensors").stat().st_size
-    return f"{output / 'packed'}: {size / 2**20:.2f} MiB, the same outputs bit for bit"
+    return f"{output / 'packed'}: {size / 2**20:.2f} MiB, computed as before the same outputs bit for bit"
 
 
 def _onnx(model: Any, output: Path, inputs: Any) -> Any:
