@@ -22,6 +22,7 @@ from hf_daq.errors import CheckpointError, HubError, ModelError
 from hf_daq.files.header import read_header
 from hf_daq.nn.layers import quantized_layers
 from hf_daq.nn.packed import packed_layers
+from hf_daq.nn.paths import bit_for_bit
 
 REPO = "user/model"
 
@@ -62,14 +63,14 @@ LOADERS = {
     "llama": "transformers.AutoModelForCausalLM.from_pretrained(repo)",
 }
 SCRIPT = """
-import sys, torch, timm, transformers, hf_daq
+import sys, torch, timm, transformers, hf_daq, hf_daq.nn.paths
 from safetensors.torch import load_file, save_file
 folder = sys.argv[1]
 for name, load in {loaders}.items():
     inputs, outputs = load_file(f"{{folder}}/{{name}}-inputs.safetensors"), {{}}
     for repo in (f"user/{{name}}", f"user/{{name}}-packed"):
         for loader, model in (("own", load(repo)), ("hf_daq", hf_daq.from_pretrained(repo))):
-            with torch.no_grad():
+            with torch.no_grad(), hf_daq.nn.paths.bit_for_bit():
                 output = model.eval()(inputs["x"]) if "x" in inputs else model.eval()(**inputs).logits
             outputs[repo + loader] = output
     save_file(outputs, f"{{folder}}/{{name}}-outputs.safetensors")
@@ -172,7 +173,8 @@ def test_offline_the_cache_is_enough(hub, small, monkeypatch):
     before = hf_daq.inspect(REPO)
     hf_daq.from_pretrained(REPO)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert torch.equal(run(hf_daq.from_pretrained(REPO), batch), run(model, batch))
+    with bit_for_bit():
+        assert torch.equal(run(hf_daq.from_pretrained(REPO), batch), run(model, batch))
     assert hf_daq.inspect(REPO).layers == before.layers
     for function in (hf_daq.from_pretrained, hf_daq.inspect):
         with pytest.raises(HubError, match="not in the cache, and the Hub was not reached"):
@@ -226,7 +228,8 @@ def test_an_interrupted_upload_changes_nothing(hub, small):
         hf_daq.push_to_hub(model, REPO, packed=True)
     assert hub.files(REPO) == before
     hf_daq.push_to_hub(model, REPO, packed=True)
-    assert torch.equal(run(hf_daq.from_pretrained(REPO), batch), run(model, batch))
+    with bit_for_bit():
+        assert torch.equal(run(hf_daq.from_pretrained(REPO), batch), run(model, batch))
 
 
 def test_a_hub_that_does_not_answer(hub, small):

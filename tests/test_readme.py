@@ -98,7 +98,7 @@ def scope(tmp_path, monkeypatch, hub):
         "optimizer": torch.optim.SGD(hf_daq.param_groups(model, lr=1e-3)),
         "bert": calibrated(tiny_bert()),
         "batch": {"input_ids": tokens() % tiny.VOCABULARY},
-        "llama": hf_daq.apply_daq(tiny.build("llama"), weight_bits=8),
+        "llama": hf_daq.apply_daq(tiny.build("llama"), weight_bits=8, weight_grid="odd"),
         "accelerator": Accelerator(),
         "accuracy": 0.7,
         "float_accuracy": 0.8,
