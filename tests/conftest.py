@@ -10,6 +10,15 @@ import pytest
 
 
 @pytest.fixture
+def bit_for_bit():
+    """Packed models compute as the quantized ones they were."""
+    from hf_daq.nn.paths import bit_for_bit
+
+    with bit_for_bit():
+        yield
+
+
+@pytest.fixture
 def kernels(monkeypatch):
     """`kernels(True)`: compiled kernels for tensors of any size. `kernels(False)`: none."""
     from hf_daq.nn import kernels

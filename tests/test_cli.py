@@ -574,6 +574,7 @@ def test_command_uses_the_hub_in_a_new_process(hub, folders, tmp_path):
 # ------------------------------------------------------------------------------------------------------- pack and export
 
 
+@pytest.mark.usefixtures("bit_for_bit")
 def test_pack_and_unpack_timm(folders, tmp_path):
     inputs = load_file(folders / "images.safetensors")["x"]
     text, _ = run("pack", folders / "timm", tmp_path / "packed", "--probe", folders / "images.safetensors")
@@ -595,6 +596,7 @@ def test_pack_and_unpack_timm(folders, tmp_path):
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.usefixtures("bit_for_bit")
 def test_pack_transformers_with_its_companions(folders, tmp_path):
     (tmp_path / "model").mkdir()
     for path in (folders / "bert").iterdir():

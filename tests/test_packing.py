@@ -24,6 +24,8 @@ from hf_daq.errors import CalibrationError, CheckpointError, ModelError
 from hf_daq.nn.bitpack import pack_bits, packed_size, unpack_bits
 from hf_daq.nn.packed import PackedLayer, packed_layers
 
+pytestmark = pytest.mark.usefixtures("bit_for_bit")
+
 SETTINGS = [
     ("test_resnet", {"bits": 1}),
     ("test_vit", {"bits": 5, "first_last_bits": 8}),

@@ -683,7 +683,7 @@ def test_tinyshakespeare_configs_run(name, play, language_float, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
     weight = int(name.removesuffix(".yaml").split("_w")[1])
     assert {tuple(layer.values()) for layer in model.daq_config.layers.values()} == {(weight, None)}
-    assert_card(tmp_path, "loss", results, "last 10% of train", play.name)
+    assert_card(tmp_path, "loss", results, "last 10% of train", dataset_name(str(play)))
 
 
 def test_the_default_run_is_the_python_docs_config():

@@ -161,7 +161,10 @@ def layer_of(kind):
     return kind(16, 24, 3, stride=2, padding=0 if "Same" in kind.__name__ else 1, groups=2)
 
 
-@pytest.mark.parametrize("kind", LAYER_TYPES, ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
+WITH_INPUTS = [kind for kind in LAYER_TYPES if not issubclass(kind, nn.Embedding)]
+
+
+@pytest.mark.parametrize("kind", WITH_INPUTS, ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
 def test_the_quantized_layer_comes_closer_to_the_float_layer_with_every_bit(kind):
     x = torch.randn(4, 16) if issubclass(kind, (nn.Linear, Conv1D)) else torch.randn(4, 16, 9, 9)
     errors = []

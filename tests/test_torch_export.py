@@ -18,6 +18,7 @@ import hf_daq
         pytest.param("test_resnet", True, True, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.usefixtures("bit_for_bit")
 def test_a_timm_model_is_exported_with_a_dynamic_batch(name, strict, packed):
     model = quantized_timm(name, weight_bits=3, activation_bits=4)
     if packed:

@@ -570,5 +570,5 @@ def test_calibration_sees_every_step_of_generate_once_and_checks_the_prompt():
     model.register_forward_pre_hook(cached_length, with_kwargs=True)
     with hf_daq.calibrate(model):
         model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)
-    assert lengths == [0, 4, 5, 6, 0]  # observed, and the prompt with the empty cache it had
+    assert lengths == [0, 4, 5, 6, 0, 0, 0]  # observed, and thrice the prompt with the empty cache it had
     assert all(layer.calibrated for layer in quantized_layers(model).values())

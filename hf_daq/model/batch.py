@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -31,11 +32,18 @@ def run(model: nn.Module, batch: Any) -> None:
     """A forward of a tensor, a mapping or a tuple, or recorded calls."""
     if isinstance(batch, Calls):
         for call in batch:
-            call.module(*call.args, **call.kwargs)
+            call.module(*copied(call.args), **copied(call.kwargs))
     elif isinstance(batch, Mapping):
         model(**batch)
     else:
         model(*(batch if isinstance(batch, tuple) else (batch,)))
+
+
+def copied(values: Any) -> Any:
+    """The same tensors, and copies of all else: the pass writes to a key-value cache."""
+    items = values.items() if isinstance(values, dict) else enumerate(values)
+    copies = {key: value if isinstance(value, Tensor) else copy.deepcopy(value) for key, value in items}
+    return copies if isinstance(values, dict) else tuple(copies.values())
 
 
 def examples_in(batch: Any) -> int:

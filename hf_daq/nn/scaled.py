@@ -8,6 +8,7 @@ import inspect
 import textwrap
 from typing import Any
 
+from timm.models import register_notrace_module
 from torch import nn
 
 from .layers import LAYER_TYPES, DaqEmbedding
@@ -28,6 +29,7 @@ def know_embeddings(model: nn.Module) -> None:
 def _add(kind: Any, attribute: str | None, cast: bool) -> None:
     own = {"scale_attribute": attribute, "scale_cast": cast, "float_class": kind, "__reduce_ex__": _reduced}
     LAYER_TYPES[kind] = type(f"Daq{kind.__name__}", (DaqEmbedding, kind), {**own, "__module__": __name__})
+    register_notrace_module(LAYER_TYPES[kind])
     add_packed(kind)
     add_tied(kind)
 

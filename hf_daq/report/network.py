@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..model.batch import Calls
+from ..model.batch import Calls, copied
 from ..nn.layers import QuantizedLayer, replaced_forwards
 from ..nn.quantizers import wide
 from .measure import Measurement, count_bad, decibels, left_as_it_was, squares
@@ -54,18 +53,11 @@ def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
 
 def _calls(model: nn.Module, batch: Any) -> Iterator[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
     if isinstance(batch, Calls):
-        yield from ((call.module, _copied(call.args), _copied(call.kwargs)) for call in batch)
+        yield from ((call.module, copied(call.args), copied(call.kwargs)) for call in batch)
     elif isinstance(batch, Mapping):
-        yield model, (), _copied(dict(batch))
+        yield model, (), copied(dict(batch))
     else:
-        yield model, _copied(batch if isinstance(batch, tuple) else (batch,)), {}
-
-
-def _copied(values: Any) -> Any:
-    """The same tensors, and copies of all else: the pass writes to a key-value cache."""
-    items = values.items() if isinstance(values, dict) else enumerate(values)
-    copies = {key: value if isinstance(value, Tensor) else copy.deepcopy(value) for key, value in items}
-    return copies if isinstance(values, dict) else tuple(copies.values())
+        yield model, copied(batch if isinstance(batch, tuple) else (batch,)), {}
 
 
 def _prediction(output: Any) -> Tensor | None:

@@ -343,7 +343,7 @@ ARCHITECTURES: dict[str, Tiny] = {
         ),
         "seq2seq",
         36,
-        {"embedding": 5, "router": 2, "shares its weight with shared": 1},
+        {"embedding": 3, "router": 2, "shares its weight with shared": 3},
         tf.SwitchTransformersModel,
     ),
     "mamba": Tiny(
