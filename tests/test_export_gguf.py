@@ -455,7 +455,7 @@ def test_other_models_and_mistakes(tmp_path, monkeypatch):
     model.model.layers[0].mlp.up_proj = torch.nn.Linear(256, 512)
     with pytest.raises(ModelError, match="the model has changed since apply_daq"):
         export_gguf(model, path)
-    monkeypatch.setattr(export, "is_shard", lambda parameter: True)
+    monkeypatch.setattr("hf_daq.export.guards.is_shard", lambda parameter: True)
     refuse(quantized(), "the model is sharded; gather and save it")
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "gguf", None)

@@ -9,7 +9,6 @@ integers.
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ from ..model.unchanged import check_unchanged
 from ..nn.base import check_calibrated
 from ..nn.integers import Integers, integers
 from ..nn.packed import daq_layers, shared_copy
-from ..nn.quantizers import is_shard
+from .guards import layers_to_export, library, refuse_sharded
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 PACKED, WHOLE = "pack-quantized", "int-quantized"
@@ -151,10 +150,7 @@ def export_compressed_tensors(
 
 def _library(name: str) -> Any:
     """A module of compressed-tensors."""
-    try:
-        return importlib.import_module(f"compressed_tensors.{name}")
-    except ImportError as error:
-        raise ExportError(f"this export needs another library: pip install -U compressed-tensors ({error})") from None
+    return library(f"compressed_tensors.{name}", "compressed-tensors")
 
 
 def _check(model: nn.Module) -> None:
@@ -164,9 +160,7 @@ def _check(model: nn.Module) -> None:
             f"{type(model).__name__} is no model of transformers, and no other library opens compressed-tensors; "
             "write hf_daq.save_pretrained(model, directory)"
         )
-    layers = daq_layers(model)
-    if not layers:
-        raise ExportError("there is no quantized layer; export the model that apply_daq or from_pretrained returned")
+    layers = layers_to_export(model)
     for name, layer in layers.items():
         if not isinstance(layer, nn.Linear | nn.Embedding):
             kind = layer.float_class.__name__
@@ -175,8 +169,7 @@ def _check(model: nn.Module) -> None:
                 f"precision, DaqConfig(..., modules_to_not_convert=[{name!r}, ...]), or write "
                 "hf_daq.save_pretrained(model, directory)"
             )
-        if any(is_shard(parameter) for parameter in layer.parameters()):
-            raise ExportError("the model is sharded; gather and save it, open it again, then export it")
+        refuse_sharded(layer)
     check_calibrated(layers, "the export")
 
 
@@ -188,7 +181,7 @@ def _container(name: str, found: Integers, widths: Sequence[int]) -> Container:
     # The format has no shorter last group: groups of a common divisor repeat the scales.
     group_size = None if found.group_size is None else math.gcd(found.group_size, columns)
     if bits == 8 or (found.input_bits == 8 and group_size is None):  # vLLM computes with static inputs in int8 only
-        return Container(bits, 8, WHOLE, group_size, found.input_bits, halves=found.odd and bits == 8)
+        return Container(bits, 8, WHOLE, group_size, found.input_bits, halves=found.halves)
     needed = bits + found.odd
     fitting = [width for width in widths if needed <= width <= 8]
     if not fitting:

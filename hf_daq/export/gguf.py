@@ -6,7 +6,6 @@ with: then the weights in the file are the ones of the model, bit for bit.
 
 from __future__ import annotations
 
-import importlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,11 +23,11 @@ from ..nn.base import check_calibrated
 from ..nn.functional import dequantize_weight
 from ..nn.integers import integers
 from ..nn.packed import daq_layers
-from ..nn.quantizers import is_shard
 from ..version import __version__
 from .gguf_blocks import F16, ODD, WHOLE, Array, BlockType, decode, encode
 from .gguf_model import Family, check_config, family_of, write_config
 from .gguf_tokenizer import add_tokenizer
+from .guards import layers_to_export, library, refuse_sharded
 
 FloatType = Literal["f32", "f16", "q8_0"]
 _TOLERANCE = {"F32": 0.0, "F16": 1e-3, "Q8_0": 2e-2}  # of what is not quantized
@@ -109,7 +108,7 @@ def export_gguf(model: nn.Module, path: str | Path, tokenizer: Any = None, *, em
             has no form of, or a tensor that is not what it should be. Nothing is then written.
         CalibrationError: not calibrated.
     """
-    gguf = _library()
+    gguf = library("gguf", "gguf")
     if embeddings not in get_args(FloatType):
         raise ExportError(f"embeddings={embeddings!r} is not one of {', '.join(map(repr, get_args(FloatType)))}")
     family = family_of(model)
@@ -135,17 +134,8 @@ def export_gguf(model: nn.Module, path: str | Path, tokenizer: Any = None, *, em
     return reports[0]
 
 
-def _library() -> Any:
-    try:
-        return importlib.import_module("gguf")
-    except ImportError as error:
-        raise ExportError(f"this export needs another library: pip install -U gguf ({error})") from None
-
-
 def _check(model: nn.Module) -> None:
-    layers = daq_layers(model)
-    if not layers:
-        raise ExportError("there is no quantized layer; export the model that apply_daq or from_pretrained returned")
+    layers = layers_to_export(model)
     for name, layer in layers.items():
         if not isinstance(layer, nn.Linear | nn.Embedding):
             raise ExportError(
@@ -157,8 +147,7 @@ def _check(model: nn.Module) -> None:
                 f"the input of layer {name!r} is quantized to {layer.input_bits} bits, and llama.cpp has no such inputs; train "
                 "weights alone, DaqConfig(weight_bits=4), or write hf_daq.export_compressed_tensors(model, directory)"
             )
-        if any(is_shard(parameter) for parameter in layer.parameters()):
-            raise ExportError("the model is sharded; gather and save it, open it again, then export it")
+        refuse_sharded(layer)
     check_calibrated(layers, "the export")
     if "daq_config" in vars(model):
         check_unchanged(model)

@@ -63,7 +63,7 @@ class Emission:
             self._prepare_weight(found, multiply)
 
     def _prepare_weight(self, found: Integers, multiply: bool) -> None:
-        self.offset = found.odd and found.weight_bits == 8
+        self.offset = found.halves
         multiple = _multiple(found) if multiply else 1
         factor = 2 if self.offset else 1 / multiple
         self.scale = found.weight_scale * factor
@@ -163,7 +163,7 @@ class TableEmission:
 
     def __init__(self, layer: Any) -> None:
         self.layer, found = layer, integers(layer)
-        halves = found.odd and found.weight_bits == 8
+        halves = found.halves
         codes = (found.weight - 1).div(2, rounding_mode="floor") if halves else found.weight
         self.codes, self.scale = codes.to(torch.int8), found.weight_scale * (2 if halves else 1)
         self.offset = 0.5 if halves else 0.0

@@ -78,15 +78,15 @@ class Coded(NamedTuple):
         """Whether native.cpp can read these bytes, and nobody records what is done with them."""
         return (
             math.prod(self.shape) > _SMALL
-            and _in_memory(self.stream)
-            and _in_memory(self.scale)
+            and in_memory(self.stream)
+            and in_memory(self.scale)
             and works(self.bits, self.grid, self.granularity(), dtype)
         )
 
 
 def encode(codes: Tensor, bits: int) -> Tensor:
     """As `pack_bits`, bit for bit."""
-    if codes.numel() <= _SMALL or not _in_memory(codes) or not works(bits, "odd", "tensor", torch.float32):
+    if codes.numel() <= _SMALL or not in_memory(codes) or not works(bits, "odd", "tensor", torch.float32):
         return pack_bits(codes, bits)
     codes = codes.contiguous()
     stream = torch.empty(packed_size(codes.numel(), bits), dtype=torch.uint8)
@@ -94,7 +94,7 @@ def encode(codes: Tensor, bits: int) -> Tensor:
     return stream
 
 
-def _in_memory(tensor: Tensor) -> bool:
+def in_memory(tensor: Tensor) -> bool:
     """Whether there are bytes of the CPU behind this tensor, and no graph is made of what happens to it."""
     return (
         not torch.compiler.is_compiling()
@@ -326,7 +326,7 @@ def forward(layer: Any, x: Tensor) -> Tensor:
     dtype, bias, coded = _computed_dtype(x), layer.bias, layer.coded()
     x, bias = x.to(dtype), bias if bias is None or bias.dtype == dtype else bias.to(dtype)
     learns = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if not learns and not torch.is_autocast_enabled("cpu") and _in_memory(x):
+    if not learns and not torch.is_autocast_enabled("cpu") and in_memory(x):
         return _product(x, coded, bias)  # what the operator does, without its way through torch
     result: Tensor = packed_linear(x, *coded[:2], bias, *coded[2:5], coded.shape[0])
     return result

@@ -57,10 +57,10 @@ def _fit(layer: QuantizedLayer, moments: Moments) -> None:
         ends = _of_each_weight(quantizer, steps, target)
         codes, values = round_columns(wanted, both, ends, grid, ROUNDING_DAMPING)
         codes, values = improve_codes(codes, wanted, both, ends, grid, ROUNDING_DAMPING)
-        found = _output(quantizer, target, codes.mul(1 / quantizer.center).sub_(1).mul_(ends), both)
+        found = _output(quantizer, target, grid.values(codes, ends), both)
         if found.error <= output.error:
             output = found
-            _write_weight(layer, codes, values, ends, steps)
+            _write_weight(layer, grid, codes, values, ends, steps)
             quantizer.scale.copy_(steps * span)
     quantizer.scale.mul_(output.ratio.flatten().repeat_interleave(quantizer.groups))
     if quantizer.shift is not None:
@@ -96,22 +96,20 @@ def _of_each_weight(quantizer: WeightQuantizer, steps: Tensor, like: Tensor) -> 
     return quantizer.unrows(rows.contiguous(), (channels, columns)).reshape(like.shape)
 
 
-def _write_weight(layer: QuantizedLayer, codes: Tensor, values: Tensor, ends: Tensor, steps: Tensor) -> None:
+def _write_weight(
+    layer: QuantizedLayer, grid: Grid, codes: Tensor, values: Tensor, ends: Tensor, steps: Tensor
+) -> None:
     """Values in floating point inside the cells of their codes, and bounds for them; where the dtype of the weight is too
     narrow for that, the middle of the cell."""
-    last = layer.w_quant.levels
-    inside = values.div(ends).add_(1).mul_(layer.w_quant.center)
-    inside = torch.minimum(torch.maximum(inside, codes - (0.5 - _MARGIN)), codes + (0.5 - _MARGIN)).clamp_(0, last)
-    _write_positions(layer, inside, ends, steps)
+    inside, reach = grid.positions(values, ends), 0.5 - _MARGIN
+    inside = torch.minimum(torch.maximum(inside, codes - reach), codes + reach).clamp_(0, grid.levels)
+    _write_values(layer, grid.values(inside, ends), steps)
     wrong = layer.codes().reshape(codes.shape) != codes
     if bool(wrong.any()):
-        _write_positions(layer, torch.where(wrong, codes, inside), ends, steps)
+        _write_values(layer, grid.values(torch.where(wrong, codes, inside), ends), steps)
 
 
-def _write_positions(layer: QuantizedLayer, positions: Tensor, ends: Tensor, steps: Tensor) -> None:
-    quantizer = layer.w_quant
-    weight = positions.mul(1 / quantizer.center).sub_(1).mul_(ends).reshape(layer.weight_shape())
+def _write_values(layer: QuantizedLayer, values: Tensor, steps: Tensor) -> None:
+    weight = values.reshape(layer.weight_shape())
     layer.weight.copy_(layer.stored(weight.to(layer.weight.dtype)))
-    offset, unit = (value.flatten() for value in quantizer.statistics(quantizer.rows(layer.float_weight())))
-    quantizer.lower.copy_((-steps - offset) / unit)
-    quantizer.upper.copy_((steps * (quantizer.levels / quantizer.center - 1) - offset) / unit)
+    layer.w_quant.set_bounds(layer.float_weight(), steps)

@@ -24,6 +24,18 @@ class Grid(NamedTuple):
     levels: int
     center: float
 
+    def positions(self, values: Tensor, ends: Tensor) -> Tensor:
+        """Where values lie between the codes, not clipped; `ends` is the magnitude that the code 0 stands for."""
+        return values.div(ends).add_(1).mul_(self.center)
+
+    def codes(self, values: Tensor, ends: Tensor) -> Tensor:
+        """The nearest codes, in floating point."""
+        return self.positions(values, ends).round_().clamp_(0, self.levels)
+
+    def values(self, codes: Tensor, ends: Tensor) -> Tensor:
+        """What codes stand for; they need not be whole."""
+        return codes.mul(1 / self.center).sub_(1).mul_(ends)
+
     def outermost(self, rows: Tensor) -> Tensor:
         """The smallest bound, as the magnitude of the lower one, that clips nothing; shape (rows, 1)."""
         above = self.center / (self.levels - self.center)  # an integer grid ends one step earlier above zero

@@ -56,6 +56,11 @@ class Integers:
         return levels(self.weight_bits) if self.odd else 2 ** (self.weight_bits - 1)
 
     @property
+    def halves(self) -> bool:
+        """Whether int8 does not hold them, odd ones of 8 bits: `(weight - 1) / 2` fits, with a zero point of -1/2."""
+        return self.odd and self.weight_bits == 8
+
+    @property
     def odd(self) -> bool:
         """Whether all are odd; at 1 bit both grids are."""
         return center(self.weight_bits, self.weight_grid) % 1 != 0

@@ -23,7 +23,7 @@ from timm.layers.padding import pad_same
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .codes import _in_memory
+from .codes import in_memory
 from .formula import activation_rows, center, constants_of
 from .kernels import run_codes
 
@@ -74,7 +74,7 @@ def _suits(layer: Any, x: Tensor) -> bool:
             return False
     if torch.compiler.is_compiling():  # inductor wants the weight of a linear layer as a constant
         return isinstance(layer, nn.Conv2d) and not torch.compiler.is_exporting()
-    return _in_memory(x)
+    return in_memory(x)
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[attr-defined]

@@ -247,9 +247,7 @@ def unpack_layer(layer: Any, config: DaqConfig) -> None:
     quantize_layer(layer, name, config, bits, None)
     layer.a_quant = a_quant
     quantizer = layer.w_quant
-    offset, unit = (value.view(-1) for value in quantizer.statistics(quantizer.rows(layer.float_weight())))
-    quantizer.lower.copy_((-largest - offset) / unit)
-    quantizer.upper.copy_((largest * (quantizer.levels / quantizer.center - 1) - offset) / unit)
+    quantizer.set_bounds(layer.float_weight(), largest)
     quantizer.scale.copy_(scale)
     if quantizer.shift is not None:
         quantizer.shift.copy_(torch.zeros_like(quantizer.shift) if has_bias else bias)

@@ -247,6 +247,13 @@ class WeightQuantizer(Quantizer):
         return offset + unit * self.lower.view_as(offset), offset + unit * self.upper.view_as(offset)
 
     @torch.no_grad()
+    def set_bounds(self, weight: Tensor, outermost: Tensor) -> None:
+        """Put the bounds where the code 0 of this weight stands for `-outermost`, shape (rows,), and zero is at `center`."""
+        offset, unit = (value.flatten() for value in self.statistics(self.rows(weight)))
+        self.lower.copy_((-outermost - offset) / unit)
+        self.upper.copy_((outermost * (self.levels / self.center - 1) - offset) / unit)
+
+    @torch.no_grad()
     def positions(self, weight: Tensor) -> Tensor:
         """Where weights lie between the codes, before rounding: the bounds are at 0 and `2**bits - 1`."""
         start, end = self.bounds(weight)

@@ -108,8 +108,8 @@ def best_steps(weight: Tensor, moments: Centered, quantizer: WeightQuantizer) ->
     best, least = largest, torch.full_like(largest, torch.inf)
     for shrink in torch.logspace(0, -1.5, _CANDIDATES).tolist():
         step = largest * shrink
-        code = rows.div(step).add_(1).mul_(grid.center).round_().clamp_(0, grid.levels)
-        error = (code.mul_(1 / grid.center).sub_(1).mul_(step).sub_(rows).square_().mul_(weights)).sum(1, keepdim=True)
+        value = grid.values(grid.codes(rows, step), step)
+        error = value.sub_(rows).square_().mul_(weights).sum(1, keepdim=True)
         best, least = torch.where(error < least, step, best), torch.minimum(error, least)
     return best.flatten()
 
@@ -139,9 +139,8 @@ def round_columns(
         errors = torch.empty_like(values[:, :, start:end])
         for j in range(start, end):
             value, step = values[:, :, j], steps[:, :, j]
-            code = value.div(step).add_(1).mul_(grid.center).round_().clamp_(0, grid.levels)
-            codes[:, :, j] = code
-            error = (value - code.mul(1 / grid.center).sub_(1).mul_(step)) / push[:, j, j, None]
+            code = codes[:, :, j] = grid.codes(value, step)
+            error = (value - grid.values(code, step)) / push[:, j, j, None]
             errors[:, :, j - start] = error
             values[:, :, j + 1 : end] -= error[:, :, None] * push[:, j, None, j + 1 : end]
         values[:, :, end:] -= errors @ push[:, start:end, end:]
@@ -155,7 +154,7 @@ def improve_codes(
     """Codes, and the values that were rounded to them, after one more look at every column, at which all others are where
     they are: the squared error does not grow (coordinate descent). Arguments as for `round_columns`."""
     covariance = moments.quantized + _ridge(moments, damping).diag_embed()
-    values, rounded = torch.empty_like(weight), codes.mul(1 / grid.center).sub_(1).mul_(steps)
+    values, rounded = torch.empty_like(weight), grid.values(codes, steps)
     codes = codes.clone()
     gradient = (rounded - weight) @ covariance
     for start in range(0, weight.shape[2], _BLOCK):
@@ -165,8 +164,8 @@ def improve_codes(
         for j in range(near.shape[2]):
             at, step = start + j, steps[:, :, start + j]
             value = rounded[:, :, at] - near[:, :, j] / inside[:, j, j, None]
-            code = value.div(step).add_(1).mul_(grid.center).round_().clamp_(0, grid.levels)
-            new = code.mul(1 / grid.center).sub_(1).mul_(step)
+            code = grid.codes(value, step)
+            new = grid.values(code, step)
             near += (new - rounded[:, :, at])[:, :, None] * inside[:, j, None]
             values[:, :, at], codes[:, :, at], rounded[:, :, at] = value, code, new
         gradient += (rounded[:, :, part] - before) @ covariance[:, part]

@@ -13,24 +13,25 @@ def fill(parameter, value):
     parameter.fill_(value)
 
 
+def bounds(quantizer, lower, upper):
+    fill(quantizer.lower, lower)
+    fill(quantizer.upper, upper)
+
+
 def narrow_weights(model):
-    fill(model.hidden.w_quant.lower, -1e-3)
-    fill(model.hidden.w_quant.upper, 1e-3)
+    bounds(model.hidden.w_quant, -1e-3, 1e-3)
 
 
 def wide_weights(model):
-    fill(model.hidden.w_quant.lower, -60)
-    fill(model.hidden.w_quant.upper, 60)
+    bounds(model.hidden.w_quant, -60, 60)
 
 
 def narrow_inputs(model):
-    fill(model.hidden.a_quant.lower, -1e-5)
-    fill(model.hidden.a_quant.upper, 1e-5)
+    bounds(model.hidden.a_quant, -1e-5, 1e-5)
 
 
 def wide_inputs(model):
-    fill(model.hidden.a_quant.lower, -500)
-    fill(model.hidden.a_quant.upper, 500)
+    bounds(model.hidden.a_quant, -500, 500)
 
 
 def unsigned_inputs(model):
@@ -38,8 +39,7 @@ def unsigned_inputs(model):
 
 
 def forgotten_quantizer(model):
-    fill(model.hidden.a_quant.lower, math.nan)
-    fill(model.hidden.a_quant.upper, math.nan)
+    bounds(model.hidden.a_quant, math.nan, math.nan)
     model.hidden.a_quant._calibrated = False
 
 
@@ -52,8 +52,7 @@ def infinite_scale(model):
 
 
 def crossed_bounds(model):
-    fill(model.hidden.w_quant.lower, 3)
-    fill(model.hidden.w_quant.upper, 2)
+    bounds(model.hidden.w_quant, 3, 2)
 
 
 def weights_of_nan(model):

@@ -1,0 +1,34 @@
+"""What formats of language models have in common before they write anything: their library, and the layers they take."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from torch import nn
+
+from ..errors import ExportError
+from ..nn.base import DaqLayer
+from ..nn.packed import daq_layers
+from ..nn.quantizers import is_shard
+
+
+def library(module: str, package: str) -> Any:
+    """A module of another library, which `package` installs."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ExportError(f"this export needs another library: pip install -U {package} ({error})") from None
+
+
+def layers_to_export(model: nn.Module) -> dict[str, DaqLayer]:
+    """The quantized or packed layers, of which there is one at least."""
+    layers = daq_layers(model)
+    if not layers:
+        raise ExportError("there is no quantized layer; export the model that apply_daq or from_pretrained returned")
+    return layers
+
+
+def refuse_sharded(layer: DaqLayer) -> None:
+    if any(is_shard(parameter) for parameter in layer.parameters()):
+        raise ExportError("the model is sharded; gather and save it, open it again, then export it")
