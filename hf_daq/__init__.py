@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .model.plan import plan
     from .nn.integers import integer_arithmetic
     from .reconstruction import reconstruct
+    from .report.compare import compare
     from .report.health import health
     from .report.monitor import Monitor
     from .report.summary import summary
@@ -49,6 +50,7 @@ __all__ = [
     "__version__",
     "apply_daq",
     "calibrate",
+    "compare",
     "export_compressed_tensors",
     "export_gguf",
     "export_onnx",
@@ -80,6 +82,7 @@ _FILES = {
     "Result": "files.facts",
     "apply_daq": "apply",
     "calibrate": "calibration",
+    "compare": "report.compare",
     "export_compressed_tensors": "export.compressed_tensors",
     "export_gguf": "export.gguf",
     "export_onnx": "export.onnx",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +27,7 @@ from .nn.moments import Moments
 from .nn.observers import all_reduce
 from .nn.packed import packed_layers
 from .nn.quantizers import is_shard
+from .text import progress_bar
 
 logger = logging.getLogger("hf_daq")
 _MEMORY = 2**29  # bytes of the inputs of one layer, over both networks
@@ -32,7 +35,9 @@ _NEVER = 2**31
 
 
 @torch.no_grad()
-def reconstruct(model: nn.Module, batches: Iterable[Any], *, progress: bool | None = None) -> nn.Module:
+def reconstruct(
+    model: nn.Module, batches: Iterable[Any], *, max_minutes: float | None = None, progress: bool | None = None
+) -> nn.Module:
     """Choose weights of a calibrated model again, so that it gives the outputs of the float model, in place; return it.
 
         hf_daq.reconstruct(model, [images])
@@ -58,6 +63,7 @@ def reconstruct(model: nn.Module, batches: Iterable[Any], *, progress: bool | No
         model: a model after `apply_daq` and `calibrate`, before it is wrapped or prepared.
         batches: each what the model takes, a tensor, a mapping or a tuple of arguments; the same as for `calibrate` will do.
             All are kept in memory. A few large ones are better than many small ones.
+        max_minutes: when these are over, layers that are not done stay as calibrated, which is logged. None: no limit.
         progress: show a bar with the time that is left; None: if the standard error is a terminal.
 
     Raises:
@@ -66,7 +72,7 @@ def reconstruct(model: nn.Module, batches: Iterable[Any], *, progress: bool | No
     """
     layers = _checked(model, "reconstruct")
     with evaluating(model), _without_caches(model):
-        _Sweep(model, layers, joined(all_batches(model, batches, "reconstruct"))).run(progress)
+        _Sweep(model, layers, joined(all_batches(model, batches, "reconstruct"))).run(max_minutes, progress)
     return model
 
 
@@ -147,14 +153,15 @@ class _Sweep:
         self.todo: dict[nn.Module, int] = {}
         self.float_weights: dict[nn.Module, Tensor] = {}
 
-    def run(self, progress: bool | None) -> None:
+    def run(self, max_minutes: float | None, progress: bool | None) -> None:
+        end = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
         self.todo = self._order()
         self.recorder = Recorder(self.model, keep_calls=False)
         chunks = [_Chunk(lambda batch=batch: run(self.model, batch)) for batch in self.batches]  # type: ignore[misc]
         try:
             forwards: dict[nn.Module, Any] = {layer: self._forward(layer) for layer in self.layers.values()}
-            with replaced_forwards(forwards), _bar(progress, len(self.todo)) as show:
-                while (layer := self._next(chunks)) is not None:
+            with replaced_forwards(forwards), progress_bar(progress, len(self.todo)) as show:
+                while not self._over(end) and (layer := self._next(chunks)) is not None:
                     show(layer.daq_name)
                     with torch.autocast(layer.weight.device.type, enabled=False):
                         self._reconstruct(layer, chunks)
@@ -165,7 +172,15 @@ class _Sweep:
             torch.clear_autocast_cache()  # it may hold what was there before
         if self.todo:
             names = [name for name, layer in self.layers.items() if layer in self.todo]
-            logger.warning("%d layers never ran and stay as calibrated: %s", len(names), ", ".join(names))
+            why = "were not reached in time" if self._over(end) else "never ran"
+            logger.warning("%d layers %s and stay as calibrated: %s", len(names), why, ", ".join(names))
+
+    def _over(self, end: float) -> bool:
+        """Whether time is over, on any rank."""
+        over = self._tensor(int(time.monotonic() > end))
+        if end < math.inf:
+            all_reduce(over, dist.ReduceOp.MAX)
+        return bool(over)
 
     def _order(self) -> dict[nn.Module, int]:
         """The layers to reconstruct, by when they run. Errors of the first batch come before anything is changed."""
@@ -249,17 +264,3 @@ class _Sweep:
                 moments.add(half, q, exact, moments.limit // (2 * len(there)) + 1)
         moments.reduce()
         return moments
-
-
-@contextmanager
-def _bar(progress: bool | None, layers: int) -> Iterator[Callable[[str], None]]:
-    """A function that is told each layer as it begins."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    shown = console.is_terminal if progress is None else progress
-    with Progress(console=console, transient=True, disable=not shown) as bar:
-        task = bar.add_task("", total=layers)
-        done = iter(range(layers + 1))
-        yield lambda name: bar.update(task, completed=next(done), description=name)

@@ -1,4 +1,4 @@
-"""How results become text: tables, plain text, JSON. rich is imported where it is used."""
+"""How results become text: tables, plain text, JSON, a bar of progress. rich is imported where it is used."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import dataclasses
 import io
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,3 +114,17 @@ def bits_text(bits: int | None) -> str:
 def width_text(weight_bits: int, activation_bits: int | None) -> str:
     """ "W4A8"; "W4" where inputs stay in float."""
     return f"W{weight_bits}" + ("" if activation_bits is None else f"A{activation_bits}")
+
+
+@contextmanager
+def progress_bar(shown: bool | None, total: int) -> Iterator[Callable[[str], None]]:
+    """A function that is told each step as it begins. shown: None: if the standard error is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    visible = console.is_terminal if shown is None else shown
+    with Progress(console=console, transient=True, disable=not visible) as bar:
+        task = bar.add_task("", total=total)
+        done = iter(range(total + 1))
+        yield lambda name: bar.update(task, completed=next(done), description=name)

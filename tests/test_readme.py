@@ -11,7 +11,7 @@ import tiny
 import torch
 from accelerate import Accelerator
 from hub_server import LoopbackHub, connect, connected_hub  # noqa: F401
-from models import images, quantized_timm
+from models import images, quantized_timm, small_timm
 from safetensors.torch import save_file
 from text_models import calibrated, logits, tiny_bert, tokens
 from typer.testing import CliRunner
@@ -100,6 +100,8 @@ def scope(tmp_path, monkeypatch, hub):
         "batch": {"input_ids": tokens() % tiny.VOCABULARY},
         "llama": hf_daq.apply_daq(tiny.build("llama"), weight_bits=8, weight_grid="odd"),
         "accelerator": Accelerator(),
+        "float_model": small_timm().eval(),
+        "labels": torch.arange(8),
         "accuracy": 0.7,
         "float_accuracy": 0.8,
     }

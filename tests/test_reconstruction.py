@@ -528,6 +528,19 @@ def test_an_interruption_leaves_a_model_that_is_whole(ending):
     hf_daq.reconstruct(model, batches)
 
 
+def test_a_limit_of_time_leaves_the_rest_as_calibrated(caplog):
+    batches = [images(4, 32)]
+    model = calibrated(small_timm(), batches, DaqConfig(bits=3))
+    names, before = list(quantized_layers(model)), copy.deepcopy(model.state_dict())
+    hf_daq.reconstruct(model, batches, max_minutes=0)
+    assert f"{len(names)} layers were not reached in time and stay as calibrated" in caplog.text
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    caplog.clear()
+    hf_daq.reconstruct(model, batches, max_minutes=60)
+    assert "stay as calibrated" not in caplog.text
+    assert not all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_autocast_and_bf16():
     batches = [images(8, 32)]
     model = calibrated(small_timm(), batches, DaqConfig(weight_bits=3, activation_bits=8))

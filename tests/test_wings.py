@@ -74,6 +74,7 @@ HOMES = {
     "files.card": "update_card",
     "files.facts": "CardFacts Result",
     "files.inspect": "inspect",
+    "report.compare": "compare",
     "report.health": "health",
     "report.monitor": "Monitor",
     "report.summary": "summary",

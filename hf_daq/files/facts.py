@@ -35,6 +35,23 @@ class Result:
     dataset: str | None = None
     split: str | None = None
 
+    @classmethod
+    def from_comparison(
+        cls, comparison: Any, dataset: str | None = None, split: str | None = None
+    ) -> tuple[Result, ...]:
+        """The figures of `compare`, for `CardFacts(results=...)`."""
+        found = {name: (getattr(comparison, name), getattr(comparison, f"reference_{name}")) for name in _OF_BOTH}
+        found |= {title: (getattr(comparison, name), None) for name, title in _BETWEEN.items()}
+        return tuple(
+            cls(name, round(value, 4), None if of_float is None else round(of_float, 4), dataset, split)
+            for name, (value, of_float) in found.items()
+            if value is not None
+        )
+
+
+_OF_BOTH = ("accuracy", "perplexity")
+_BETWEEN = {"agreement": "agreement with float", "kl": "KL divergence from float", "cosine": "cosine to float"}
+
 
 @dataclass(frozen=True)
 class CardFacts:

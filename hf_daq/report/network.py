@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,12 +24,11 @@ def network_sqnr(model: nn.Module, batch: Any, measured: list[Measurement]) -> f
     quantized layer in float, mean the mean of y over examples and tokens, since what is the same for all of them says
     nothing. Padding tokens do not count. None where there is nothing to compare: packed layers have no float weights, a
     layer has no usable bounds, values are not finite, or all examples have one output."""
-    if not all(
-        isinstance(found.layer, QuantizedLayer) and found.usable and not found.bad_weights for found in measured
-    ):
+    in_float = float_network(measured)
+    if in_float is None:
         return None
     quantized = _outputs(model, batch)
-    with replaced_forwards({found.layer: found.float_output for found in measured}):
+    with in_float:
         reference = _outputs(model, batch)
     energy = signal = noise = 0.0
     for y, q in zip(reference, quantized, strict=True):
@@ -40,18 +40,29 @@ def network_sqnr(model: nn.Module, batch: Any, measured: list[Measurement]) -> f
     return decibels(signal, noise) if signal > _SAME * energy else None
 
 
+def float_network(measured: list[Measurement]) -> AbstractContextManager[Any] | None:
+    """Inside, every quantized layer computes in float. None where that is not known: packed layers have no float weights,
+    and without usable bounds nothing is quantized."""
+    layers = [found.layer for found in measured]
+    known = all(
+        isinstance(found.layer, QuantizedLayer) and found.usable and not found.bad_weights for found in measured
+    )
+    return replaced_forwards({found.layer: found.float_output for found in measured}) if layers and known else None
+
+
 def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
     """The output of each call, float32 or wider, shape (examples or tokens, values). Every pass has the same random numbers."""
     found = []
     with left_as_it_was(model):
-        for module, args, kwargs in _calls(model, batch):
-            output = _prediction(module(*args, **kwargs))
+        for module, args, kwargs in calls(model, batch):
+            output = prediction(module(*args, **kwargs))
             if output is not None:
-                found.append(_rows(wide(output), kwargs.get("attention_mask")))
+                found.append(attended(wide(output), kwargs.get("attention_mask")))
     return found
 
 
-def _calls(model: nn.Module, batch: Any) -> Iterator[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
+def calls(model: nn.Module, batch: Any) -> Iterator[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
+    """The calls that a batch stands for."""
     if isinstance(batch, Calls):
         yield from ((call.module, copied(call.args), copied(call.kwargs)) for call in batch)
     elif isinstance(batch, Mapping):
@@ -60,7 +71,7 @@ def _calls(model: nn.Module, batch: Any) -> Iterator[tuple[nn.Module, tuple[Any,
         yield model, copied(batch if isinstance(batch, tuple) else (batch,)), {}
 
 
-def _prediction(output: Any) -> Tensor | None:
+def prediction(output: Any) -> Tensor | None:
     """`logits`, or else the first tensor with examples in it."""
     if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
         return output["logits"]  # type: ignore[no-any-return]
@@ -68,7 +79,8 @@ def _prediction(output: Any) -> Tensor | None:
     return next((leaf for leaf in leaves if leaf.is_floating_point() and leaf.ndim > 0 and leaf.numel() > 0), None)
 
 
-def _rows(output: Tensor, mask: Any) -> Tensor:
+def attended(output: Tensor, mask: Any) -> Tensor:
+    """A row for each example, or for each token that is no padding."""
     if output.ndim == 3:
         tokens = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape == output.shape[:2]
         return output[mask.to(output.device) > 0] if tokens else output.flatten(0, 1)
