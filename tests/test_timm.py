@@ -108,8 +108,6 @@ def test_a_timm_class_built_without_its_factory_keeps_first_layer_and_classifier
 @pytest.mark.parametrize(
     ("name", "kind", "count"),
     [
-        ("ecaresnet26t", "Conv1d", 8),
-        ("lambda_resnet26t", "Conv3d", 3),
         ("tf_efficientnet_cc_b0_4e", "CondConv2d", 24),
         ("sequencer2d_s", "LSTM", 36),
     ],
@@ -118,6 +116,13 @@ def test_architectures_report_layers_without_a_quantized_form(name, kind, count)
     reasons = list(kept(on_meta(name)).values())
     assert reasons.count(f"no quantized form of {kind}") == count
     assert len(reasons) == count + 2
+
+
+@pytest.mark.parametrize(("name", "kind", "count"), [("ecaresnet26t", "Conv1d", 8), ("lambda_resnet26t", "Conv3d", 3)])
+def test_convolutions_in_one_and_three_dimensions_are_quantized(name, kind, count):
+    plan = hf_daq.plan(on_meta(name), bits=4)
+    assert [row.kind for row in plan.quantized.values()].count(kind) == count
+    assert len(plan.kept) == 2
 
 
 def test_layer_types_without_a_quantized_form_are_reported():
@@ -136,8 +141,6 @@ def test_layer_types_without_a_quantized_form_are_reported():
     )
     assert kept(model) == {
         "stem": "first layer by its channels (the forward cannot be traced)",
-        "conv1d": "no quantized form of Conv1d",
-        "transposed": "no quantized form of ConvTranspose2d",
         "attention": "no quantized form of MultiheadAttention",
         "attention.out_proj": "no quantized form of NonDynamicallyQuantizableLinear",
         "lstm": "no quantized form of LSTM",

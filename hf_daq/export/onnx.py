@@ -20,7 +20,7 @@ from ..errors import DaqError, ExportError
 from ..model.batch import Inputs
 from ..model.unchanged import check_unchanged
 from ..nn.base import check_calibrated
-from ..nn.layers import evaluating
+from ..nn.layers import TRANSPOSED, evaluating
 from ..nn.packed import daq_layers
 from .onnx_cache import name_dimensions, with_cache
 from .onnx_emission import emitting
@@ -168,6 +168,13 @@ def _check(model: nn.Module, layers: Mapping[str, Any], weights: str, runtime: s
         raise ExportError(f"runtime={runtime!r}: write one of {', '.join(RUNTIMES)}")
     if opset < 21:
         raise ExportError(f"opset={opset}: write 21 or higher")
+    for name, layer in layers.items():
+        if isinstance(layer, (nn.Conv1d, nn.Conv3d, *TRANSPOSED)):
+            kind = daq_layers(model)[name].float_class.__name__
+            raise ExportError(
+                f"layer {name!r} is a {kind}, and export_onnx writes quantized linear layers and 2-D "
+                f"convolutions; leave it in full precision, DaqConfig(..., modules_to_not_convert=[{name!r}])"
+            )
     check_calibrated(layers, "export_onnx")
     other = {value.dtype for value in model.parameters() if value.is_floating_point()} - {torch.float32}
     if other:

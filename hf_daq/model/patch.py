@@ -21,7 +21,7 @@ from ..nn.swap import hides_forward
 from ..nn.tied import tie_layer, unpack_tied
 from .guards import ORDER, refuse_wrapped, watch
 from .plan import plan
-from .roles import computed_weights
+from .roles import computed_weights, kept_computed_weights
 from .unchanged import check_unchanged, quantized_parts
 
 _WRAPPERS = (
@@ -252,13 +252,14 @@ def _check_forwards(model: nn.Module, names: Iterable[str]) -> None:
 
 def _check_computed_weights(model: nn.Module, config: DaqConfig) -> None:
     skipped = [*config.modules_to_not_convert, *(rule["pattern"] for rule in config.rules if rule.get("skip"))]
+    left_in_float = kept_computed_weights(model)
     for name, call in computed_weights(model).items():
         if config.layers is not None:
             kept = name not in config.layers
         else:
             kept = any(pattern_matches(pattern, name) for pattern in skipped)
             kept = kept or (isinstance(model.get_submodule(name), nn.Embedding) and config.embedding_bits is None)
-        if not kept:
+        if not kept and name not in left_in_float:
             raise ModelError(
                 f"layer {name!r} computes its weight or bias from other parameters; before apply_daq write {call}, with "
                 f"layer = model.get_submodule({name!r}), or keep it in full precision: "

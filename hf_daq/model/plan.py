@@ -11,11 +11,12 @@ from torch import nn
 
 from ..config import DaqConfig, did_you_mean, packed_bytes, pattern_matches
 from ..errors import ConfigError
-from ..nn.layers import LAYER_TYPES
+from ..nn.layers import CONVOLUTIONS, LAYER_TYPES, TRANSPOSED
 from ..nn.scaled import know_embeddings
 from ..text import add_row, as_text, bits_text, cell, plain_table, shape_text
 from .roles import (
     bypassed_layers,
+    kept_computed_weights,
     largest_weight,
     outer_layers,
     refused_tables,
@@ -121,7 +122,8 @@ def plan(model: nn.Module, config: DaqConfig | None = None, **kwargs: Any) -> Pl
     config = config_from(config, kwargs)
     know_embeddings(model)
     modules = dict(weight_modules(model))
-    tied, refused = tied_layers(model), bypassed_layers(model) | refused_tables(model)
+    tied = tied_layers(model)
+    refused = bypassed_layers(model) | refused_tables(model) | kept_computed_weights(model)
     owners = tied_tables(model, refused)
     tied = {name: reason for name, reason in tied.items() if name not in owners}
     if config.layers is not None:
@@ -271,7 +273,7 @@ def _saved_bytes(module: Any, row: PlannedLayer, config: DaqConfig) -> int:
     packed = packed_bytes(math.prod(shape), row.weight_bits, quantized_class.config_of(config).scale_count(shape))
     if row.activation_bits is not None:
         packed += 8  # bounds of the inputs, both in float32
-    if isinstance(module, nn.Conv2d) and module.bias is None and config.bias_correction:
+    if isinstance(module, CONVOLUTIONS + TRANSPOSED) and module.bias is None and config.bias_correction:
         packed += shape[0] * module.weight.itemsize
     own: int = sum(value.nbytes for name, value in module.named_parameters(recurse=False) if name != "bias")
     return own - packed

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..nn.layers import LAYER_TYPES
+from ..nn.layers import CONVOLUTIONS, LAYER_TYPES, TRANSPOSED
 from ..nn.tied import TIED_TYPES
 from .traced import likely_ends, traced_ends
 
@@ -99,7 +99,8 @@ def _outer_layers_of_transformers(model: Any, layers: dict[str, nn.Module]) -> d
         scores = isinstance(module, nn.Linear) and module.out_features < module.in_features
         if (named_so and scores) or "Router" in type(module).__name__:
             outer[name] = "router"
-    first = [name for name in layers if "patch_embed" in name] or _first_convolutions(layers)
+    kinds = CONVOLUTIONS[1:] if model.main_input_name == "input_ids" else CONVOLUTIONS  # of text they are not the first
+    first = [name for name in layers if "patch_embed" in name] or _first_convolutions(layers, kinds)
     outer |= dict.fromkeys(first, "first layer")
     for name, module in model.named_modules():
         if name and getattr(module, "pretrained_cfg", None):  # a timm model in a transformers one
@@ -108,8 +109,10 @@ def _outer_layers_of_transformers(model: Any, layers: dict[str, nn.Module]) -> d
     return outer
 
 
-def _first_convolutions(layers: dict[str, nn.Module]) -> list[str]:
-    channels = {name: module.in_channels for name, module in layers.items() if isinstance(module, nn.Conv2d)}
+def _first_convolutions(layers: dict[str, nn.Module], kinds: tuple[Any, ...] = (nn.Conv2d,)) -> list[str]:
+    channels: dict[str, Any] = {
+        name: module.in_channels for name, module in layers.items() if isinstance(module, kinds)
+    }
     if not channels:
         return []
     first = next(iter(channels))
@@ -196,6 +199,17 @@ def computed_weights(model: nn.Module) -> dict[str, str]:
                 if call := _call_to_undo(module, key):
                     found[name] = call
     return found
+
+
+def kept_computed_weights(model: nn.Module) -> dict[str, str]:
+    """Those of `computed_weights` that stay in full precision, with the reason. Speech models normalize the weights of most
+    convolutions in that way."""
+    kinds = (nn.Conv1d, nn.Conv3d, *TRANSPOSED)
+    return {
+        name: f"its weight is computed; {call} makes it one"
+        for name, call in computed_weights(model).items()
+        if isinstance(model.get_submodule(name), kinds)
+    }
 
 
 def _call_to_undo(module: nn.Module, key: str) -> str | None:

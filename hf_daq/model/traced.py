@@ -8,6 +8,8 @@ import torch
 import torch.fx
 from torch import nn
 
+from ..nn.layers import CONVOLUTIONS
+
 
 class _Tracer(torch.fx.Tracer):
     """Stops at the modules that have a weight."""
@@ -76,7 +78,7 @@ def likely_ends(layers: dict[str, nn.Module]) -> tuple[list[str], list[str]]:
     that give channels which no layer reads, with the last layer. Rather one too many than one too few."""
     sizes = {name: _channels(module) for name, module in layers.items()}
     given = {size for _, size in sizes.values() if size}
-    inputs = {name: sizes[name][0] for name, module in layers.items() if isinstance(module, nn.Conv2d)}
+    inputs = {name: sizes[name][0] for name, module in layers.items() if isinstance(module, CONVOLUTIONS)}
     open_inputs = {name: count for name, count in inputs.items() if count not in given} or inputs
     fewest = min(open_inputs.values(), default=0)
     first = [name for name, count in open_inputs.items() if count <= max(fewest, 4)] or list(layers)[:1]

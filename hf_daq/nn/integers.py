@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from .base import DaqLayer, check_calibrated
 from .formula import center, levels
-from .layers import replaced_forwards
+from .layers import CONVOLUTIONS, TRANSPOSED, replaced_forwards
 from .packed import daq_layers
 from .quantizers import wide
 
@@ -162,4 +162,4 @@ def _groups(values: Integers) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _per_channel(layer: Any, output: Tensor) -> tuple[int, ...]:
     """The shape in which a vector of channels meets the output of a layer."""
-    return (-1, *(1,) * 2) if isinstance(layer, nn.Conv2d) else (-1,)
+    return (-1, *(1,) * len(layer.kernel_size)) if isinstance(layer, CONVOLUTIONS + TRANSPOSED) else (-1,)

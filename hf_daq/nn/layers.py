@@ -20,12 +20,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..config import DaqConfig
-from ..errors import CalibrationError
+from ..errors import CalibrationError, ModelError
 from .base import DaqLayer, layer_input
 from .functional import node_of, recomputed
 from .kept import Fingerprint, Kept
 from .quantizers import ActivationQuantizer, WeightQuantizer, is_shard
 from .swap import change_class
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class QuantizedLayer(DaqLayer):
@@ -223,6 +226,77 @@ class DaqConv2d(QuantizedLayer, nn.Conv2d):
         return output
 
 
+class DaqConv1d(QuantizedLayer, nn.Conv1d):
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        output: Tensor = self._conv_forward(x, weight, bias)
+        return output
+
+
+class DaqConv3d(QuantizedLayer, nn.Conv3d):
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        output: Tensor = self._conv_forward(x, weight, bias)
+        return output
+
+
+class Transposed(DaqLayer):
+    """Transposed convolutions, whose parameter has the shape (in, out / groups, ...): each group by itself is the weight with
+    its first two dimensions exchanged."""
+
+    stride: Any
+    padding: Any
+    output_padding: Any
+    dilation: Any
+    kernel_size: Any
+    groups: int
+    in_channels: int
+    out_channels: int
+
+    def forward(self, input: Tensor | None = None, output_size: Any = None, **named: Tensor) -> Tensor:
+        if not isinstance(self, DaqLayer):  # somebody kept this method of a layer that has another class now
+            return type(self).forward(self, input, output_size, **named)
+        if output_size is not None:
+            raise ModelError(
+                f"layer {self.daq_name!r} was called with output_size, and a quantized layer has the size that its "
+                f"output_padding says; leave it in full precision: modules_to_not_convert=[{self.daq_name!r}]"
+            )
+        return DaqLayer.forward(self, input, **named)
+
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    def stored(self, weight: Tensor) -> Tensor:
+        return _exchanged(weight, self.groups)
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        function: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(self.kernel_size) - 1]
+        output: Tensor = function(
+            x, self.stored(weight), bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+        )
+        return output
+
+
+def _exchanged(weight: Tensor, groups: int) -> Tensor:
+    parts = weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2)
+    return parts.reshape(-1, *parts.shape[2:])
+
+
+class _QuantizedTransposed(Transposed, QuantizedLayer):
+    def float_weight(self) -> Tensor:
+        return _exchanged(self.weight, self.groups)
+
+
+class DaqConvTranspose1d(_QuantizedTransposed, nn.ConvTranspose1d):
+    pass
+
+
+class DaqConvTranspose2d(_QuantizedTransposed, nn.ConvTranspose2d):
+    pass
+
+
+class DaqConvTranspose3d(_QuantizedTransposed, nn.ConvTranspose3d):
+    pass
+
+
 class _TimmConv(QuantizedLayer):
     stride: Any
     padding: Any
@@ -310,7 +384,12 @@ LAYER_TYPES: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Linear: DaqLinear,
     timm.layers.Linear: DaqTimmLinear,
     Conv1D: DaqConv1D,
+    nn.Conv1d: DaqConv1d,
     nn.Conv2d: DaqConv2d,
+    nn.Conv3d: DaqConv3d,
+    nn.ConvTranspose1d: DaqConvTranspose1d,
+    nn.ConvTranspose2d: DaqConvTranspose2d,
+    nn.ConvTranspose3d: DaqConvTranspose3d,
     timm.layers.Conv2dSame: DaqConv2dSame,
     timm.layers.StdConv2d: DaqStdConv2d,
     timm.layers.StdConv2dSame: DaqStdConv2dSame,
@@ -341,7 +420,8 @@ def quantize_layer(layer: Any, name: str, config: DaqConfig, weight_bits: int, a
         grid=config.grid(weight_bits),
         scale_dtype=config.scale_dtype,
         # A class of transformers has no place for the bias of a linear layer that had none, nor have exported files.
-        shift=config.bias_correction and (getattr(layer, "bias", None) is not None or isinstance(layer, nn.Conv2d)),
+        shift=config.bias_correction
+        and (getattr(layer, "bias", None) is not None or isinstance(layer, CONVOLUTIONS + TRANSPOSED)),
         normalization=config.weight_normalization,
         gamma=config.weight_gamma,
         sigma=config.weight_sigma,

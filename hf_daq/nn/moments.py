@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .init import spread
+from .layers import CONVOLUTIONS, TRANSPOSED
 from .matching import usual_weights
 from .observers import all_reduce, grid, padded, rows_at
 
@@ -28,7 +29,8 @@ class Moments:
 
     def __init__(self, layer: Any, shape: tuple[int, ...]) -> None:
         self.layer = layer
-        self.groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+        self.convolution = isinstance(layer, CONVOLUTIONS + TRANSPOSED)
+        self.groups = layer.groups if self.convolution else 1
         self.columns = math.prod(shape[1:])
         dtype = torch.float64 if self.columns < _WIDE else torch.float32
         size = self.columns + 1
@@ -38,13 +40,14 @@ class Moments:
     @torch.no_grad()
     def add(self, half: int, quantized: Tensor, in_float: Tensor, limit: int) -> None:
         """At most `limit` positions of inputs: of images before padding, of tokens any shape that ends with the columns."""
-        if isinstance(self.layer, nn.Conv2d):
-            quantized, in_float = (padded(self.layer, x if x.ndim == 4 else x[None]) for x in (quantized, in_float))
+        if self.convolution:
+            dims = len(self.layer.kernel_size) + 2
+            quantized, in_float = (padded(self.layer, x if x.ndim == dims else x[None]) for x in (quantized, in_float))
         count = math.prod(grid(self.layer, quantized))
         chosen = spread(count, min(limit, count), quantized.device)
         for part in torch.split(chosen, max(1, _CHUNK // (self.columns * self.groups))):
             q, f = self._rows(quantized, part), self._rows(in_float, part)
-            if not isinstance(self.layer, nn.Conv2d):
+            if not self.convolution:
                 q, f = self._typical(q, f)
             self.quantized[half] += q.mT @ q
             self.mixed[half] += f.mT @ q

@@ -10,8 +10,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from timm.layers import Conv2dSame
 from timm.layers.padding import pad_same
-from torch import Tensor, nn
+from torch import Tensor
 
+from .layers import CONVOLUTIONS, TRANSPOSED
 from .quantizers import processes
 
 _BINS = 8192
@@ -105,13 +106,13 @@ class InputSample:
     """A random sample, without replacement, of what gives one position of a layer's output: the row of a token, or the
     patch under the kernel of a convolution. Memory is bounded whatever comes; few inputs are kept whole.
 
-    rows: shape (positions, in) or (positions, in, height, width of the kernel), in the dtype of the inputs. seen: of how
+    rows: shape (positions, in) or (positions, in, size of the kernel...), in the dtype of the inputs. seen: of how
         many positions.
     """
 
     def __init__(self, layer: Any, shape: tuple[int, ...]) -> None:
         self.layer, self.seen = layer, 0
-        self.convolution = isinstance(layer, nn.Conv2d)
+        self.convolution = isinstance(layer, CONVOLUTIONS + TRANSPOSED)
         width = layer.in_channels * math.prod(layer.kernel_size) if self.convolution else shape[1]
         self.limit = max(_SAMPLE_ROWS, _SAMPLE_VALUES // max(width, shape[0]))
         self.generator = torch.Generator().manual_seed(0)
@@ -128,7 +129,7 @@ class InputSample:
     def add(self, x: Tensor) -> None:
         """Every position draws a number; those with the smallest numbers stay."""
         if self.convolution:
-            x = padded(self.layer, x if x.ndim == 4 else x[None])
+            x = padded(self.layer, x if x.ndim == self.rows.ndim else x[None])
         count = math.prod(grid(self.layer, x))
         self.seen += count
         keys = torch.rand(count, generator=self.generator)
@@ -152,34 +153,65 @@ class InputSample:
 
     def output(self, rows: Tensor, weight: Tensor) -> Tensor:
         """The layer's output at these positions for a weight as from `float_weight`, without a bias: (positions, out)."""
+        weight = weight.to(rows.dtype)
         if not self.convolution:
-            return F.linear(rows, weight.to(rows.dtype))
-        return F.conv2d(rows, weight.to(rows.dtype), groups=self.layer.groups).flatten(1)
+            return F.linear(rows, weight)
+        function: Any = (F.conv1d, F.conv2d, F.conv3d)[rows.ndim - 3]
+        output: Tensor = function(rows, weight, groups=self.layer.groups).flatten(1)
+        return output
 
 
 def grid(layer: Any, x: Tensor) -> tuple[int, ...]:
     """How many positions each dimension of the inputs has; of images that are `padded`."""
-    if not isinstance(layer, nn.Conv2d):
+    if not isinstance(layer, CONVOLUTIONS + TRANSPOSED):
         return tuple(x.shape[:-1])
-    sizes = zip(x.shape[2:], layer.kernel_size, layer.stride, layer.dilation, strict=True)
-    return (len(x), *((size - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, dilation in sizes))
+    sizes = zip(x.shape[2:], layer.kernel_size, _steps(layer), layer.dilation, strict=True)
+    return (len(x), *((size - dilation * (kernel - 1) - 1) // step + 1 for size, kernel, step, dilation in sizes))
 
 
 def rows_at(layer: Any, x: Tensor, chosen: Tensor) -> Tensor:
     """What gives the output at these positions, counted over the `grid`: the inputs of tokens, shape (positions, in), or
-    the patches under the kernel, shape (positions, in, height, width)."""
-    if not isinstance(layer, nn.Conv2d):
+    the patches under the kernel, shape (positions, in, size of the kernel...)."""
+    if not isinstance(layer, CONVOLUTIONS + TRANSPOSED):
         return x.reshape(-1, x.shape[-1])[chosen]
-    image, top, left = torch.unravel_index(chosen, grid(layer, x))
-    (height, width), (down, right), (step_down, step_right) = layer.kernel_size, layer.stride, layer.dilation
-    rows = (top * down)[:, None] + step_down * torch.arange(height, device=x.device)
-    columns = (left * right)[:, None] + step_right * torch.arange(width, device=x.device)
-    return x[image[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    image, *starts = torch.unravel_index(chosen, grid(layer, x))
+    dims = len(starts)
+    indices = []
+    for dim, (start, kernel, step, dilation) in enumerate(
+        zip(starts, layer.kernel_size, _steps(layer), layer.dilation, strict=True)
+    ):
+        places = (start * step)[:, None] + dilation * torch.arange(kernel, device=x.device)
+        if isinstance(layer, TRANSPOSED):  # whose kernel lies over what it gives, not over what it reads
+            places = places.flip(1)
+        indices.append(places.view(-1, *(kernel if dim == other else 1 for other in range(dims))))
+    where: Any = (image.view(-1, *(1,) * dims), slice(None), *indices)
+    return x[where].movedim(-1, 1)
+
+
+def _steps(layer: Any) -> Any:
+    """By how much the kernel moves over what `padded` gives."""
+    return (1,) * len(layer.kernel_size) if isinstance(layer, TRANSPOSED) else layer.stride
 
 
 def padded(layer: Any, x: Tensor) -> Tensor:
-    """The images with the padding the convolution gives them."""
+    """The images with the padding the convolution gives them; for a transposed one with zeros between their pixels."""
+    if isinstance(layer, TRANSPOSED):
+        return _spread(layer, x)
     if isinstance(layer, Conv2dSame) or getattr(layer, "same_pad", False):
         x = pad_same(x, layer.kernel_size, layer.stride, layer.dilation)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     return F.pad(x, layer._reversed_padding_repeated_twice, mode)
+
+
+def _spread(layer: Any, x: Tensor) -> Tensor:
+    sizes = ((size - 1) * stride + 1 for size, stride in zip(x.shape[2:], layer.stride, strict=True))
+    spread = x.new_zeros(*x.shape[:2], *sizes)
+    where: Any = (..., *(slice(None, None, stride) for stride in layer.stride))
+    spread[where] = x
+    sides: list[int] = []
+    for kernel, dilation, padding, more in zip(
+        layer.kernel_size, layer.dilation, layer.padding, layer.output_padding, strict=True
+    ):
+        side = dilation * (kernel - 1) - padding
+        sides = [side, side + more, *sides]
+    return F.pad(spread, sides)

@@ -132,6 +132,8 @@ def _made(layer: Any, sources: tuple[Any, ...]) -> Prepared:
 def _fits(layer: Any) -> bool:
     """Whether this is a layer that the operators know, with sums inside of 32 bits, and values for all that it has."""
     convolution = isinstance(layer, nn.Conv2d)
+    if not convolution and len(layer.shape) != 2:
+        return False  # convolutions of other kinds
     if layer.group_size is not None or not hasattr(_ops, "qconv2d_pointwise" if convolution else "qlinear_pointwise"):
         return False
     largest = math.prod(layer.shape[1:]) * layer.a_quant.levels * 128

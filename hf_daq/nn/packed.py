@@ -152,7 +152,7 @@ class PackedTable(PackedLayer):
 def _packed_class(quantized_class: Any) -> type[PackedLayer]:
     float_class = quantized_class.float_class
     base = PackedTable if issubclass(float_class, nn.Embedding) else PackedLayer
-    names = ["float_class", "compute", "stored", "standardizes", "same_pad"]
+    names = ["float_class", "forward", "compute", "stored", "standardizes", "same_pad"]
     if base is PackedTable:
         names += ["scaled", "scale_attribute", "scale_cast", "__reduce_ex__"]
     taken = {name: getattr(quantized_class, name) for name in names}

@@ -18,7 +18,7 @@ from ..model.guards import ORDER
 from ..model.roles import largest_weight, weight_modules
 from ..nn.base import layer_input
 from ..nn.init import spread
-from ..nn.layers import QuantizedLayer, evaluating, replaced_forwards
+from ..nn.layers import CONVOLUTIONS, TRANSPOSED, QuantizedLayer, evaluating, replaced_forwards
 from ..nn.packed import daq_layers
 from ..nn.quantizers import Quantizer, is_shard, wide
 
@@ -148,7 +148,9 @@ class Measurement:
         self.outputs += output.numel()
         self.bad_inputs += bad
         self.bad_outputs += count_bad(output)
-        if not isinstance(self.layer, nn.Embedding):
+        if issubclass(self.layer.float_class, TRANSPOSED):
+            self.macs += x.numel() * math.prod(self.shape) // self.layer.in_channels
+        elif not isinstance(self.layer, nn.Embedding):
             self.macs += output.numel() * math.prod(self.shape[1:])
         if bad or not self.usable:
             return
@@ -181,11 +183,15 @@ class Measurement:
         self.input_counts += torch.bincount(a_quant.codes(x).flatten(), minlength=2**a_quant.bits)
         self.clipped_inputs += int(a_quant.outside(a_quant.positions(x)).count_nonzero())
         self.negative_inputs += int((x < 0).sum())
-        rows = wide(x).movedim(-3 if issubclass(self.layer.float_class, nn.Conv2d) else -1, 0).flatten(1)
+        rows = wide(x).movedim(self._channel_dim(), 0).flatten(1)
         noise = wide(a_quant(rows)) * a_quant.span - rows
         energies = torch.stack([rows.square().sum(1), noise.square().sum(1)])
         self.channels = energies if self.channels is None else self.channels + energies
         self.distinct_inputs = max(self.distinct_inputs, _distinct(a_quant(_sample(x.reshape(1, -1)))))
+
+    def _channel_dim(self) -> int:
+        convolution = issubclass(self.layer.float_class, CONVOLUTIONS + TRANSPOSED)
+        return -1 - len(self.layer.kernel_size) if convolution else -1
 
     @property
     def output_sqnr(self) -> float | None:

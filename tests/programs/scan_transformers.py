@@ -358,7 +358,7 @@ def check_dequantize(case: Case) -> Iterator[str]:
             yield f"{what}: config.json has a quantization_config"
         plain, info = case.model_class.from_pretrained(path, output_loading_info=True)
         new_biases = model.state_dict().keys() - case.float_model.state_dict().keys()
-        convolutions = {f"{name}.bias" for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+        convolutions = {f"{name}.bias" for name, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
         if new_biases - (convolutions if config.bias_correction else set()):
             yield f"{what}: dequantizing adds {sorted(new_biases)[:5]}"
         unread = set(info.pop("unexpected_keys"))

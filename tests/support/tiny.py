@@ -362,8 +362,7 @@ ARCHITECTURES: dict[str, Tiny] = {
         2,
         {
             "embedding": 1,
-            _no_form("Conv1d"): 2,
-            "MambaMixer reads its weight directly": 6,
+            "MambaMixer reads its weight directly": 8,
             "shares its weight with backbone.embeddings": 1,
         },
         tf.MambaModel,
@@ -384,8 +383,7 @@ ARCHITECTURES: dict[str, Tiny] = {
         2,
         {
             "embedding": 1,
-            _no_form("Conv1d"): 2,
-            "FalconMambaMixer reads its weight directly": 6,
+            "FalconMambaMixer reads its weight directly": 8,
             "shares its weight with backbone.embeddings": 1,
         },
         tf.FalconMambaModel,
@@ -482,8 +480,8 @@ ARCHITECTURES: dict[str, Tiny] = {
             begin_suppress_tokens=None,
         ),
         "speech",
-        32,
-        {_no_form("Conv1d"): 2, "embedding": 3, "shares its weight with model.decoder.embed_tokens": 1},
+        33,
+        {"first layer": 1, "embedding": 3, "shares its weight with model.decoder.embed_tokens": 1},
         tf.WhisperModel,
     ),
     "wav2vec2": Tiny(
@@ -502,8 +500,8 @@ ARCHITECTURES: dict[str, Tiny] = {
             ctc_zero_infinity=True,
         ),
         "audio",
-        13,
-        {_no_form("Conv1d"): 2, _no_form("ParametrizationList"): 1, "head": 1},
+        14,
+        {"first layer": 1, _no_form("ParametrizedConv1d"): 1, _no_form("ParametrizationList"): 1, "head": 1},
         tf.Wav2Vec2Model,
     ),
 }
