@@ -182,3 +182,14 @@ def test_an_exchange_is_its_own_inverse():
         one,
         F.conv_transpose2d(inputs(layer)[:, :2], weight[:3].transpose(0, 1), dilation=(2, 1), stride=2, padding=(0, 3)),
     )
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_reconstruct_brings_the_outputs_nearer_to_float(name):
+    model, x, state = built(name, weight_bits=2, activation_bits=None)
+    plain = nn.Sequential(LAYERS[name]())
+    plain.load_state_dict(state)
+    seen = [inputs(model[0], rows=64, seed=seed) for seed in (1, 2)]
+    expected, before = plain(x), model(x)
+    hf_daq.reconstruct(model, seen, progress=False)
+    assert (model(x) - expected).norm() < 0.9 * (before - expected).norm()
