@@ -8,7 +8,7 @@ from torch import nn
 
 import hf_daq
 from hf_daq import DaqConfig
-from hf_daq.errors import ExportError, ModelError
+from hf_daq.errors import ModelError
 from hf_daq.model.patch import computed_weights
 from hf_daq.nn.integers import integer_arithmetic
 from hf_daq.nn.layers import quantized_layers
@@ -46,7 +46,8 @@ def built(name, **config):
     net = nn.Sequential(LAYERS[name]())
     before = {key: value.clone() for key, value in net.state_dict().items()}
     x = inputs(net[0])
-    config = {"weight_bits": 8, "activation_bits": 8, "first_last_bits": 8, "weight_granularity": "channel"} | config
+    config = {"weight_bits": 8, "activation_bits": 8, "weight_granularity": "channel"} | config
+    config["first_last_bits"] = config["weight_bits"]
     hf_daq.apply_daq(net, DaqConfig(**config))
     with hf_daq.calibrate(net):
         net(x)
@@ -140,12 +141,38 @@ def test_a_size_that_a_caller_asks_for_is_refused():
     assert plain(x, output_size=[22]).shape[-1] == 22
 
 
-def test_onnx_says_which_layers_it_does_not_write(tmp_path):
-    for name in ("conv1d", "conv3d", "up2d"):
-        model, x, _ = built(name)
-        kind = type(LAYERS[name]()).__name__
-        with pytest.raises(ExportError, match=f"layer '0' is a {kind}.*2-D convolutions; leave it in full precision"):
-            hf_daq.export_onnx(model, tmp_path / "model.onnx", x)
+@pytest.mark.parametrize(
+    ("name", "grid"),
+    [("conv1d", "integer"), ("conv1d_same", "odd"), ("conv3d", "odd"), ("up2d", "odd"), ("up1d", "integer")],
+)
+def test_onnx_files_agree(name, grid, tmp_path):
+    model, x, _ = built(name, weight_grid=grid)
+    for runtime in ("onnxruntime", "openvino"):
+        report = hf_daq.export_onnx(model, tmp_path / f"{runtime}.onnx", x, runtime=runtime)
+        assert report.passed
+        assert report.runtimes.keys() == {"onnxruntime", runtime}
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("conv1d", {"activation_bits": None}), ("up2d", {"group_size": 4, "weight_granularity": "group"})],
+)
+def test_onnx_files_agree_with_weights_alone_and_with_groups(name, config, tmp_path):
+    model, x, _ = built(name, weight_bits=3, **config)
+    assert hf_daq.export_onnx(model, tmp_path / "model.onnx", x).passed
+
+
+def test_onnx_with_8_bit_outputs(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 8, 3), nn.ConvTranspose1d(8, 4, 3)
+    )
+    hf_daq.apply_daq(net, bits=8, first_last_bits=8, weight_granularity="channel")
+    x = torch.randn(64, 3, 20)
+    with hf_daq.calibrate(net):
+        net(x)
+    report = hf_daq.export_onnx(net, tmp_path / "model.onnx", x, int8_outputs=True)
+    assert report.passed
 
 
 def test_normalized_weights_stay_in_full_precision_and_are_named():
@@ -186,10 +213,14 @@ def test_an_exchange_is_its_own_inverse():
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_reconstruct_brings_the_outputs_nearer_to_float(name):
-    model, x, state = built(name, weight_bits=2, activation_bits=None)
+    def alike(seed):
+        x = inputs(model[0], rows=64, seed=seed)
+        return x + 3 * x[:, :1]  # channels that go together: errors of one weight can be made good by another
+
+    model, _, state = built(name, weight_bits=2, activation_bits=None)
     plain = nn.Sequential(LAYERS[name]())
     plain.load_state_dict(state)
-    seen = [inputs(model[0], rows=64, seed=seed) for seed in (1, 2)]
+    x = alike(3)
     expected, before = plain(x), model(x)
-    hf_daq.reconstruct(model, seen, progress=False)
-    assert (model(x) - expected).norm() < 0.9 * (before - expected).norm()
+    hf_daq.reconstruct(model, [alike(1), alike(2)], progress=False)
+    assert (model(x) - expected).norm() < 0.8 * (before - expected).norm()

@@ -20,7 +20,7 @@ from ..errors import DaqError, ExportError
 from ..model.batch import Inputs
 from ..model.unchanged import check_unchanged
 from ..nn.base import check_calibrated
-from ..nn.layers import TRANSPOSED, evaluating
+from ..nn.layers import CONVOLUTIONS, TRANSPOSED, evaluating
 from ..nn.packed import daq_layers
 from .onnx_cache import name_dimensions, with_cache
 from .onnx_emission import emitting
@@ -168,13 +168,6 @@ def _check(model: nn.Module, layers: Mapping[str, Any], weights: str, runtime: s
         raise ExportError(f"runtime={runtime!r}: write one of {', '.join(RUNTIMES)}")
     if opset < 21:
         raise ExportError(f"opset={opset}: write 21 or higher")
-    for name, layer in layers.items():
-        if isinstance(layer, (nn.Conv1d, nn.Conv3d, *TRANSPOSED)):
-            kind = daq_layers(model)[name].float_class.__name__
-            raise ExportError(
-                f"layer {name!r} is a {kind}, and export_onnx writes quantized linear layers and 2-D "
-                f"convolutions; leave it in full precision, DaqConfig(..., modules_to_not_convert=[{name!r}])"
-            )
     check_calibrated(layers, "export_onnx")
     other = {value.dtype for value in model.parameters() if value.is_floating_point()} - {torch.float32}
     if other:
@@ -186,7 +179,7 @@ def _check_int8_inputs(layers: Mapping[str, Any], int8_inputs: bool, runtime: st
         return
     if runtime != "onnxruntime":
         raise ExportError(f'int8_inputs=True is for runtime="onnxruntime", not {runtime!r}')
-    if not any(layer.a_quant is None and not isinstance(layer, nn.Conv2d) for layer in layers.values()):
+    if not any(layer.a_quant is None and not isinstance(layer, CONVOLUTIONS + TRANSPOSED) for layer in layers.values()):
         raise ExportError(
             "int8_inputs=True is for linear layers whose weights alone are quantized (activation_bits=None), and this model "
             "has none: leave it out"
@@ -279,7 +272,7 @@ def _rewrite(proto: Any, batch: Inputs, weights: str, int8_outputs: bool, runtim
     from . import onnx_passes as passes
     from . import onnx_storage as storage
     from .onnx_graph import Graph
-    from .onnx_products import convolutions_as_products, groups_in_float
+    from .onnx_products import convolutions_as_products, others_in_float
 
     graph = Graph(proto)
     passes.name_values(graph)
@@ -297,7 +290,7 @@ def _rewrite(proto: Any, batch: Inputs, weights: str, int8_outputs: bool, runtim
     else:
         if runtime == "onnxruntime":
             convolutions_as_products(graph)
-            groups_in_float(graph)
+            others_in_float(graph)
         passes.add_offsets(graph)
         passes.separate_bias(graph)
     if weights == "int4":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..nn.formula import levels
 from ..nn.integers import Integers, integers
-from ..nn.layers import replaced_forwards
+from ..nn.layers import CONVOLUTIONS, TRANSPOSED, replaced_forwards
 from .onnx_nbits import product_of
 
 _LARGEST_SUM = 2**15 - 1
@@ -55,8 +55,10 @@ class Emission:
         self.bounds = [
             torch.tensor(code, dtype=torch.uint8, device=device) for code in (0, levels(self.input_bits or 8))
         ]
-        self.linear = not isinstance(layer, nn.Conv2d)
-        self.in_integers = self.group_size is None and self.input_bits is not None
+        self.linear = not isinstance(layer, CONVOLUTIONS + TRANSPOSED)
+        # The channels of a transposed convolution with groups lie along no single axis, so that it has no scale for each.
+        along_an_axis = self.group_size is None and not isinstance(layer, TRANSPOSED)
+        self.in_integers = along_an_axis and self.input_bits is not None
         in_float = self.linear and not self.in_integers
         self.product = product_of(found, int8_inputs) if products and in_float else None
         if self.product is None:

@@ -284,7 +284,7 @@ def _with_offset(graph: Graph, conv: Any) -> list[Any]:
     new = [helper.make_node("DequantizeLinear", tensors, [f"{name}.weight"], f"{name}.weight", axis=0), sums]
     added = sums.output[0]
     if one_sum:
-        factor = graph.add(f"{name}.factor", half.astype(np.float32).reshape(1, -1, 1, 1))
+        factor = graph.add(f"{name}.factor", half.astype(np.float32).reshape(1, -1, *(1,) * (codes.ndim - 2)))
         added = f"{name}.product"
         new.append(helper.make_node("Mul", [sums.output[0], factor], [added], added))
     conv.output[0] = f"{output}.half"
@@ -351,7 +351,8 @@ def separate_bias(graph: Graph) -> None:
         if id(conv) not in biased:
             return [conv]
         output, name = conv.output[0], f"{conv.name}.added_bias"
-        bias = graph.add(name, graph.values(conv.input[2]).reshape(1, -1, 1, 1))
+        dims = graph.values(weight_node(graph, conv).input[0]).ndim - 2
+        bias = graph.add(name, graph.values(conv.input[2]).reshape(1, -1, *(1,) * dims))
         del conv.input[2]
         conv.output[0] = f"{output}.unbiased"
         return [conv, helper.make_node("Add", [conv.output[0], bias], [output], f"{conv.name}.biased")]

@@ -1,4 +1,5 @@
-"""What ONNX Runtime computes convolutions of integers with: matrix products, and with groups float."""
+"""What ONNX Runtime computes convolutions of integers with: matrix products, and float with groups or in other than two
+dimensions."""
 
 from __future__ import annotations
 
@@ -25,11 +26,15 @@ def convolutions_as_products(graph: Graph) -> None:
     graph.remove([node for node in graph.nodes("DequantizeLinear") if not graph.consumers[node.output[0]]])
 
 
-def groups_in_float(graph: Graph) -> None:
-    """Quantized convolutions with groups become float ones, of codes with a weight that the runtime makes of its integers when
-    it loads the file. ONNX Runtime computes sums of few products several times as fast in float as in integers. There is no
-    DequantizeLinear here, because it would round weights and biases behind one to integers of its own."""
-    wanted = {id(conv) for conv in quantized_convolutions(graph) if attribute(conv, "group", 1) > 1}
+def others_in_float(graph: Graph) -> None:
+    """Quantized convolutions with groups, or not in two dimensions, become float ones, of codes with a weight that the runtime
+    makes of its integers when it loads the file. ONNX Runtime computes sums of few products several times as fast in float as
+    in integers. There is no DequantizeLinear here, because it would round weights and biases behind one to integers of its own."""
+    wanted = {
+        id(conv)
+        for conv in quantized_convolutions(graph)
+        if attribute(conv, "group", 1) > 1 or graph.values(weight_node(graph, conv).input[0]).ndim != 4
+    }
     graph.rewrite(lambda node: _in_float(graph, node) if id(node) in wanted else (node,))
     graph.remove([node for node in graph.nodes("DequantizeLinear") if not graph.consumers[node.output[0]]])
 
@@ -52,7 +57,8 @@ def _in_float(graph: Graph, conv: Any) -> list[Any]:
     integers = emit("Cast", [weight.input[0]], "integers", to=TensorProto.FLOAT)
     if note(weight, "hf_daq_offset") is not None:
         integers = emit("Add", [integers, constant("half", 0.5)], "halves")
-    scale = (graph.values(weight.input[1]) * step).reshape(-1, 1, 1, 1)
+    scale = graph.values(weight.input[1]) * step
+    scale = scale.reshape(-1, *(1,) * (graph.values(weight.input[0]).ndim - 1))
     conv.input[:2] = [x, emit("Mul", [integers, constant("scale", scale)], "float_weight")]
     return [*nodes, conv]
 
