@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .report.compare import compare
     from .report.health import health
     from .report.monitor import Monitor
+    from .report.page import report
     from .report.summary import summary
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "reconstruct",
     "reestimate_batch_norm",
     "remove_daq",
+    "report",
     "restart",
     "save_pretrained",
     "summary",
@@ -97,6 +99,7 @@ _FILES = {
     "reconstruct": "reconstruction",
     "reestimate_batch_norm": "batch_norm",
     "remove_daq": "apply",
+    "report": "report.page",
     "restart": "apply",
     "save_pretrained": "checkpoint",
     "summary": "report.summary",
@@ -104,6 +107,8 @@ _FILES = {
     "unpack": "apply",
     "update_card": "files.card",
 }
+import_module(".report", __name__)  # now, so that no later import of its files puts the folder where the function is
+del globals()["report"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
 """The examples in the docstrings run."""
 
+import copy
 import inspect
 import re
 import textwrap
@@ -11,7 +12,7 @@ from models import images, small_timm
 import hf_daq
 
 NAMES = ("plan", "DaqConfig", "apply_daq", "param_groups", "save_pretrained", "from_pretrained", "export_onnx")
-NAMES += ("reconstruct", "reestimate_batch_norm")
+NAMES += ("reconstruct", "reestimate_batch_norm", "report")
 
 
 def example(name):
@@ -32,4 +33,4 @@ def test_examples_run(name, tmp_path, monkeypatch):
         hf_daq.save_pretrained(model, "out")
     code = example(name)
     assert len(code.splitlines()) == 2
-    exec(code, {"hf_daq": hf_daq, "torch": torch, "model": model, "images": batch})
+    exec(code, {"hf_daq": hf_daq, "torch": torch, "copy": copy, "model": model, "images": batch})

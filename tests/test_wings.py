@@ -77,6 +77,7 @@ HOMES = {
     "report.compare": "compare",
     "report.health": "health",
     "report.monitor": "Monitor",
+    "report.page": "report",
     "report.summary": "summary",
     "integrations.trainer": "MonitorCallback trainer_optimizer",
     "export.compressed_tensors": "export_compressed_tensors",
