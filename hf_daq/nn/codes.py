@@ -131,7 +131,8 @@ def _addressed(coded: Coded) -> tuple[tuple[Any, ...], Tensor]:
     return (*place, per_row, per_group), scale
 
 
-def _threads(weights: int) -> int:
+def threads(weights: int) -> int:
+    """How many work on so many weights."""
     return 1 if _forked else min(torch.get_num_threads(), 1 + weights // _PER_THREAD)
 
 
@@ -140,8 +141,8 @@ def native_rows(coded: Coded, first: int, last: int, dtype: torch.dtype) -> Tens
     columns, wide = coded.columns(), dtype if dtype in _KINDS else torch.float32
     result = torch.empty(last - first, columns, dtype=wide)
     place, _scale = _addressed(coded)
-    group, threads = coded.group_size or columns, _threads(result.numel())
-    _call("daq_weights", *place, columns, group, first, last, result.data_ptr(), _KINDS[wide], threads)
+    group, number = coded.group_size or columns, threads(result.numel())
+    _call("daq_weights", *place, columns, group, first, last, result.data_ptr(), _KINDS[wide], number)
     return result.to(dtype)
 
 
@@ -154,7 +155,7 @@ def native_product(x: Tensor, coded: Coded, bias: Tensor | None) -> Tensor:
             raise ValueError(f"a bias of {bias.dtype} and shape {tuple(bias.shape)} for {rows} outputs of {x.dtype}")
         bias = bias.contiguous()
     place, _scale = _addressed(coded)
-    last = 0 if bias is None else bias.data_ptr(), result.data_ptr(), _KINDS[x.dtype], _threads(rows * columns)
+    last = 0 if bias is None else bias.data_ptr(), result.data_ptr(), _KINDS[x.dtype], threads(rows * columns)
     _call("daq_linear", *place, rows, columns, coded.group_size or columns, x.data_ptr(), len(x), *last)
     return result
 

@@ -9,12 +9,10 @@ from torch import Tensor
 
 from .formula import levels, round_half_down_
 from .quantizers import WeightQuantizer
+from .search import TOLERANCE, in_native, native_bounds, shares, sums, widest_bound
 
-# Values outside the bounds get no gradient, so of all bounds whose squared error is within this share of the smallest,
-# the widest are taken.
-TOLERANCE = 0.05
-_CANDIDATES = 64
 _SAMPLES = 2**16
+_CHUNK = 2**16  # weights that stay in the cache while candidates are tried; of other devices 256 times as many
 _TOP = 16  # the share of a sample that goes to the largest values
 
 
@@ -52,28 +50,46 @@ def start_from_weight(quantizer: WeightQuantizer, weight: Tensor, init: str) -> 
     """
     grid = Grid(quantizer.levels, quantizer.center)
     rows = quantizer.rows(weight)
-    offset, unit = quantizer.statistics(rows)
+    statistics = quantizer.statistics(rows)
     count = quantizer.lower.numel()
-    target = rows.float().reshape(count, -1)
-    x = ((rows - offset) / unit).float().reshape(count, -1)
-    valid = quantizer.valid(x)
-    largest = grid.outermost(x if valid is None else x * valid).clamp_min(1e-3)
-    chosen = torch.full_like(largest, 3.0)
-    if init == "mse":
-        budget = _SAMPLES if x.device.type == "cpu" else 256 * _SAMPLES
-        size = max(1024, _SAMPLES // count)
-        chunk = max(1, budget // min(size, x.shape[1]))  # rows that stay in the cache while all candidates are tried
-        for start in range(0, count, chunk):
-            part = slice(start, start + chunk)
-            sample, weights = _sampled(x[part], size, None if valid is None else valid[part])
-            chosen[part] = _widest_bound(sample, largest[part], grid, weights)
-    scale, _ = _fit(x, target, chosen, grid, valid)
-    quantizer.lower.copy_(-chosen.flatten())
-    quantizer.upper.copy_(chosen.flatten() * (grid.levels / grid.center - 1))
+    rows = rows.reshape(count, -1)
+    offset, unit = (value.reshape(count, 1) for value in statistics)
+    bound = None if init == "mse" else torch.full_like(unit, 3.0)
+    if in_native(rows, grid):
+        found, scale = native_bounds(rows, offset, unit, grid, quantizer.groups, quantizer.padding, bound)
+    else:
+        found, scale = _bounds(rows, offset, unit, grid, quantizer.valid(rows), bound)
+    quantizer.lower.copy_(-found.flatten())
+    quantizer.upper.copy_(found.flatten() * (grid.levels / grid.center - 1))
     quantizer.scale.copy_(scale.flatten().clamp_min(1e-8))
     if quantizer.shift is not None:
         quantizer.shift.zero_()
     quantizer.finish()
+
+
+def _bounds(
+    rows: Tensor, offset: Tensor, unit: Tensor, grid: Grid, valid: Tensor | None, bound: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As `native_bounds`, which knows from its arguments what is `valid`."""
+    count, columns = rows.shape
+    size = max(1024, _SAMPLES // count)
+    chunk = max(1, (_CHUNK if rows.device.type == "cpu" else 256 * _CHUNK) // columns)
+    bounds, scales = [], []
+    for start in range(0, count, chunk):
+        part = slice(start, start + chunk)
+        target, weights = rows[part].float(), None if valid is None else valid[part]
+        x = ((rows[part] - offset[part]) / unit[part]).float()
+        if weights is not None:
+            x *= weights
+        if bound is None:
+            sample = _sampled(x, size, weights)
+            bounds.append(widest_bound(sample[0], grid.outermost(x).clamp_min_(1e-3), grid, sample[1]))
+        else:
+            bounds.append(bound[part].float())
+        along, energy = sums(x, target, bounds[-1], grid, weights, torch.empty_like(x), torch.empty_like(x))
+        # On a grid with a zero a row of zeros has no other code.
+        scales.append(grid.center * along / energy.clamp_min(1e-12))
+    return torch.cat(bounds), torch.cat(scales)
 
 
 def _sampled(x: Tensor, size: int, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -99,26 +115,6 @@ def spread(count: int, number: int, device: torch.device) -> Tensor:
     return indices.to(device)
 
 
-def _widest_bound(x: Tensor, largest: Tensor, grid: Grid, weights: Tensor | None) -> Tensor:
-    """The widest bound of each row, shape (rows, 1), whose squared error is within TOLERANCE of the smallest."""
-    shrink = torch.logspace(0, -1.5, _CANDIDATES, device=x.device)
-    errors = torch.cat([_fit(x, x, factor * largest, grid, weights)[1] for factor in shrink], 1)
-    best = errors.amin(1, keepdim=True)
-    widest = (errors <= best * (1 + TOLERANCE)).int().argmax(1)
-    return shrink[widest, None] * largest
-
-
-def _fit(x: Tensor, target: Tensor, bound: Tensor, grid: Grid, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Least-squares scale of the codes of `x` against `target`, and the squared error; per row, shape (rows, 1)."""
-    code = (x + bound).mul_(grid.center / bound).clamp_(0, grid.levels)
-    code = round_half_down_(code).mul_(1 / grid.center).sub_(1)
-    weighted = code if weights is None else code * weights
-    # On a grid with a zero a row of zeros has no other code.
-    scale = (weighted * target).sum(1, keepdim=True) / (weighted * code).sum(1, keepdim=True).clamp_min(1e-12)
-    errors = (target - scale * code).square_()
-    return scale, (errors if weights is None else errors.mul_(weights)).sum(1, keepdim=True)
-
-
 def activation_bounds(centers: Tensor, counts: Tensor, low: float, high: float, bits: int) -> tuple[float, float]:
     """Bounds of the smallest squared error for inputs with these histograms: the smallest product of their errors.
 
@@ -133,7 +129,7 @@ def activation_bounds(centers: Tensor, counts: Tensor, low: float, high: float, 
     last = levels(bits)
     seen = counts.sum(0) > 0
     centers, counts = centers[seen], counts[:, seen]
-    shrink = torch.logspace(0, -1.5, _CANDIDATES, device=centers.device, dtype=torch.float64)
+    shrink = shares(centers.device, torch.float64)
     upper = max(high, 0.0) * shrink
     lower = torch.zeros_like(upper)
     if low < 0:

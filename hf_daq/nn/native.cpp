@@ -1,8 +1,8 @@
 // The dense stream of codes that bitpack.py describes, read as it is: a product with 1 to 8 rows of inputs, weights in
-// float32 or bfloat16, and codes in bytes and back. native.py compiles and calls it. Plain C++ for every compiler; the
-// instructions of x86 are used where the compiler says that they are there.
+// float32 or bfloat16, and codes in bytes and back. And where the bounds of float weights start. native.py compiles and calls
+// it. Plain C++ for every compiler; the instructions of x86 are used where the compiler says that they are there.
 //
-// Work is done in blocks of 64 columns. A block of B bits starts at any bit, is 8 * B bytes long, and is read as 64 bytes.
+// Work on codes is done in blocks of 64 columns. A block of B bits starts at any bit, is 8 * B bytes long, and is read as 64 bytes.
 
 #include <cmath>
 #include <cstdint>
@@ -32,6 +32,7 @@ constexpr int V = 64 / W;  // vectors in a block
 typedef float Floats __attribute__((vector_size(4 * W)));
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 
 enum Kind { FLOAT32 = 0, BFLOAT16 = 1 };
 
@@ -325,6 +326,142 @@ template <int B> static void write_codes(const uint8_t* q, uint8_t* out, int64_t
   }
 }
 
+// ------------------------------------------------------------------------------------------ where bounds start
+
+typedef int32_t Ints __attribute__((vector_size(4 * W)));
+
+// levels: the last code. center: the code of 0.
+struct Grid {
+  float levels, center;
+};
+
+// Of residuals r at the step of the bounds, and of centered codes k: from these follow the error and the step of least squares.
+struct Sums {
+  double rr = 0, rk = 0, kk = 0, k = 0;
+};
+
+static INLINE float total(Floats v) {
+  float lanes[W];
+  memcpy(lanes, &v, sizeof v);
+  for (int half = W / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+constexpr int PIECE = 4096, CANDIDATES = 64, COARSE = 8;
+
+// The weights under one pair of bounds.
+struct Row {
+  const void* data;
+  int kind;
+  int64_t size;
+  float offset;
+  alignas(64) float x[PIECE];  // a piece of them less the offset, filled with zeros to a whole vector
+  int64_t held;
+
+  int piece(int64_t start) {
+    int count = int(size - start < PIECE ? size - start : PIECE);
+    if (held != start) {
+      if (kind == BFLOAT16)
+        for (int i = 0; i < count; i++) x[i] = from_bfloat16(((const uint16_t*)data)[start + i]) - offset;
+      else
+        for (int i = 0; i < count; i++) x[i] = ((const float*)data)[start + i] - offset;
+      for (int i = count; i % W; i++) x[i] = 0;
+      held = start;
+    }
+    return count;
+  }
+
+  // The magnitude of the lower bound that clips nothing.
+  float outermost(Grid grid) {
+    float low = 0, high = 0, above = grid.center / (grid.levels - grid.center);
+    for (int64_t start = 0; start < size; start += PIECE) {
+      int count = piece(start);
+      Floats least = {}, most = {};
+      for (int i = 0; i < count; i += W) {
+        Floats v = load(x + i);
+        least = v < least ? v : least, most = v > most ? v : most;
+      }
+      for (int i = 0; i < W; i++) low = least[i] < low ? least[i] : low, high = most[i] > high ? most[i] : high;
+    }
+    return -low > high * above ? -low : high * above;
+  }
+
+  Sums sums(Grid grid, float bound) {
+    const float step = bound / grid.center, per_step = 1 / step, top = grid.levels - grid.center;
+    const Floats zero = {}, last = zero + grid.levels;
+    Sums all;
+    for (int64_t start = 0; start < size; start += PIECE) {
+      int count = piece(start), whole = count / W * W, i = 0;
+      Floats rr[2] = {}, rk[2] = {}, kk[2] = {}, sum[2] = {};
+      auto add = [&](int i, int j, Floats mask) INLINE_LAMBDA {
+        Floats v = load(x + i), p = top - v * per_step;  // from the upper bound down: then ties go to the lower code
+        p = p < zero ? zero : p;
+        p = p > last ? last : p;
+        Floats k = top - __builtin_convertvector(__builtin_convertvector(p + 0.5f, Ints), Floats), r = v - k * step;
+        k *= mask;
+        rr[j] += r * r * mask, rk[j] += r * k, kk[j] += k * k, sum[j] += k;
+      };
+      const Floats one = zero + 1.0f;
+      for (; i + 2 * W <= whole; i += 2 * W) add(i, 0, one), add(i + W, 1, one);
+      if (i < whole) add(i, 0, one), i += W;
+      if (i < count) {
+        float mask[W];
+        for (int n = 0; n < W; n++) mask[n] = i + n < count;
+        add(i, 1, load(mask));
+      }
+      all.rr += total(rr[0] + rr[1]), all.rk += total(rk[0] + rk[1]), all.kk += total(kk[0] + kk[1]);
+      all.k += total(sum[0] + sum[1]);
+    }
+    return all;
+  }
+};
+
+// The candidates, as shares of the widest.
+static const struct Shares {
+  float of[CANDIDATES];
+  Shares() {
+    for (int i = 0; i < CANDIDATES; i++) of[i] = std::pow(10.0f, -1.5f * i / (CANDIDATES - 1));
+  }
+} SHARES;
+
+// The widest of the candidates whose squared error is within the tolerance of the smallest, as search.py says.
+struct Search {
+  Row& row;
+  Grid grid;
+  float largest;
+  double noise, errors[CANDIDATES];
+  uint64_t tried = 0;
+
+  bool known(int i) const { return tried >> i & 1; }
+
+  double error(int i) {
+    if (!known(i)) {
+      Sums s = row.sums(grid, SHARES.of[i] * largest);
+      double left = s.kk > 0 ? s.rr - s.rk * s.rk / s.kk : s.rr;
+      errors[i] = left > 0 ? left : 0;
+      tried |= 1ull << i;
+    }
+    return errors[i];
+  }
+
+  int widest(float lowest, float tolerance) {
+    int last = int(std::ceil(std::log10(largest / lowest) * ((CANDIDATES - 1) / 1.5f)));
+    last = last < 2 ? 2 : last < CANDIDATES ? last : CANDIDATES - 1;
+    int stride = (last + COARSE - 2) / (COARSE - 1), at = 0;
+    for (int i = 0; i < CANDIDATES && (i <= last || at == i - stride); i += stride)
+      if (error(i) < error(at)) at = i;
+    for (int i = at - stride + 1, center = at; i < center + stride; i++)
+      if (i >= 0 && i < CANDIDATES && error(i) < errors[at]) at = i;
+    double limit = errors[at] * (1 + tolerance) + noise;
+    int before = -1, found = 0;
+    while (!known(found) || errors[found] > limit) before = known(found) ? found : before, found++;
+    for (int i = before + 1; i < found; i++)
+      if (error(i) <= limit) return i;
+    return found;
+  }
+};
+
 // ------------------------------------------------------------------------------------ called through ctypes
 
 #define FOR_BITS(CALL)                                                            \
@@ -377,6 +514,36 @@ int daq_write_codes(const uint8_t* codes, int bits, uint8_t* stream, int64_t cou
 #define CALL(B) write_codes<B>(codes, stream, count)
   FOR_BITS(CALL)
 #undef CALL
+  return 0;
+}
+
+// For each row of `size` weights, of which the last in each `groups` has `missing` less, the lower bound in units, and the
+// scale of least squares. bounds: of each row, or 0 where it is to be searched; not below `lowest`, if the error grows there.
+int daq_start(const void* weights, int kind, int64_t rows, int64_t size, int64_t groups, int64_t missing,
+              const float* offsets, const float* units, float levels, float center, float lowest, float tolerance,
+              float noise, float* bounds, float* scales, int threads) {
+  const Grid grid{levels, center};
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < rows; i++) {
+    Row row;
+    row.data = (const char*)weights + i * size * (kind == BFLOAT16 ? 2 : 4);
+    row.kind = kind, row.offset = offsets[i], row.held = -1;
+    row.size = i % groups == groups - 1 ? size - missing : size;
+    const float unit = units[i];
+    float bound = bounds[i] * unit;
+    if (!(bounds[i] > 0)) {
+      float largest = row.outermost(grid);
+      largest = largest > 1e-3f * unit ? largest : 1e-3f * unit;
+      Search search{row, grid, largest, noise * double(unit) * unit * row.size, {}};
+      int found = levels > 1 && std::isfinite(unit) ? search.widest(lowest * unit, tolerance) : 0;
+      bound = SHARES.of[found] * largest;
+      bounds[i] = bound / unit;
+    }
+    Sums s = row.sums(grid, bound);
+    double step = s.kk > 0 ? (s.rk + double(bound) / center * s.kk + row.offset * s.k) / s.kk : 0;
+    scales[i] = float(step * center);
+    if (!std::isfinite(unit) || !std::isfinite(step)) bounds[i] = scales[i] = NAN;
+  }
   return 0;
 }
 }

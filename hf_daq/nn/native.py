@@ -28,13 +28,14 @@ _MACHINE = (
 )  # the first that the compiler takes
 _HASH = hashlib.sha256().digest_size
 
-_whole, _number, _address = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
-_STREAM, _SCALE = (_address, _whole, _number), (ctypes.c_float, _address, _whole, _whole)
+_whole, _number, _real, _address = ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_void_p
+_STREAM, _SCALE = (_address, _whole, _number), (_real, _address, _whole, _whole)
 _FUNCTIONS = {
     "daq_linear": (*_STREAM, *_SCALE, _whole, _whole, _whole, _address, _whole, _address, _address, _number, _number),
     "daq_weights": (*_STREAM, *_SCALE, _whole, _whole, _whole, _whole, _address, _number, _number),
     "daq_read_codes": (*_STREAM, _address, _whole),
     "daq_write_codes": (_address, _number, _address, _whole),
+    "daq_start": (_address, _number, *[_whole] * 4, _address, _address, *[_real] * 5, _address, _address, _number),
 }
 
 

@@ -1,0 +1,153 @@
+"""What it takes to open, quantize, calibrate, save and pack a language model: CPU seconds and memory, beside the float model.
+
+    python recipes/measure/start.py FOLDER --bits 4 --group_size 128 --batches 256 --batch_size 4 --length 512
+    python recipes/measure/start.py  # a model of the sizes of Qwen2-0.5B with random weights, in bfloat16
+
+FOLDER: a causal language model of transformers. Each step runs in a process of its own; the table has
+
+    s         CPU time of the step alone, in all threads
+    MiB       the most that was resident during the step, over what the process took before it opened the model; pages of
+              files count while they are mapped
+    of float  that, by the same for opening the float model and reading all its weights once
+
+"quantize, no compiler" opens the model with `HF_DAQ_COMPILE=0`. Before anything is measured, the kernel is compiled once.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from decoding import write_random
+from transformers import AutoModelForCausalLM
+
+import hf_daq
+
+STEPS = ("float", "quantize", "quantize, no compiler", "calibrate", "save", "pack and save", "open packed")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("folder", nargs="?", type=Path)
+    add("--bits", type=int, default=4)
+    add("--activation_bits", type=int)
+    add("--group_size", type=int, default=128)
+    add("--batches", type=int, default=256)
+    add("--batch_size", type=int, default=4)
+    add("--length", type=int, default=512)
+    add("--threads", type=int, default=1)
+    add("--steps", nargs="+", choices=STEPS, default=STEPS)
+    add("--one", choices=STEPS, help=argparse.SUPPRESS)  # in the process that measures it
+    add("--place", type=Path, help=argparse.SUPPRESS)  # of what the steps write
+    add("--output", type=Path, help="JSON file for the table")
+    return parser.parse_args(argv)
+
+
+class Peak:
+    """The most resident memory inside, in MiB over what was there at first, and the CPU seconds."""
+
+    def __enter__(self) -> "Peak":
+        self.seconds, self.mib, self._done = 0.0, 0.0, threading.Event()
+        self._memory, self._before = psutil.Process().memory_info, psutil.Process().memory_info().rss
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        self._start = time.process_time()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.002):
+            self.mib = max(self.mib, (self._memory().rss - self._before) / 2**20)
+
+    def __exit__(self, *_: Any) -> None:
+        self.seconds = time.process_time() - self._start
+        self._done.set()
+        self._thread.join()
+        self.mib = max(self.mib, (self._memory().rss - self._before) / 2**20)
+
+
+def measure(args: argparse.Namespace) -> dict[str, float]:
+    """One step, in this process."""
+    bits = {"weight_bits": args.bits, "activation_bits": args.activation_bits}
+    config = hf_daq.DaqConfig(**bits, group_size=args.group_size)
+    folder = args.place / "packed" if args.one == "open packed" else args.folder
+    options = {"quantization_config": config} if args.one not in ("float", "open packed") else {}
+    with Peak() as opening:
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        if args.one == "float":
+            for parameter in model.parameters():
+                parameter.sum()  # until then they are in the file alone
+    if args.one not in ("calibrate", "save", "pack and save"):
+        return {"s": opening.seconds, "MiB": opening.mib}
+    with Peak() as step:
+        if args.one == "calibrate":
+            calibrate(model, args)
+        else:
+            hf_daq.save_pretrained(model, args.place / args.one.split()[0] / "ed", packed=args.one != "save")
+    return {"s": step.seconds, "MiB": step.mib + (step._before - opening._before) / 2**20}
+
+
+def calibrate(model: Any, args: argparse.Namespace) -> None:
+    generator = torch.Generator().manual_seed(1)
+    size = args.batch_size, args.length
+    with hf_daq.calibrate(model, check=False):
+        for _ in range(args.batches):
+            tokens = torch.randint(model.config.get_text_config().vocab_size, size, generator=generator)
+            model.base_model(tokens, use_cache=False)
+
+
+def measured(step: str, source: Path, place: Path, args: argparse.Namespace) -> dict[str, float]:
+    """The same, in a process of its own."""
+    names = ("bits", "group_size", "batches", "batch_size", "length", "threads")
+    settings = [f"--{name}={getattr(args, name)}" for name in names]
+    settings += [] if args.activation_bits is None else [f"--activation_bits={args.activation_bits}"]
+    command = [sys.executable, __file__, str(source), "--one", step, "--place", str(place), *settings]
+    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+    environment |= {"HF_DAQ_COMPILE": "0"} if step == "quantize, no compiler" else {}
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    row: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if args.one:
+        row = measure(args)
+        print(json.dumps(row))
+        return [row]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        source, place = args.folder or Path(temporary, "source"), Path(temporary)
+        if args.folder is None:
+            write_random(source)
+        from hf_daq.nn.native import library
+
+        library()  # compiled once, and kept
+        for step in args.steps:
+            row = measured(step, source, place, args)
+            first = rows[0] if rows else row
+            rows.append(
+                {"step": step, **row, "s of float": row["s"] / first["s"], "MiB of float": row["MiB"] / first["MiB"]}
+            )
+            print(
+                "| " + " | ".join(v if isinstance(v, str) else f"{v:.3g}" for v in rows[-1].values()) + " |", flush=True
+            )
+    if args.output:
+        args.output.write_text(json.dumps({"rows": rows, "settings": vars(args)}, indent=2, default=str) + "\n")
+    return rows
+
+
+if __name__ == "__main__":
+    main()
