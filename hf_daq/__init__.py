@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .model.param_groups import param_groups
     from .model.plan import plan
     from .nn.integers import integer_arithmetic
+    from .quantization import quantize
     from .reconstruction import reconstruct
     from .report.compare import compare
     from .report.health import health
@@ -63,6 +64,7 @@ __all__ = [
     "param_groups",
     "plan",
     "push_to_hub",
+    "quantize",
     "reconstruct",
     "reestimate_batch_norm",
     "remove_daq",
@@ -96,6 +98,7 @@ _FILES = {
     "param_groups": "model.param_groups",
     "plan": "model.plan",
     "push_to_hub": "checkpoint",
+    "quantize": "quantization",
     "reconstruct": "reconstruction",
     "reestimate_batch_norm": "batch_norm",
     "remove_daq": "apply",

@@ -27,3 +27,7 @@ class ExportError(DaqError):
 
 class HubError(DaqError):
     """A repository of the Hub is not there, may not be read or written, or was not reached."""
+
+
+class DataError(DaqError):
+    """A data set cannot be opened, or has no rows that a model takes."""

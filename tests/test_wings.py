@@ -9,7 +9,7 @@ import hf_daq
 
 GROUND, FRONT = (
     ("errors", "version", "config", "text"),
-    ("apply", "batch_norm", "calibration", "checkpoint", "plots", "reconstruction"),
+    ("apply", "batch_norm", "calibration", "checkpoint", "plots", "quantization", "reconstruction"),
 )
 MAY_IMPORT = {
     "ground": "",
@@ -65,6 +65,7 @@ HOMES = {
     "config": "DaqConfig",
     "apply": "apply_daq remove_daq pack unpack restart",
     "calibration": "calibrate",
+    "quantization": "quantize",
     "reconstruction": "reconstruct",
     "batch_norm": "reestimate_batch_norm",
     "checkpoint": "save_pretrained from_pretrained push_to_hub",

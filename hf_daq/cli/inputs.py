@@ -14,8 +14,10 @@ from torch import nn
 
 from ..checkpoint import from_pretrained
 from ..errors import CheckpointError, ModelError
-from ..files.header import CARD_NAME, CONFIG_NAME, PROBE_NAME
+from ..files.header import CARD_NAME, CONFIG_NAME, PROBE_NAME, read_description
+from ..files.hub import is_repository
 from ..files.inspect import inspect
+from ..integrations.build import downloaded, is_quantized, pretrained
 from ..model.roles import is_transformers_model
 
 _NOT_COPIED = ("*.safetensors*", "*.onnx", "*.gguf", "*.bin", "*.pt", "*.pth", "*.pkl", "trainer_state.json", ".*")
@@ -36,6 +38,16 @@ def open_model(folder: Path, then: str) -> nn.Module:
         )
     transformers.logging.disable_progress_bar()  # reading a folder takes a moment
     return from_pretrained(folder)
+
+
+def open_any(name: str, revision: str | None) -> nn.Module:
+    """A checkpoint of ours, or a float model with its weights: a folder, a repository, or the name of a timm model."""
+    folder = Path(name)
+    if (folder / CONFIG_NAME).is_file():
+        return open_model(folder, "...") if is_quantized(read_description(folder)) else pretrained(name, revision)
+    if is_repository(name) and is_quantized(read_description(downloaded(name, revision))):
+        return from_pretrained(name, revision=revision)
+    return pretrained(name, revision)
 
 
 def read_inputs(model: nn.Module, folder: Path, path: Path | None) -> tuple[Any, Path | None]:

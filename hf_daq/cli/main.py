@@ -12,18 +12,40 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ..config import Granularity
 from ..errors import CheckpointError, ExportError, ModelError
 from ..files.header import PROBE_NAME
 from ..files.inspect import every_layer
 from ..text import plain, printable
 from .console import show, show_json, show_warnings, working
-from .options import Commands, Debug, Folder, Inputs, Json, OutFolder, Revision, Runtime, Target, Version, merged_config
+from .options import (
+    ActivationBits,
+    Bits,
+    Commands,
+    ConfigFile,
+    Debug,
+    EmbeddingBits,
+    FirstLastBits,
+    Folder,
+    GroupSize,
+    Inputs,
+    Json,
+    OutFolder,
+    Revision,
+    Runtime,
+    Target,
+    Version,
+    WeightBits,
+    WeightGranularity,
+    chosen_config,
+)
+from .quantize import evaluate_command, quantize_command
 
 EXAMPLES = """Examples:
 
 \b
   hf-daq plan resnet18 --bits 3            what apply_daq would do
+  hf-daq quantize resnet18 --data photos --weight-bits 4 --activation-bits 8 -o small
+  hf-daq evaluate small --data photos --float resnet18
   hf-daq plan ./bert --weight-bits 2 --activation-bits 8
   hf-daq inspect user/name                 what is in a checkpoint
   hf-daq summary trained --health          what quantization does to it
@@ -56,28 +78,14 @@ def _options(version: Version = False, debug: Debug = False) -> None:
 @app.command("plan")
 def plan_command(
     model: Annotated[str, typer.Argument(help="A timm model, a folder of a float model, or its repository.")],
-    bits: Annotated[int | None, typer.Option(min=1, max=8, help="Number of bits for weights and layer inputs.")] = None,
-    weight_bits: Annotated[int | None, typer.Option(min=1, max=8, help="Number of bits for weights.")] = None,
-    activation_bits: Annotated[
-        int | None, typer.Option(min=1, max=8, help="Number of bits for layer inputs; default: float.")
-    ] = None,
-    first_last_bits: Annotated[
-        int | None,
-        typer.Option(min=1, max=8, help="Number of bits for the first layer and the classifier; default: float."),
-    ] = None,
-    embedding_bits: Annotated[
-        int | None, typer.Option(min=1, max=8, help="Number of bits for embeddings; default: float.")
-    ] = None,
-    granularity: Annotated[Granularity | None, typer.Option(help="Weights that share a scale.")] = None,
-    group_size: Annotated[int | None, typer.Option(min=2, help="Columns that share a scale.")] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            help="A YAML or JSON file with arguments of DaqConfig, at the top or under `daq`; options are stronger.",
-        ),
-    ] = None,
+    bits: Bits = None,
+    weight_bits: WeightBits = None,
+    activation_bits: ActivationBits = None,
+    first_last_bits: FirstLastBits = None,
+    embedding_bits: EmbeddingBits = None,
+    granularity: WeightGranularity = None,
+    group_size: GroupSize = None,
+    config: ConfigFile = None,
     revision: Revision = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -90,23 +98,16 @@ def plan_command(
     hf-daq plan resnet18 --bits 3
     hf-daq plan Qwen/Qwen3-0.6B --weight-bits 3 --group-size 64
     """
-    given = {
-        "bits": bits,
-        "weight_bits": weight_bits,
-        "activation_bits": activation_bits,
-        "first_last_bits": first_last_bits,
-        "embedding_bits": embedding_bits,
-        "weight_granularity": granularity,
-        "group_size": group_size,
-    }
-    given = {key: value for key, value in given.items() if value is not None}
-    if bits is not None and (weight_bits is not None or activation_bits is not None):
-        raise typer.BadParameter("--bits sets both --weight-bits and --activation-bits; give it alone")
-    if not config and bits is None and weight_bits is None:
-        raise typer.BadParameter(
-            "how many bits? Give --bits 3, or --weight-bits 2 --activation-bits 4, or --config FILE"
-        )
-    chosen = merged_config(config, given)
+    chosen = chosen_config(
+        config,
+        bits=bits,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        first_last_bits=first_last_bits,
+        embedding_bits=embedding_bits,
+        weight_granularity=granularity,
+        group_size=group_size,
+    )
     with working(f"building {model} without weights"):
         from ..integrations.build import skeleton
         from ..model.plan import plan
@@ -439,6 +440,10 @@ def summary_command(
             show(Group(Text(), found))  # type: ignore[arg-type]
     if found is not None and not found.ok:
         raise typer.Exit(1)
+
+
+app.command("quantize")(quantize_command)
+app.command("evaluate")(evaluate_command)
 
 
 def main() -> None:

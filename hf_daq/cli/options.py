@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from ..config import DaqConfig
+from ..config import DaqConfig, Granularity
 from ..errors import ConfigError, DaqError
 from ..version import __version__
 from .console import note, show_error
@@ -64,6 +65,67 @@ Inputs = Annotated[
         "Default: probe.safetensors of the folder.",
     ),
 ]
+Bits = Annotated[int | None, typer.Option(min=1, max=8, help="Number of bits for weights and layer inputs.")]
+WeightBits = Annotated[int | None, typer.Option(min=1, max=8, help="Number of bits for weights.")]
+ActivationBits = Annotated[
+    int | None, typer.Option(min=1, max=8, help="Number of bits for layer inputs; default: float.")
+]
+FirstLastBits = Annotated[
+    int | None,
+    typer.Option(min=1, max=8, help="Number of bits for the first layer and the classifier; default: float."),
+]
+EmbeddingBits = Annotated[int | None, typer.Option(min=1, max=8, help="Number of bits for embeddings; default: float.")]
+WeightGranularity = Annotated[Granularity | None, typer.Option("--granularity", help="Weights that share a scale.")]
+GroupSize = Annotated[int | None, typer.Option(min=2, help="Columns that share a scale.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        help="A YAML or JSON file with arguments of DaqConfig, at the top or under `daq`; options are stronger.",
+    ),
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="A folder of images, with subfolders or labels.tsv for classes; a text file; a Parquet, CSV, TSV or JSON Lines file, "
+        "or a folder of them; or a data set of the Hub."
+    ),
+]
+Output = Literal["packed", "trainable", "onnx", "compressed-tensors", "gguf"]
+Length = Annotated[
+    int | None, typer.Option(min=2, help="Tokens of a block, by default 512, or at most of a sentence, by default 128.")
+]
+Column = Annotated[str | None, typer.Option(help="Column of the images or texts.")]
+Subset = Annotated[str | None, typer.Option(help="Part of a data set of the Hub, such as sst2 of nyu-mll/glue.")]
+Split = Annotated[str | None, typer.Option(help="Split of a data set; default: train, or the first one.")]
+Processor = Annotated[
+    str | None,
+    typer.Option(help="Folder or repository of the tokenizer or image processor; default: that of the model."),
+]
+Seed = Annotated[int, typer.Option(help="Random seed of the order of examples.")]
+
+
+def minutes(text: str | None) -> float | None:
+    """ "5m", "90s", "1h" or a number of minutes; None for None."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    if found is None:
+        raise typer.BadParameter(f"--reconstruct {text!r} is no time such as 5m, 90s or 1h")
+    return float(found[1]) * {"s": 1 / 60, "m": 1, "": 1, "h": 60}[found[2]]
+
+
+def chosen_config(path: Path | None, **options: Any) -> DaqConfig:
+    """The config that a command was given, in a file and as arguments of `DaqConfig`, None for what was not given."""
+    given = {key: value for key, value in options.items() if value is not None}
+    if "bits" in given and given.keys() & {"weight_bits", "activation_bits"}:
+        raise typer.BadParameter("--bits sets both --weight-bits and --activation-bits; give it alone")
+    if path is None and not given.keys() & {"bits", "weight_bits"}:
+        raise typer.BadParameter(
+            "how many bits? Give --bits 3, or --weight-bits 2 --activation-bits 4, or --config FILE"
+        )
+    return merged_config(path, given)
 
 
 def merged_config(path: Path | None, given: dict[str, Any]) -> DaqConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def skeleton(name: str, revision: str | None = None) -> nn.Module:
     if (directory / CONFIG_NAME).is_file():
         return _from_folder(directory, name)
     if hub.is_repository(name) and not directory.exists():
-        return _from_folder(_downloaded(name, revision), name)
+        return _from_folder(downloaded(name, revision), name)
     if timm.is_model(name):
         return _built(lambda: timm.create_model(name, pretrained=False), "timm", name)
     if directory.is_dir():
@@ -50,7 +50,44 @@ def skeleton(name: str, revision: str | None = None) -> nn.Module:
     )
 
 
-def _downloaded(repo_id: str, revision: str | None) -> Path:
+def pretrained(name: str, revision: str | None = None) -> nn.Module:
+    """A float model with its weights, in evaluation mode. No code of a repository is run. Weights of folders and of transformers
+    are read from safetensors; for a name of timm, timm knows where they are.
+
+    Args:
+        name, revision: as of `skeleton`.
+
+    Raises:
+        As `skeleton`; CheckpointError: no safetensors weights.
+    """
+    name = name.removeprefix("local-dir:").removeprefix("hf-hub:").removeprefix("hf_hub:")
+    directory = Path(name)
+    skeleton(name, revision)  # refuses what is not a float model that can be built
+    is_folder = (directory / CONFIG_NAME).is_file()
+    if is_folder and not list(directory.glob("*.safetensors")):
+        raise CheckpointError(f"{name} has no weights in safetensors format, the only one that is read")
+    if not is_folder and not hub.is_repository(name):
+        return _loaded(name, lambda: timm.create_model(name, pretrained=True))
+    description = read_description(directory if is_folder else downloaded(name, revision))
+    if "model_type" not in description:
+        source = f"local-dir:{directory}" if is_folder else f"hf-hub:{name}" + (f"@{revision}" if revision else "")
+        return _loaded(name, lambda: timm.create_model(source, pretrained=True))
+    if kernel := foreign_kernel(description):
+        raise CheckpointError(f"{name} asks for a kernel of a repository ({kernel}), whose code is not run")
+    options = {"use_safetensors": True, "trust_remote_code": False} | ({"revision": revision} if revision else {})
+    return _loaded(name, lambda: model_class(description, name).from_pretrained(name, **options))
+
+
+def _loaded(name: str, load: Callable[[], Any]) -> nn.Module:
+    try:
+        with hub.explained(name):
+            model: nn.Module = load()
+    except (RuntimeError, OSError) as error:
+        raise CheckpointError(f"the weights of {name} cannot be loaded: {error}") from error
+    return model.eval()
+
+
+def downloaded(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
@@ -63,10 +100,15 @@ def _downloaded(repo_id: str, revision: str | None) -> Path:
             raise CheckpointError(f"{repo_id} has no {CONFIG_NAME}, so its model is not known") from error
 
 
+def is_quantized(description: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of a quantized model, by us or another."""
+    return describes_timm_model(description) or description.get("quantization_config") is not None
+
+
 def _from_folder(directory: Path, name: str) -> nn.Module:
     description = read_description(directory)
-    method = description.get("quantization_config")
-    if describes_timm_model(description) or method is not None:
+    if is_quantized(description):
+        method = description.get("quantization_config")
         method = method.get("quant_method") if isinstance(method, dict) else "daq"
         hint = f"; `hf-daq inspect {name}` shows what is in it" if method == "daq" else ""
         raise CheckpointError(f"{name} is quantized already ({method}); a plan is for a float model{hint}")

@@ -68,18 +68,18 @@ class Comparison:
     def __rich__(self) -> Table:
         table = Table(box=None, header_style="bold", pad_edge=False)
         table.add_column(f"{self.count:,} {self.unit}s")
-        for name in ("float", "quantized"):
+        for name in ("model", "float"):
             table.add_column(name, justify="right")
-        if self.accuracy is not None and self.reference_accuracy is not None:
-            table.add_row("accuracy %", f"{self.reference_accuracy:.2f}", f"{self.accuracy:.2f}")
-        if self.perplexity is not None and self.reference_perplexity is not None:
-            table.add_row("perplexity", f"{self.reference_perplexity:.2f}", f"{self.perplexity:.2f}")
-        if self.agreement is not None:
-            table.add_row("same first answer %", "", f"{self.agreement:.2f}")
-        if self.kl is not None:
-            table.add_row("KL divergence, nats", "", f"{self.kl:.4f}")
-        if self.cosine is not None:
-            table.add_row("cosine", "", f"{self.cosine:.4f}")
+        rows = {
+            "accuracy %": (self.accuracy, self.reference_accuracy, 2),
+            "perplexity": (self.perplexity, self.reference_perplexity, 2),
+            "same first answer %": (self.agreement, None, 2),
+            "KL divergence, nats": (self.kl, None, 4),
+            "cosine": (self.cosine, None, 4),
+        }
+        for name, (value, of_float, digits) in rows.items():
+            if value is not None:
+                table.add_row(name, f"{value:.{digits}f}", "" if of_float is None else f"{of_float:.{digits}f}")
         return table
 
     def __str__(self) -> str:
@@ -107,7 +107,7 @@ def compare(
     Args:
         model: quantized, packed, or any other of the same outputs.
         reference: the float model; None: the model with its own float weights, as in `health`. `reconstruct` and training move
-            these.
+            these. The model itself: only its own accuracy or perplexity is measured.
         batches: each a tensor, a mapping of tensors for `model(**batch)`, or a tuple for `model(*batch)`. "labels" of a mapping
             are not given to the model: classes, or tokens, of which -100 does not count. Tokens that are the inputs themselves
             are predicted from those before them. Padding, which a 2-dimensional `attention_mask` names, does not count.
@@ -143,9 +143,9 @@ def compare(
                 of_batch = labels[sums.examples : sums.examples + examples_in(batch)]
             answer = _output(model, inputs)
             with float_network(layers) or nullcontext():
-                expected = _output(reference or model, inputs)
+                expected = answer if reference is model else _output(reference or model, inputs)
             sums.add(model, answer, expected, inputs, of_batch, examples_in(batch))
-    return sums.comparison()
+    return sums.comparison(alone=reference is model)
 
 
 def _without_labels(batch: Any) -> tuple[Any, Tensor | None]:
@@ -266,17 +266,18 @@ class _Sums:
             self.right[place] += int((chosen[known] == labels).sum())
             self.likelihood[place] += float(scores[known].gather(1, labels[:, None]).sum())
 
-    def comparison(self) -> Comparison:
+    def comparison(self, alone: bool) -> Comparison:
         values: dict[str, Any] = {"examples": self.examples, "count": self.count, "unit": self.unit}
         if not self.logits:
-            return Comparison(**values, cosine=self.cosine / max(1, self.count))
-        values |= {"kl": self.kl / max(1, self.count), "agreement": 100 * self.same / max(1, self.count)}
-        names = ("", "reference_")
+            return Comparison(**values, cosine=None if alone else self.cosine / max(1, self.count))
+        if not alone:
+            values |= {"kl": self.kl / max(1, self.count), "agreement": 100 * self.same / max(1, self.count)}
+        names = ("",) if alone else ("", "reference_")
         if self.labelled and not self.next_token:
-            values |= {f"{name}accuracy": 100 * n / self.labelled for name, n in zip(names, self.right, strict=True)}
+            values |= {f"{name}accuracy": 100 * n / self.labelled for name, n in zip(names, self.right, strict=False)}
         if self.labelled and self.unit == "token" and self.next_token:
             values |= {
                 f"{name}perplexity": math.exp(min(-sum_ / self.labelled, 700))
-                for name, sum_ in zip(names, self.likelihood, strict=True)
+                for name, sum_ in zip(names, self.likelihood, strict=False)
             }
         return Comparison(**values, differences=tuple(self.differences))

@@ -1,0 +1,223 @@
+"""`hf-daq quantize` and `hf-daq evaluate`: a float model, a data set, a file, and figures."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from ..errors import DataError
+from .console import note, show, show_json, working
+from .options import (
+    ActivationBits,
+    Bits,
+    Column,
+    ConfigFile,
+    Data,
+    Debug,
+    EmbeddingBits,
+    FirstLastBits,
+    GroupSize,
+    Json,
+    Length,
+    Output,
+    Processor,
+    Revision,
+    Runtime,
+    Seed,
+    Split,
+    Subset,
+    WeightBits,
+    WeightGranularity,
+    chosen_config,
+    minutes,
+)
+
+
+def quantize_command(
+    model: Annotated[str, typer.Argument(help="A timm model, a folder of a float model, or its repository.")],
+    data: Data,
+    output: Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="The folder to write.")],
+    bits: Bits = None,
+    weight_bits: WeightBits = None,
+    activation_bits: ActivationBits = None,
+    first_last_bits: FirstLastBits = None,
+    embedding_bits: EmbeddingBits = None,
+    granularity: WeightGranularity = None,
+    group_size: GroupSize = None,
+    config: ConfigFile = None,
+    examples: Annotated[
+        int, typer.Option(min=1, help="Images, sentences or blocks of tokens to calibrate with; as many to compare.")
+    ] = 256,
+    reconstruct: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME", help="At most so long, 5m or 90s; 0: only calibrate. Default: as long as it takes."
+        ),
+    ] = None,
+    to: Annotated[
+        Output, typer.Option(help="What to write: the folder, and a file in it for onnx and gguf.")
+    ] = "packed",
+    runtime: Annotated[
+        Runtime | None, typer.Option(help="Runtime that the ONNX file is written for; default: onnxruntime.")
+    ] = None,
+    length: Length = None,
+    column: Column = None,
+    subset: Subset = None,
+    split: Split = None,
+    processor: Processor = None,
+    seed: Seed = 0,
+    revision: Revision = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize a pretrained model with some hundred examples, without training.
+
+    The examples need no labels; with labels the accuracy is measured. Half of them are held back: on these the quantized model
+    is compared with the float one. Ends with the health of the model, sizes, and a folder with its model card.
+
+    \b
+    hf-daq quantize resnet18 --data photographs --weight-bits 4 --activation-bits 8 -o small
+    hf-daq quantize ./bert --data sentences.csv --weight-bits 4 --activation-bits 8 --to onnx -o small
+    hf-daq quantize ./llama --data text.txt --weight-bits 4 --group-size 64 --to gguf -o small
+    """
+    limit = minutes(reconstruct)
+    chosen = chosen_config(
+        config,
+        bits=bits,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        first_last_bits=first_last_bits,
+        embedding_bits=embedding_bits,
+        weight_granularity=granularity,
+        group_size=group_size,
+    )
+    if runtime and to != "onnx":
+        raise typer.BadParameter("--runtime is for --to onnx")
+    with working(f"reading {model}"):
+        import hf_daq
+
+        from ..integrations.build import pretrained
+
+        network = pretrained(model, revision)
+    note(f"quantizing {model} with {data}")
+    result = hf_daq.quantize(
+        network,
+        data,
+        chosen,
+        examples=examples,
+        max_minutes=limit,
+        processor=processor,
+        length=length,
+        column=column,
+        subset=subset,
+        split=split,
+        seed=seed,
+    )
+    written = _write(network, result, output, to, runtime, _facts(result, model, data, seed))
+    if as_json:
+        show_json({"model": model, "path": output, **result.to_dict(), "export": written})
+        return
+    show(result)
+    for line in ([written] if written else []) + [f"wrote {output}"]:
+        show(Text(str(line)))
+
+
+def evaluate_command(
+    model: Annotated[str, typer.Argument(help="A checkpoint or a float model: a folder, a repository, a timm model.")],
+    data: Data,
+    reference: Annotated[
+        str | None,
+        typer.Option("--float", metavar="MODEL", help="The float model. Default: the checkpoint's own float weights."),
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Images, sentences or blocks of tokens.")] = 1000,
+    length: Length = None,
+    column: Column = None,
+    subset: Subset = None,
+    split: Split = None,
+    processor: Processor = None,
+    seed: Seed = 0,
+    revision: Revision = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure the accuracy or perplexity of a model, and how near it is to the float one.
+
+    \b
+    hf-daq evaluate small --data photographs --float resnet18
+    """
+    with working(f"reading {model}"):
+        import hf_daq
+
+        from ..integrations.build import pretrained
+        from ..integrations.examples import read_examples
+        from .inputs import open_any
+
+        network = open_any(model, revision)
+        of_float: Any = pretrained(reference) if reference else _own(network)
+        (found,) = read_examples(
+            network,
+            data,
+            (examples,),
+            processor=processor,
+            length=length,
+            column=column,
+            subset=subset,
+            split=split,
+            seed=seed,
+        )
+    comparison = hf_daq.compare(network, of_float, found.batches, labels=found.labels)
+    if comparison.accuracy is comparison.perplexity is comparison.kl is comparison.cosine is None:
+        raise DataError(f"{data} has no classes that {model} knows; --float MODEL compares it with the float model")
+    if as_json:
+        show_json({"model": model, **comparison.to_dict()})
+    else:
+        show(comparison)
+
+
+def _own(model: Any) -> Any:
+    """What `compare` takes for the float model: the model's own float weights, or where it has none the model alone."""
+    from ..nn.layers import quantized_layers
+
+    return None if quantized_layers(model) else model
+
+
+def _facts(result: Any, model: str, data: str, seed: int) -> Any:
+    """For the model card. Paths of this machine are given by their last part."""
+    import hf_daq
+
+    folder, rows = Path(model), Path(data).name if Path(data).exists() else data
+    return hf_daq.CardFacts(
+        base_model=model if "/" in model and not folder.exists() else None,
+        calibration=f"{result.examples} of {rows}",
+        results=hf_daq.Result.from_comparison(result.comparison, rows, f"{result.held_back} held back"),
+        command=shlex.join(
+            ["hf-daq", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])]
+        ),
+        seed=seed,
+    )
+
+
+def _write(model: Any, result: Any, output: Path, to: Output, runtime: Runtime | None, facts: Any) -> Any:
+    """The checkpoint, and the report of an export."""
+    import hf_daq
+
+    if to == "compressed-tensors":
+        report: Any = hf_daq.export_compressed_tensors(model, output, result.inputs)
+    else:
+        hf_daq.save_pretrained(model, output, packed=to != "trainable", card=facts)
+        report = None
+    if result.processor is not None:
+        result.processor.save_pretrained(output)
+    if to == "onnx":
+        from ..files.card import write_card
+
+        report = hf_daq.export_onnx(model, output / "model.onnx", result.inputs, runtime=runtime or "onnxruntime")
+        write_card(output)  # says how the file is fed
+    if to == "gguf":
+        report = hf_daq.export_gguf(model, output / "model.gguf", result.processor)
+    return report
