@@ -442,7 +442,7 @@ def test_closed_pipe_is_no_error(folders):
 def test_version_help_and_completion():
     assert run("--version")[0] == f"hf-daq {hf_daq.__version__}\n"
     text, _ = run("--help")
-    for name in ("plan", "inspect", "card", "push", "pack", "unpack", "export", "summary"):
+    for name in ("plan", "quantize", "evaluate", "inspect", "card", "push", "pack", "unpack", "export", "summary"):
         assert re.search(rf"^  {name} ", text, re.MULTILINE)
         assert "Usage: " in run(name, "--help")[0]
     assert "  hf-daq plan resnet18 --bits 3 " in text

@@ -12,8 +12,10 @@ import torch
 from accelerate import Accelerator
 from hub_server import LoopbackHub, connect, connected_hub  # noqa: F401
 from models import images, quantized_timm, small_timm
+from PIL import Image
 from safetensors.torch import save_file
 from text_models import calibrated, logits, tiny_bert, tokens
+from timm.models import save_for_hf
 from typer.testing import CliRunner
 
 import hf_daq
@@ -87,6 +89,9 @@ def test_the_second_block_does_the_same_with_transformers(tmp_path, monkeypatch)
 def scope(tmp_path, monkeypatch, hub):
     """What the blocks take for granted: a quantized model, its optimizer, inputs."""
     monkeypatch.chdir(tmp_path)
+    for number in range(6):
+        Path("photographs", str(number % 3)).mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((64, 64), 50 + number).save(f"photographs/{number % 3}/{number}.png")
     model = quantized_timm(bits=3)
     return {
         "timm": timm,
@@ -151,9 +156,20 @@ def check_weights(scope):
 
 def test_the_commands_run(scope, hub):
     lines = [line for path in READMES for line in commands(path)]
-    assert {shlex.split(line)[1] for line in lines} >= {"plan", "inspect", "card", "pack", "push", "export", "summary"}
+    assert {shlex.split(line)[1] for line in lines} >= {
+        "plan",
+        "inspect",
+        "card",
+        "pack",
+        "push",
+        "export",
+        "summary",
+        "quantize",
+        "evaluate",
+    }
     hf_daq.save_pretrained(scope["model"], "trainable")
     save_file({"x": scope["images"]}, "inputs.safetensors")
+    save_for_hf(small_timm(), Path("resnet18"), safe_serialization=True)
     for command in lines:
         result = CliRunner().invoke(app, shlex.split(command, comments=True)[1:])
         assert result.exit_code == 0 or "--health" in command, (command, result.output)

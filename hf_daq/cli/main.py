@@ -44,7 +44,7 @@ EXAMPLES = """Examples:
 
 \b
   hf-daq plan resnet18 --bits 3            what apply_daq would do
-  hf-daq quantize resnet18 --data photos --weight-bits 4 --activation-bits 8 -o small
+  hf-daq quantize resnet18 --data photos --bits 4 --output small
   hf-daq evaluate small --data photos --float resnet18
   hf-daq plan ./bert --weight-bits 2 --activation-bits 8
   hf-daq inspect user/name                 what is in a checkpoint
@@ -118,6 +118,10 @@ def plan_command(
         show_json({"model": model, "config": chosen.to_dict(), "layers": found.layers, "totals": found.totals})
     else:
         show(Group(Text(f"{model}, {type(built).__name__}", style="bold"), found))  # type: ignore[arg-type]
+
+
+app.command("quantize")(quantize_command)
+app.command("evaluate")(evaluate_command)
 
 
 # ------------------------------------------------------------------------------------------------------- inspect
@@ -440,10 +444,6 @@ def summary_command(
             show(Group(Text(), found))  # type: ignore[arg-type]
     if found is not None and not found.ok:
         raise typer.Exit(1)
-
-
-app.command("quantize")(quantize_command)
-app.command("evaluate")(evaluate_command)
 
 
 def main() -> None:

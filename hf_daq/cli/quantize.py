@@ -75,10 +75,10 @@ def quantize_command(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Quantize a pretrained model with some hundred examples, without training.
+    """Quantize a pretrained model, without training.
 
-    The examples need no labels; with labels the accuracy is measured. Half of them are held back: on these the quantized model
-    is compared with the float one. Ends with the health of the model, sizes, and a folder with its model card.
+    Some hundred examples calibrate it and fit it layer by layer to the float model. They need no labels; with labels the
+    accuracy is measured. As many others are held back, on which it is compared with the float model.
 
     \b
     hf-daq quantize resnet18 --data photographs --weight-bits 4 --activation-bits 8 -o small
@@ -145,7 +145,9 @@ def evaluate_command(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure the accuracy or perplexity of a model, and how near it is to the float one.
+    """Measure a model, and how near it is to the float one.
+
+    Its accuracy where the data has classes, its perplexity on text.
 
     \b
     hf-daq evaluate small --data photographs --float resnet18
