@@ -138,24 +138,24 @@ def compare(
         show = stack.enter_context(progress_bar(progress, len(kept)))
         for batch in kept:
             show("comparing")
-            inputs, of_batch = _without_labels(batch)
+            inputs, of_batch = without_labels(batch)
             if of_batch is None and labels is not None:
                 of_batch = labels[sums.examples : sums.examples + examples_in(batch)]
-            answer = _output(model, inputs)
+            answer = output_of(model, inputs)
             with float_network(layers) or nullcontext():
-                expected = answer if reference is model else _output(reference or model, inputs)
+                expected = answer if reference is model else output_of(reference or model, inputs)
             sums.add(model, answer, expected, inputs, of_batch, examples_in(batch))
     return sums.comparison(alone=reference is model)
 
 
-def _without_labels(batch: Any) -> tuple[Any, Tensor | None]:
+def without_labels(batch: Any) -> tuple[Any, Tensor | None]:
     if not isinstance(batch, Mapping):
         return batch, None
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     return inputs, batch.get("labels")
 
 
-def _output(model: nn.Module, inputs: Any) -> tuple[Tensor, bool]:
+def output_of(model: nn.Module, inputs: Any) -> tuple[Tensor, bool]:
     """The answer of a model, and whether it is logits."""
     device = next(model.parameters()).device
     ((_, args, kwargs),) = calls(model, inputs)

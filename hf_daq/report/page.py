@@ -23,7 +23,7 @@ from ..nn.packed import daq_layers
 from ..text import bits_text, printable, shape_text
 from ..version import __version__
 from . import sentences
-from .compare import Comparison, _output, _without_labels, compare
+from .compare import Comparison, compare, output_of, without_labels
 from .drawings import HistogramDrawing, draw_depth, draw_histogram
 from .examples import Words, examples_that_differ
 from .health import Health, examine
@@ -83,7 +83,7 @@ def report(
         is not calibrated. ConfigError: shown has not one entry for each example.
     """
     path, kept = Path(path), _batches(batches, shown)
-    inputs = [_without_labels(batch)[0] for batch in kept]
+    inputs = [without_labels(batch)[0] for batch in kept]
     first = _on_its_device(model, inputs[0])
     found = summarize(model, first)
     compared = comparison or compare(model, reference, kept, labels=labels, progress=progress)
@@ -170,9 +170,9 @@ def _both(model: nn.Module, reference: nn.Module | None) -> Any:
     @torch.no_grad()
     def run(inputs: Any) -> tuple[Tensor, Tensor]:
         with left_as_it_was(model), left_as_it_was(reference or model):
-            answer, _ = _output(model, inputs)
+            answer, _ = output_of(model, inputs)
             with float_network(layers) or nullcontext():
-                expected, _ = _output(reference or model, inputs)
+                expected, _ = output_of(reference or model, inputs)
         return answer.cpu(), expected.cpu()
 
     return run
