@@ -136,6 +136,8 @@ def check(block, scope, printed, folder, hub):
     if "savefig" in block:
         pictures = [path for path in folder.glob("*.png") if path.read_bytes().startswith(b"\x89PNG")]
         assert {path.stem for path in pictures} == {"weights", "inputs", "gamma", "depth", "flips"}
+    if "hf_daq.report(" in block:
+        assert "Calibrated with 128 images." in Path("report.html").read_text(encoding="utf-8")
     if "export_onnx" in block:
         assert Path("model.onnx").exists()
     if "export_gguf" in block:
