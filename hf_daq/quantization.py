@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group
@@ -15,11 +16,12 @@ from torch import nn
 from .apply import apply_daq, remove_daq
 from .calibration import calibrate
 from .config import DaqConfig
-from .integrations.examples import read_examples
+from .integrations.examples import Examples, class_names, read_examples
 from .model.batch import run
 from .reconstruction import reconstruct
 from .report.compare import Comparison, compare
 from .report.health import Health, health
+from .report.page import report as write_report
 from .report.summary import summary
 from .text import COLUMNS, as_text, cell, plain
 
@@ -79,6 +81,8 @@ def quantize(
     subset: str | None = None,
     split: str | None = None,
     seed: int = 0,
+    report: str | Path | None = None,
+    saved: str | Path = "PATH",
     progress: bool | None = None,
     **kwargs: Any,
 ) -> Quantized:
@@ -103,6 +107,7 @@ def quantize(
         processor: tokenizer or image processor; None: the one beside the model's weights.
         length: tokens of a block, by default 512, or at most of a sentence, by default 128.
         column: of the images or texts. subset, split: of a data set of the Hub. seed: of the order of examples.
+        report: HTML file to write about it, see `hf_daq.report`. saved: folder or repository whose name its code loads.
         progress: show bars; None: if the standard error is a terminal.
 
     Raises:
@@ -125,10 +130,26 @@ def quantize(
         remove_daq(model)
         model.load_state_dict(reference.state_dict())
         raise
+    compared = compare(model, reference, held_back.batches, labels=held_back.labels, progress=progress)
+    checked = health(model, held_back.batches[0])
+    if report is not None:
+        write_report(
+            model,
+            reference,
+            held_back.batches,
+            report,
+            names=class_names(model),
+            processor=held_back.processor,
+            shown=held_back.shown,
+            comparison=compared,
+            health=checked,
+            steps=_steps(known, seconds),
+            saved=saved,
+        )
     totals = summary(model).totals
     return Quantized(
-        comparison=compare(model, reference, held_back.batches, labels=held_back.labels, progress=progress),
-        health=health(model, held_back.batches[0]),
+        comparison=compared,
+        health=checked,
         examples=len(known),
         held_back=len(held_back),
         float_bytes=totals["bytes_before"],
@@ -137,6 +158,16 @@ def quantize(
         inputs=held_back.batches[0],
         processor=held_back.processor,
     )
+
+
+def _steps(known: Examples, seconds: dict[str, float]) -> list[str]:
+    """For the report."""
+    what = {"images": "images", "sentences": "sentences", "text": "blocks of tokens"}[known.kind]
+    lines = {
+        "calibrate": f"Bounds calibrated with {len(known)} {what}",
+        "reconstruct": "Codes, scales and shifts chosen again layer by layer, to fit the outputs of the float model on the same",
+    }
+    return [f"{lines[step]}, in {spent:.0f} s." for step, spent in seconds.items()]
 
 
 @contextmanager

@@ -251,10 +251,16 @@ def test_data_that_does_not_fit_says_what_to_do(root, tmp_path):
 def test_the_command_quantizes_images(root, tmp_path):
     out = tmp_path / "small"
     bits = ("--weight-bits", 4, "--activation-bits", 8)
+    bits += ("--report", tmp_path / "report.html")
     text, _ = run("quantize", root / "timm", "--data", root / "digits", *bits, "--examples", 8, "--output", out)
     assert "accuracy %" in text
     assert "times smaller" in text
     assert f"wrote {out}" in text
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Bounds calibrated with 8 images, in" in page
+    assert "to fit the outputs of the float model on the same, in" in page
+    assert "hf_daq.from_pretrained(&#34;small&#34;)" in page
+    assert str(tmp_path) not in page
     model = timm.create_model(f"local-dir:{out}", pretrained=True)
     assert hf_daq.inspect(out).packed
     card = (out / "README.md").read_text()
@@ -267,7 +273,9 @@ def test_the_command_quantizes_images(root, tmp_path):
     with torch.no_grad():
         right = torch.cat([model(batch) for batch in all_of_them.batches]).argmax(1) == all_of_them.labels
     assert found["accuracy"] == pytest.approx(100 * right.float().mean().item())
-    alone = json.loads(run("evaluate", out, "--data", root / "digits", "--json")[0])
+    args = ("--data", root / "digits", "--report", tmp_path / "alone.html", "--json")
+    alone = json.loads(run("evaluate", out, *args)[0])
+    assert f"{alone['accuracy']:.2f}" in (tmp_path / "alone.html").read_text(encoding="utf-8")
     assert alone["accuracy"] == found["accuracy"]
     assert "kl" not in alone
 
@@ -306,6 +314,8 @@ def test_wrong_usage_of_the_command(root, tmp_path):
     unlabelled.mkdir()
     for name in ("a.png", "b.png"):
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(unlabelled / name)
+    report = ("--report", tmp_path / "report.html")
+    assert "is about a quantized model" in run("evaluate", model, "--data", root / "digits", *report, code=2)[1]
     assert "--float MODEL compares it" in run("evaluate", model, "--data", unlabelled, code=1)[1]
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "config.json").write_text((model / "config.json").read_text())

@@ -103,6 +103,10 @@ Processor = Annotated[
     str | None,
     typer.Option(help="Folder or repository of the tokenizer or image processor; default: that of the model."),
 ]
+Report = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", dir_okay=False, help="Write a page to look at, in a browser: report.html."),
+]
 Seed = Annotated[int, typer.Option(help="Random seed of the order of examples.")]
 
 

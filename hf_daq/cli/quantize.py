@@ -26,6 +26,7 @@ from .options import (
     Length,
     Output,
     Processor,
+    Report,
     Revision,
     Runtime,
     Seed,
@@ -70,6 +71,7 @@ def quantize_command(
     subset: Subset = None,
     split: Split = None,
     processor: Processor = None,
+    report: Report = None,
     seed: Seed = 0,
     revision: Revision = None,
     as_json: Json = False,
@@ -117,13 +119,15 @@ def quantize_command(
         subset=subset,
         split=split,
         seed=seed,
+        report=report,
+        saved=_without_folders(str(output)),
     )
     written = _write(network, result, output, to, runtime, _facts(result, model, data, seed))
     if as_json:
         show_json({"model": model, "path": output, **result.to_dict(), "export": written})
         return
     show(result)
-    for line in ([written] if written else []) + [f"wrote {output}"]:
+    for line in ([written] if written else []) + [f"wrote {path}" for path in (report, output) if path]:
         show(Text(str(line)))
 
 
@@ -140,6 +144,7 @@ def evaluate_command(
     subset: Subset = None,
     split: Split = None,
     processor: Processor = None,
+    report: Report = None,
     seed: Seed = 0,
     revision: Revision = None,
     as_json: Json = False,
@@ -150,16 +155,19 @@ def evaluate_command(
     Its accuracy where the data has classes, its perplexity on text.
 
     \b
-    hf-daq evaluate small --data photographs --float resnet18
+    hf-daq evaluate small --data photographs --float resnet18 --report report.html
     """
     with working(f"reading {model}"):
         import hf_daq
 
         from ..integrations.build import pretrained
-        from ..integrations.examples import read_examples
+        from ..integrations.examples import class_names, read_examples
+        from ..nn.packed import daq_layers
         from .inputs import open_any
 
         network = open_any(model, revision)
+        if report and not daq_layers(network):
+            raise typer.BadParameter(f"--report is about a quantized model, and {model} is none")
         of_float: Any = pretrained(reference) if reference else _own(network)
         (found,) = read_examples(
             network,
@@ -175,10 +183,24 @@ def evaluate_command(
     comparison = hf_daq.compare(network, of_float, found.batches, labels=found.labels)
     if comparison.accuracy is comparison.perplexity is comparison.kl is comparison.cosine is None:
         raise DataError(f"{data} has no classes that {model} knows; --float MODEL compares it with the float model")
+    if report:
+        hf_daq.report(
+            network,
+            of_float,
+            found.batches,
+            report,
+            names=class_names(network),
+            processor=found.processor,
+            shown=found.shown,
+            comparison=comparison,
+            saved=_without_folders(model),
+        )
     if as_json:
         show_json({"model": model, **comparison.to_dict()})
-    else:
-        show(comparison)
+        return
+    show(comparison)
+    if report:
+        show(Text(f"wrote {report}"))
 
 
 def _own(model: Any) -> Any:
@@ -186,6 +208,11 @@ def _own(model: Any) -> Any:
     from ..nn.layers import quantized_layers
 
     return None if quantized_layers(model) else model
+
+
+def _without_folders(word: str) -> str:
+    """The last part of a path of this machine."""
+    return Path(word).name if Path(word).is_absolute() else word
 
 
 def _facts(result: Any, model: str, data: str, seed: int) -> Any:
@@ -197,9 +224,7 @@ def _facts(result: Any, model: str, data: str, seed: int) -> Any:
         base_model=model if "/" in model and not folder.exists() else None,
         calibration=f"{result.examples} of {rows}",
         results=hf_daq.Result.from_comparison(result.comparison, rows, f"{result.held_back} held back"),
-        command=shlex.join(
-            ["hf-daq", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])]
-        ),
+        command=shlex.join(["hf-daq", *map(_without_folders, sys.argv[1:])]),
         seed=seed,
     )
 

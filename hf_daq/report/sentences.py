@@ -100,14 +100,18 @@ def tiles(found: Summary, compared: Comparison) -> list[tuple[str, str, str]]:
             ("same first answer", f"{compared.agreement:.1f} %", f"of {counted(compared.count, compared.unit)}")
         )
     if compared.accuracy is not None:
-        rows.append(("accuracy", f"{compared.accuracy:.1f} %", f"float: {compared.reference_accuracy:.1f} %"))
+        rows.append(("accuracy", f"{compared.accuracy:.1f} %", _of_float(compared.reference_accuracy, ".1f", " %")))
     if compared.perplexity is not None:
-        rows.append(("perplexity", f"{compared.perplexity:,.2f}", f"float: {compared.reference_perplexity:,.2f}"))
+        rows.append(("perplexity", f"{compared.perplexity:,.2f}", _of_float(compared.reference_perplexity, ",.2f")))
     if compared.kl is not None:
         rows.append(("KL divergence", f"{compared.kl:.3f}", "nats; 0 is the float model"))
     if compared.cosine is not None:
         rows.append(("cosine", f"{compared.cosine:.4f}", "1 is the float model"))
     return rows
+
+
+def _of_float(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else f"float: {format(value, form)}{unit}"
 
 
 def figures(compared: Comparison) -> list[tuple[str, str, str]]:
@@ -130,6 +134,8 @@ def explanation(compared: Comparison) -> str:
     """What the figures of the table mean."""
     if compared.cosine is not None:
         return f"Cosine: between the outputs of the two models, mean over {compared.unit}s."
+    if compared.agreement is None:
+        return "Without a float model to compare it with."
     text = (
         "Same first answer: how often both models rank the same class first. KL divergence: from the probabilities of the "
         f"float model to those of the quantized one, mean over {compared.unit}s; 0 where they are equal."
