@@ -27,6 +27,7 @@ from .nn.matching import OutputMatch, usual_weights
 from .nn.observers import InputSample, Statistics, all_reduce
 from .nn.quantizers import ActivationQuantizer, WeightQuantizer, is_shard, processes
 from .nn.swap import change_class
+from .nn.token import TokenQuantizer
 from .report.health import examine
 
 logger = logging.getLogger("hf_daq")
@@ -54,7 +55,8 @@ def calibrate(model: nn.Module, *, check: bool = True) -> Iterator[nn.Module]:
     batch at all, if each layer is reached on some rank. If anything raises, the quantizers stay as they were. Quantizer
     parameters that do not require gradients still do not afterwards.
 
-    Embeddings have no such inputs: their bounds start from their weights.
+    Embeddings have no such inputs: their bounds start from their weights. With `activation_scale="token"` inputs need no
+    bounds, and calibration is no must: it still matches scales and outputs to the float layers.
 
     Batch normalization uses its running statistics here. A network that was never trained has none worth the name: give
     it some forwards in training mode first.
@@ -140,7 +142,7 @@ class _Values:
     """Quantizers of one layer with their initial values, before they are written to the layer."""
 
     w_quant: WeightQuantizer
-    a_quant: ActivationQuantizer | None
+    a_quant: ActivationQuantizer | TokenQuantizer | None
 
 
 def _from_weight(name: str, layer: QuantizedLayer, config: DaqConfig) -> _Values:
@@ -164,10 +166,11 @@ def _initial_values(name: str, layer: QuantizedLayer, observer: _Observer, confi
     full = sample.output(inputs, weight)
     usual = usual_weights(full)
     if a_quant is not None:
-        lower, upper = _input_bounds(name, observer, weight, usual, a_quant.bits, config.activation_init)
-        a_quant.lower.fill_(lower)
-        a_quant.upper.fill_(upper)
-        a_quant.finish()
+        if isinstance(a_quant, ActivationQuantizer):
+            lower, upper = _input_bounds(name, observer, weight, usual, a_quant.bits, config.activation_init)
+            a_quant.lower.fill_(lower)
+            a_quant.upper.fill_(upper)
+            a_quant.finish()
         inputs = a_quant(inputs)
         w_quant.scale.mul_(a_quant.span)
     match = OutputMatch(full, sample.output(inputs, w_quant(weight)), usual, sample.share)

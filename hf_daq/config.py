@@ -22,6 +22,7 @@ Granularity = Literal["tensor", "channel", "group"]
 Normalization = Literal["scale", "standardize"]
 Grid = Literal["auto", "odd", "integer"]
 Init = Literal["mse", "3std"]
+ActivationScale = Literal["static", "token"]
 ScaleDtype = Literal["float16", "bfloat16"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -31,6 +32,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "weight_normalization": get_args(Normalization),
     "weight_init": get_args(Init),
     "activation_init": get_args(Init),
+    "activation_scale": get_args(ActivationScale),
 }
 _MISSING = 0  # bits that were not given
 _POSITIVE = ("weight_gamma", "weight_sigma", "activation_gamma", "activation_sigma", "temperature")
@@ -87,6 +89,11 @@ class DaqConfig:
             weights only; None: scales are float32.
         weight_init, activation_init: initial bounds. "mse": the widest bounds whose squared error is close to the
             smallest for this number of bits; "3std": three standard deviations (paper).
+        activation_scale: "static": layer inputs have one pair of bounds a layer, from calibration, and they learn (paper);
+            "token": each row of the last dimension has a scale of its own, found as the layer computes, so that its largest
+            magnitude just fits (symmetric, dynamic quantization, as `Int8DynamicActivationInt8WeightConfig` of torchao). That
+            needs no calibration; rounding has the gradient of `rounding`, and scales have none. For linear layers, with
+            `activation_bits` from 2 on.
         bias_correction: give every quantized convolution, and every linear layer with a bias, a learnable shift of its
             output channels, started so that their mean is that of the float layer (Nagel et al., ICCV 2019). Free at run
             time; the paper does without.
@@ -129,6 +136,7 @@ class DaqConfig:
     weight_normalization: Normalization = "scale"
     weight_init: Init = "mse"
     activation_init: Init = "mse"
+    activation_scale: ActivationScale = "static"
     bias_correction: bool = True
     first_last_bits: int | None = None
     embedding_bits: int | None = None
@@ -182,6 +190,8 @@ class DaqConfig:
         object.__setattr__(self, "modules_to_not_convert", tuple(_checked_pattern(pattern) for pattern in patterns))
         if self.layers is not None:
             object.__setattr__(self, "layers", _checked_layers(self.layers))
+        if self.activation_scale == "token":
+            self._check_token_bits()
         if self.scale_dtype is not None:
             self._check_scale_dtype()
 
@@ -193,13 +203,26 @@ class DaqConfig:
         object.__setattr__(self, "weight_granularity", "group")
         object.__setattr__(self, "group_size", size)
 
+    def _input_bits(self) -> dict[str, int | None]:
+        """All that is said of bits of layer inputs, and where."""
+        given = {"activation_bits": self.activation_bits}
+        given |= {f"rule {rule['pattern']!r}": rule.get("activation_bits", rule.get("bits")) for rule in self.rules}
+        return given | {f"layers[{name!r}]": entry["activation_bits"] for name, entry in (self.layers or {}).items()}
+
+    def _check_token_bits(self) -> None:
+        for what, bits in (self._input_bits() | {"first_last_bits": self.first_last_bits}).items():
+            if bits == 1 and self.activation_bits is not None:
+                raise ConfigError(
+                    f'activation_scale="token" is symmetric, which takes 2 bits or more, and {what} gives inputs 1 bit; write '
+                    "activation_bits=8"
+                )
+
     def _check_scale_dtype(self) -> None:
         if self.scale_dtype not in get_args(ScaleDtype):
             raise ConfigError(f"scale_dtype={self.scale_dtype!r} is not one of 'float16', 'bfloat16', None")
-        given = {"activation_bits": self.activation_bits}
-        given |= {f"rule {rule['pattern']!r}": rule.get("activation_bits", rule.get("bits")) for rule in self.rules}
-        given |= {f"layers[{name!r}]": entry["activation_bits"] for name, entry in (self.layers or {}).items()}
-        for what, bits in given.items():
+        if self.activation_scale == "token":  # its scales of weights have no bounds in them
+            return
+        for what, bits in self._input_bits().items():
             if bits is not None:
                 raise ConfigError(
                     f"scale_dtype={self.scale_dtype!r} is for weights only, as the scale of a layer with quantized inputs has "

@@ -133,6 +133,8 @@ def plan(model: nn.Module, config: DaqConfig | None = None, **kwargs: Any) -> Pl
     outer, tables = outer_layers(model), _bits_of_tables(config, modules, owners)
     layers = tuple(_plan_layer(name, module, config, outer, tied, refused, tables) for name, module in modules.items())
     layers = tuple(_following(row, owners, layers, config) for row in layers)
+    if config.activation_scale == "token":
+        _check_tokens(layers, modules)
     float_bytes = sum(value.nbytes for value in saved_tensors(model))
     own = (row for row in layers if row.weight_bits is not None and row.tied_to is None)
     saved = sum(_saved_bytes(modules[row.name], row, config) for row in own)
@@ -271,12 +273,21 @@ def _saved_bytes(module: Any, row: PlannedLayer, config: DaqConfig) -> int:
     quantized_class = LAYER_TYPES[type(module)]
     shape = quantized_class.weight_shape(module)
     packed = packed_bytes(math.prod(shape), row.weight_bits, quantized_class.config_of(config).scale_count(shape))
-    if row.activation_bits is not None:
+    if row.activation_bits is not None and config.activation_scale == "static":
         packed += 8  # bounds of the inputs, both in float32
     if isinstance(module, CONVOLUTIONS + TRANSPOSED) and module.bias is None and config.bias_correction:
         packed += shape[0] * module.weight.itemsize
     own: int = sum(value.nbytes for name, value in module.named_parameters(recurse=False) if name != "bias")
     return own - packed
+
+
+def _check_tokens(layers: tuple[PlannedLayer, ...], modules: dict[str, nn.Module]) -> None:
+    for row in layers:
+        if row.activation_bits is not None and isinstance(modules[row.name], nn.modules.conv._ConvNd):
+            raise ConfigError(
+                f'activation_scale="token" is for linear layers, and {row.name!r} ({row.kind}) has no tokens; keep its input in '
+                f"float with rules=[{{'pattern': {row.name!r}, 'activation_bits': None}}], or write activation_scale=\"static\""
+            )
 
 
 def _check_resolved(layers: Any, modules: dict[str, nn.Module], fixed: dict[str, str], owners: dict[str, str]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import CalibrationError
 from .leaf import Leaf, traced
 from .quantizers import ActivationQuantizer, WeightQuantizer
+from .token import TokenQuantizer
 
 
 class DaqLayer(Leaf):
@@ -31,7 +32,7 @@ class DaqLayer(Leaf):
     """Whether a convolution pads as TensorFlow's "same", by what its input needs."""
     bias: Any
     w_quant: WeightQuantizer | None
-    a_quant: ActivationQuantizer | None
+    a_quant: ActivationQuantizer | TokenQuantizer | None
     daq_name: str
     weight_bits: int
     weight_grid: str
@@ -84,14 +85,16 @@ class DaqLayer(Leaf):
 
     @property
     def span(self) -> Tensor | float:
-        """The input that quantizing turns into 1, shape (1,); 1 where the input is not quantized."""
+        """The input that quantizing turns into 1, shape (1,); 1 where the input is not quantized or has a scale for each
+        token."""
         return 1.0 if self.a_quant is None else self.a_quant.span
 
     @property
     def quantizers(self) -> dict[str, WeightQuantizer | ActivationQuantizer]:
-        """The quantizers there are, by the names of their modules."""
+        """The quantizers that hold bounds, by the names of their modules."""
         both = {"w_quant": self.w_quant, "a_quant": self.a_quant}
-        return {name: quantizer for name, quantizer in both.items() if quantizer is not None}
+        kinds = WeightQuantizer | ActivationQuantizer
+        return {name: quantizer for name, quantizer in both.items() if isinstance(quantizer, kinds)}
 
     @property
     def calibrated(self) -> bool:

@@ -7,8 +7,8 @@ With `b` bits and `R = 2**b - 1`, values are normalized to
 and rounded to the nearest code, ties down: the closed form of distance-aware soft rounding with the temperature
 controller. The output is `(Q(v) - center) * step`. Everything is computed in float32 (float64 for float64 inputs).
 
-    forward     activation_rows or weight_rows, then quantize
-    backward    gradients, with daq_gradient_ for dQ/dv
+    forward     activation_rows or weight_rows, then quantize; for a scale of each row of the input quantize_rows
+    backward    gradients or gradient_of_rows, with daq_gradient_ for dQ/dv
 
 Functions whose names end in `_` write over their first argument. Values go into `Constants` and `Rows`; so one compiled
 kernel (kernels.py) serves all bits, every gamma and sigma, activations and weights.
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 _SMALLEST_SPAN = 1e-12
+_SMALLEST_STEP = torch.finfo(torch.float32).eps  # of rows
 # exp(-y) on [0, 1] to 3e-7, the highest power first: a compiled kernel on the CPU calls no function for it.
 _EXP = (8.35845826e-4, -7.614024e-3, 0.0411768266, -0.166490286, 0.499969015, -0.999997903, 0.999999976)
 
@@ -188,6 +189,43 @@ def gradients(
         lambda: _weight_gradients(sums, rows, constants),
     )
     return inner.mul_(broadcast.inverse * broadcast.step).to(x.dtype), learned
+
+
+def token_scale(x: Tensor, levels: float) -> Tensor:
+    """One step of the codes of each row, shape (..., 1): the largest magnitude is R / 2 steps. As in torchao and
+    compressed-tensors it is a number of the dtype of x, given in float32."""
+    low, high = torch.aminmax(x, dim=-1, keepdim=True)
+    step = torch.maximum(high, -low).div_(levels / 2).clamp_min_(_SMALLEST_STEP)
+    return step.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def token_positions(x: Tensor, scale: Tensor, constants: Constants) -> Tensor:
+    """Where rows lie between the codes, from 0 to R + 1/2. The code of zero is `(R + 1) / 2`."""
+    return torch.mul(x, 1 / scale).add_((constants.levels + 1) / 2)
+
+
+def quantize_rows(x: Tensor, scale: Tensor, constants: Constants, soft: Soft, dtype: torch.dtype) -> Tensor:
+    """`(Q(v) - z) * scale` with the scale of each row of x, shape (..., columns). Ties go to the even integer, as in the
+    libraries named above."""
+    zero = (constants.levels + 1) / 2
+    if soft is None:
+        code = torch.mul(x, 1 / scale).round_().clamp_(-zero, zero - 1)
+    else:
+        code = _soft_round_(token_positions(x, scale, constants).clamp_(constants.zero, constants.levels), *soft) - zero
+    return code.mul_(scale).to(dtype)
+
+
+def gradient_of_rows(
+    x: Tensor, grad: Tensor, scale: Tensor, constants: Constants, rounding: str, soft: Soft
+) -> Tensor:
+    """The gradient of x in `quantize_rows`. Scales are constants, and values that are clipped get none."""
+    v = token_positions(x, scale, constants)
+    inside = torch.mul(x, 1 / scale).round_() < (constants.levels + 1) / 2
+    if rounding == "daq":
+        gradient = daq_gradient_(v, constants).mul_(grad)
+    else:
+        gradient = grad.to(scale.dtype) if soft is None else _soft_gradient_(v, *soft).mul_(grad)
+    return torch.where(inside, gradient, 0.0).to(x.dtype)
 
 
 def daq_gradient_(v: Tensor, constants: Constants) -> Tensor:

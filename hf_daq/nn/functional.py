@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .formula import Constants, Soft, center, constants_of
-from .kernels import run_backward, run_forward
+from .formula import Constants, Soft, center, constants_of, levels, token_scale
+from .kernels import run_backward, run_forward, run_rows_backward, run_rows_forward
 
 
 class _Quantize(torch.autograd.Function):
@@ -39,6 +39,23 @@ class _Quantize(torch.autograd.Function):
         return grad_x if needs_x else None, *lower_upper_scale, *(None,) * 6
 
 
+class _QuantizeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, *options: Any) -> Tensor:  # type: ignore[override]
+        constants, _, soft, dtype = ctx.options = options
+        ctx.save_for_backward(x, scale)
+        ctx.unpacked = None
+        return run_rows_forward(x, scale, constants, soft, dtype)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, scale = _unpacked(ctx)
+        ctx.unpacked = None
+        constants, rounding, soft, _ = ctx.options
+        return run_rows_backward(x, grad_output, scale, constants, rounding, soft), *(None,) * 5
+
+
 def _unpacked(ctx: Any) -> tuple[Any, ...]:
     """What was saved. `recomputed` and the backward take it one after the other, and checkpointing gives it out once."""
     if ctx.unpacked is None:
@@ -48,17 +65,20 @@ def _unpacked(ctx: Any) -> tuple[Any, ...]:
 
 
 def recomputed(node: Any) -> Tensor:
-    """The output of `quantize_activation` or `quantize_weight` once more, from its node in the autograd graph."""
-    x, _, *values = _unpacked(node)
+    """The output of `quantize_activation`, `quantize_weight` or `quantize_tokens` once more, from its node in the autograd
+    graph."""
+    x, scale, *values = _unpacked(node)
     constants, _, soft, dtype = node.options
     with torch.no_grad():
+        if not values:
+            return run_rows_forward(x, scale, constants, soft, dtype)
         return run_forward(x, tuple(values), constants, soft, dtype)[0]
 
 
 def node_of(quantized: Tensor) -> Any:
     """The node for `recomputed` of a quantized tensor or a view of it; None for all others, and without a gradient."""
     node = (quantized if quantized._base is None else quantized._base).grad_fn
-    return node if isinstance(node, _Quantize._backward_cls) else None  # type: ignore[attr-defined]
+    return node if isinstance(node, _NODES) else None
 
 
 def quantize_activation(
@@ -94,6 +114,39 @@ def quantize_activation(
     result: Tensor = _Quantize.apply(  # type: ignore[no-untyped-call]
         x, lower.to(wide_dtype), upper.to(wide_dtype), None, None, None, *options, dtype or x.dtype
     )
+    return result
+
+
+_NODES = _Quantize._backward_cls, _QuantizeRows._backward_cls  # type: ignore[attr-defined]
+
+
+def quantize_tokens(
+    x: Tensor,
+    *,
+    bits: int,
+    rounding: str = "daq",
+    gamma: float = 2.0,
+    sigma: float = 2.0,
+    temperature: float = 4.0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`scale * clip(round(x / scale), -(R + 1) / 2, (R - 1) / 2)` with `scale = max |x| / (R / 2)` of each row: symmetric
+    dynamic quantization as in torchao (`Int8DynamicActivationInt8WeightConfig`) and compressed-tensors (`dynamic`,
+    `strategy: token`), value by value those of torchao. Ties go to the even integer, other than in `quantize_activation`.
+
+    Args:
+        x: float tensor, shape (..., columns); a row are the values of the last dimension. A row with NaN or an infinity
+            becomes NaN.
+        bits: 2 to 8, `R = 2**bits - 1`.
+
+    The other arguments are as for `quantize_activation`.
+
+    Returns:
+        A tensor of the shape of `x`. In the backward the scale is a constant, as in torchao, and the largest positive
+        value of a row, which is half a step beyond the last code, gets no gradient.
+    """
+    options, scale = _options(True, bits, rounding, gamma, sigma, temperature), token_scale(x.detach(), levels(bits))
+    result: Tensor = _QuantizeRows.apply(x, scale, *options, dtype or x.dtype)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -3,7 +3,8 @@
     output[c] = input_scale * weight_scale[c] * sum_i (code_i - zero_point) * weight[c, i] + bias[c]
 
 with unsigned codes of the input, integers for the weight, and one scale a layer, a channel or a group. The integers are
-odd, `2q - R`, or on the grid "integer" `q - 2**(b - 1)`.
+odd, `2q - R`, or on the grid "integer" `q - 2**(b - 1)`. Inputs with a scale for each token have no other one:
+`input_scale` is 1, and the output is multiplied by the scale of its token before the bias is added.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .formula import center, levels
 from .layers import CONVOLUTIONS, TRANSPOSED, replaced_forwards
 from .packed import daq_layers
 from .quantizers import wide
+from .token import TokenQuantizer
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Integers:
     input_bits: None where the input is not quantized; then `input_scale` is 1 and `zero_point` 0.
     input_scale: of the same dtype, shape (1,): one step of the input's codes, in units of the input.
     zero_point: the code of the real zero, from 0 to `2**input_bits - 1`.
+    tokens: whether the input has a scale for each row, which is not here.
     """
 
     weight: Tensor
@@ -49,6 +52,7 @@ class Integers:
     input_bits: int | None
     input_scale: Tensor
     zero_point: int
+    tokens: bool = False
 
     @property
     def largest(self) -> int:
@@ -75,13 +79,24 @@ def integers(layer: DaqLayer) -> Integers:
     weight = codes * per_code - int(per_code * zero)
     step = wide(layer.weight_scale).abs() / (per_code * zero) / layer.span
     input_scale, zero_point = torch.ones_like(step[:1]), 0
+    tokens = isinstance(layer.a_quant, TokenQuantizer)
     if layer.a_quant is not None:
-        input_scale, zero_point = layer.a_quant.span / layer.a_quant.levels, layer.a_quant.zero_point
+        zero_point = layer.a_quant.zero_point
+        input_scale = input_scale if tokens else layer.a_quant.span / layer.a_quant.levels
     rows = len(weight) if len(step) > 1 else 1
     bias = None if bias is None else bias.detach().clone()
     scale = step.view(rows, -1)
     return Integers(
-        weight, bits, layer.weight_grid, scale, layer.group_size, bias, layer.input_bits, input_scale, zero_point
+        weight,
+        bits,
+        layer.weight_grid,
+        scale,
+        layer.group_size,
+        bias,
+        layer.input_bits,
+        input_scale,
+        zero_point,
+        tokens,
     )
 
 
@@ -121,8 +136,9 @@ class _IntegerForward:
             codes = x.double()
         else:
             codes = (self.layer.a_quant.codes(x).to(torch.int32) - values.zero_point).double()
+        tokens = self.layer.a_quant.scale(x) if values.tokens else 1.0
         parts = [self._scaled_sums(codes, weight, scale) for weight, scale in _groups(values)]
-        output = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+        output = (torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]) * tokens
         if values.bias is not None:
             output = output + values.bias.view(_per_channel(self.layer, output))
         return output.to(x.dtype)

@@ -16,7 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .formula import Constants, Learned, Rows, Soft, gradients, quantize, round_half_down_, rows_of
+from .formula import (
+    Constants,
+    Learned,
+    Rows,
+    Soft,
+    gradient_of_rows,
+    gradients,
+    quantize,
+    quantize_rows,
+    round_half_down_,
+    rows_of,
+)
 
 logger = logging.getLogger("hf_daq")
 _FEW, _MANY = 2**16, 2**31  # elements between which tensors go to a compiled kernel
@@ -197,6 +208,45 @@ def run_codes(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return layout.unflat(codes), has_nan
 
 
+def _rows_forward(x: Tensor, scale: Tensor, constants: Any, soft: Soft, dtype: torch.dtype) -> Tensor:
+    return quantize_rows(x, scale, _named(constants), soft, dtype)
+
+
+def _rows_backward(x: Tensor, grad: Tensor, scale: Tensor, constants: Any, rounding: str, soft: Soft) -> Tensor:
+    return gradient_of_rows(x, grad, scale, _named(constants), rounding, soft)
+
+
+_rows_forward_kernels, _rows_backward_kernels = Kernels(_rows_forward), Kernels(_rows_backward)
+
+
+def run_rows_forward(x: Tensor, scale: Tensor, constants: Constants, soft: Soft, dtype: torch.dtype) -> Tensor:
+    """`quantize_rows`, compiled where it pays."""
+    if not _compiles_rows(x, soft):
+        return quantize_rows(x, scale, constants, soft, dtype)
+    rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
+    tensors = rows, scale.reshape(-1, 1), _on(constants, x.device)
+    result: Tensor = _rows_forward_kernels(tensors, (None, dtype), (_PER_ROW["x"], *_SCALES))
+    return result.view(x.shape)
+
+
+def run_rows_backward(
+    x: Tensor, grad: Tensor, scale: Tensor, constants: Constants, rounding: str, soft: Soft
+) -> Tensor:
+    """`gradient_of_rows`, compiled where it pays."""
+    if not _compiles_rows(x, soft):
+        return gradient_of_rows(x, grad, scale, constants, rounding, soft)
+    rows, grad = (value.detach().reshape(-1, x.shape[-1]).contiguous() for value in (x, grad))
+    tensors = rows, grad, scale.reshape(-1, 1), _on(constants, x.device)
+    shapes = _PER_ROW["x"], _PER_ROW["x"], *_SCALES
+    result: Tensor = _rows_backward_kernels(tensors, (rounding, None), shapes)
+    return result.view(x.shape)
+
+
+def _compiles_rows(x: Tensor, soft: Soft) -> bool:
+    columns = x.shape[-1]
+    return 1 < columns < x.numel() and x.dtype != torch.float64 and _compiles(x, _on((1.0,), x.device), soft)
+
+
 def _compiles(x: Tensor, value: Tensor, soft: Soft, few: int | None = None) -> bool:
     """Whether the compiled kernels serve: many elements and float32 arithmetic. In somebody else's compilation the eager
     form fuses with its neighbours, and a trace shows it."""
@@ -244,6 +294,7 @@ class _Layout:
 _FIELDS = len(Rows._fields)
 _PER_TENSOR: dict[str, tuple[int, ...]] = {"x": (2**20 - 3,), "row": (1,), "rows": (_FIELDS, 1)}
 _PER_ROW: dict[str, tuple[int, ...]] = {"x": (521, 1031), "row": (521,), "rows": (_FIELDS, 521)}
+_SCALES = (521, 1), (len(Constants._fields),)  # of rows, and constants
 
 
 @cache

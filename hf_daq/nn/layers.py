@@ -26,6 +26,7 @@ from .functional import node_of, recomputed
 from .kept import Fingerprint, Kept
 from .quantizers import ActivationQuantizer, WeightQuantizer, is_shard
 from .swap import change_class
+from .token import TokenQuantizer
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -429,9 +430,8 @@ def quantize_layer(layer: Any, name: str, config: DaqConfig, weight_bits: int, a
     )
     a_quant = None
     if activation_bits is not None:
-        a_quant = ActivationQuantizer(
-            activation_bits, gamma=config.activation_gamma, sigma=config.activation_sigma, **shared
-        )
+        input_class: Any = TokenQuantizer if config.activation_scale == "token" else ActivationQuantizer
+        a_quant = input_class(activation_bits, gamma=config.activation_gamma, sigma=config.activation_sigma, **shared)
     change_class(layer, quantized_class)
     layer.register_module("w_quant", w_quant)
     layer.register_module("a_quant", a_quant)

@@ -2,7 +2,7 @@
 
     output[c] = scale[c] * sum_i (code_i - zero_point) * weight[c, i] + bias[c]
 
-with unsigned codes of the input and the integers of integers.py for the weight, which fit int8 but for the odd ones of 8
+(with a scale for each token: times that before the bias) with unsigned codes of the input and the integers of integers.py for the weight, which fit int8 but for the odd ones of 8
 bits. There the weight is `q - 128`, and as `2q - 255 = 2 (q - 128) + 1`, half of the sum of the inputs is added.
 
 The sums are exact where the processor adds products in 32 bits. Without VNNI instructions it adds pairs of them in 16
@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from .codes import in_memory
 from .formula import activation_rows, center, constants_of
 from .kernels import run_codes
+from .token import TokenQuantizer
 
 logger = logging.getLogger("hf_daq")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,7 +39,7 @@ class Prepared(NamedTuple):
     sources: tells whether these still are what it was made of.
     weight: in oneDNN's layout; None where the layer cannot go this way. scale: shape (out,), of the sums.
     ones: for odd integers of 8 bits a weight of ones, in this layout, one output a group.
-    rows: shape (4,), as of `kernels.run_codes`.
+    rows: shape (4,), as of `kernels.run_codes`; None where each token has a scale.
     """
 
     sources: tuple[Any, ...]
@@ -68,7 +69,8 @@ def _suits(layer: Any, x: Tensor) -> bool:
         return False
     if torch.is_grad_enabled():
         quantizer, bias = layer.a_quant, layer.bias
-        if quantizer.lower.requires_grad or quantizer.upper.requires_grad or (bias is not None and bias.requires_grad):
+        learned = [*quantizer.parameters(), *(() if bias is None else (bias,))]
+        if any(value.requires_grad for value in learned):
             return False
         if x.requires_grad and (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")):
             return False
@@ -98,7 +100,7 @@ def _sources(layer: Any) -> tuple[Any, ...]:
     versions = (None if tensor.is_inference() else tensor._version for tensor in kept)
     places = (tensor.data_ptr() for tensor in kept)
     bits = layer.weight_bits, layer.weight_grid, quantizer.bits
-    return *bits, quantizer.lower.item(), quantizer.upper.item(), *versions, *places
+    return *bits, *(value.item() for value in quantizer.parameters()), *versions, *places
 
 
 # ------------------------------------------------------------------------------------------------------------ preparing
@@ -112,14 +114,13 @@ def _made(layer: Any, sources: tuple[Any, ...]) -> Prepared:
     halves = between and layer.weight_bits == 8
     per_code = 2 if between and not halves else 1
     whole = (layer.codes().to(torch.int16) * per_code - math.ceil(per_code * zero)).to(torch.int8)
-    step = layer.weight_scale.double().abs() / (per_code * zero * quantizer.levels)
-    rows = activation_rows(quantizer.lower, quantizer.upper, constants_of(True, quantizer.bits, 1.0, 1.0))
-    ends = rows.start.new_tensor([0, quantizer.levels])
+    step = layer.weight_scale.double().abs() / (per_code * zero)
+    if not isinstance(quantizer, TokenQuantizer):
+        step = step / quantizer.levels
     scale = step.float().expand(len(whole)).contiguous()
     try:
         ones = _packed(layer, torch.ones_like(whole[: getattr(layer, "groups", 1)])) if halves else None
-        rounding = torch.cat([rows.start, rows.inverse, ends])
-        found = Prepared(sources, _packed(layer, whole), scale, ones, rounding, quantizer.zero_point)
+        found = Prepared(sources, _packed(layer, whole), scale, ones, _rounding(quantizer), quantizer.zero_point)
         exact = _sums_are_exact(layer, found, whole)
     except Exception as error:  # whatever an operator of this build cannot do
         exact = False
@@ -127,6 +128,14 @@ def _made(layer: Any, sources: tuple[Any, ...]) -> Prepared:
     if not exact:
         _say_inexact()
     return found if exact else Prepared(sources)
+
+
+def _rounding(quantizer: Any) -> Tensor | None:
+    """As `kernels.run_codes` takes it; None where each token has a scale."""
+    if isinstance(quantizer, TokenQuantizer):
+        return None
+    rows = activation_rows(quantizer.lower, quantizer.upper, constants_of(True, quantizer.bits, 1.0, 1.0))
+    return torch.cat([rows.start, rows.inverse, rows.start.new_tensor([0, quantizer.levels])])
 
 
 def _fits(layer: Any) -> bool:
@@ -192,6 +201,8 @@ class _Integers(torch.autograd.Function):
 
 def _output(layer: Any, x: Tensor) -> Tensor:
     found: Prepared = layer._prepared
+    if found.rows is None:
+        return _output_of_tokens(layer, x, found)
     codes, has_nan = run_codes(x, found.rows)
     if torch.compiler.is_compiling():
         found = found._replace(scale=torch.where(has_nan, torch.nan, found.scale))
@@ -203,6 +214,14 @@ def _output(layer: Any, x: Tensor) -> Tensor:
     if not isinstance(layer, nn.Conv2d):
         return output.view(*x.shape[:-1], -1)
     return output.contiguous() if x.is_contiguous() else output
+
+
+def _output_of_tokens(layer: Any, x: Tensor, found: Prepared) -> Tensor:
+    codes, scale = layer.a_quant.coded(x)
+    output = _sums(layer, codes, found, None, torch.float32).view(*x.shape[:-1], -1).mul_(scale)
+    if layer.bias is not None:
+        output += layer.bias.detach()
+    return output.to(layer.a_quant.result_dtype(x))
 
 
 def _sums(layer: Any, codes: Tensor, found: Prepared, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -32,6 +32,12 @@ def is_shard(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
+def result_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of what x is quantized to: its own; under autocast the one to which the layer would cast anyway."""
+    cast = x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if cast else x.dtype
+
+
 def processes() -> int:
     """How many take part under `torch.distributed`; 1 without it."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -103,9 +109,7 @@ class Quantizer(nn.Module):
         return super()._apply(wide, recurse)  # type: ignore[no-untyped-call]
 
     def result_dtype(self, x: Tensor) -> torch.dtype:
-        """The dtype of x; under autocast the one to which the layer would cast the result anyway."""
-        cast = x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
-        return torch.get_autocast_dtype(x.device.type) if cast else x.dtype
+        return result_dtype(x)
 
     def _options(self, x: Tensor) -> dict[str, Any]:
         """What the quantizing functions take besides tensors."""

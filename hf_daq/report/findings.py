@@ -183,14 +183,17 @@ def _badly_used(found: Measurement, again: str) -> _Found:
             f"its inputs use {used} of {2**found.a_quant.bits} codes: its bounds are too wide or far off. Try: {again}{in_float}",
         )
     yield from _crowded_out(found)
+    bounds = found.layer.quantizers.get("a_quant")
+    if bounds is None:
+        return
     if clipped > _CLIPPED:
         yield (
             "clipped-inputs",
             clipped,
-            f"{clipped:.1%} of its inputs are outside of their bounds [{found.a_quant.lower.item():.3g}, "
-            f"{found.a_quant.upper.item():.3g}]. Try: {again}{in_float}",
+            f"{clipped:.1%} of its inputs are outside of their bounds [{bounds.lower.item():.3g}, "
+            f"{bounds.upper.item():.3g}]. Try: {again}{in_float}",
         )
-    if found.a_quant.lower.item() == 0 and negative > _NEGATIVE:
+    if bounds.lower.item() == 0 and negative > _NEGATIVE:
         yield (
             "negative-inputs",
             negative,

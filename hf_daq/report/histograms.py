@@ -17,6 +17,7 @@ from ..nn.base import layer_input
 from ..nn.formula import center, levels
 from ..nn.layers import evaluating
 from ..nn.quantizers import wide
+from ..nn.token import TokenQuantizer
 
 REACH = 3  # spans beyond either bound that bins cover; what lies farther is in the outermost ones
 BIN_WIDTH = {1: 1 / 41, 2: 1 / 15, 3: 1 / 7, 4: 1 / 5, 5: 1 / 3, 6: 1, 7: 3, 8: 5}  # in codes, by bits
@@ -126,7 +127,8 @@ class _Inputs:
 
     def __init__(self, quantizer: Any) -> None:
         self.quantizer, self.bits, self.zero_point = quantizer, quantizer.bits, quantizer.zero_point
-        self.step = (quantizer.span.detach() / quantizer.levels).item()
+        self.tokens = isinstance(quantizer, TokenQuantizer)
+        self.step = 1.0 if self.tokens else (quantizer.span.detach() / quantizer.levels).item()
         self.bins = np.zeros(len(bin_edges(self.bits)) - 1, dtype=np.int64)
         self.codes = np.zeros(2**self.bits, dtype=np.int64)
         self.clipped = 0
@@ -141,9 +143,9 @@ class _Inputs:
     def histogram(self, name: str) -> Histogram:
         origin = -self.zero_point * self.step
         code_values = origin + self.step * np.arange(2**self.bits)
-        clipped = self.clipped / self.codes.sum()
+        clipped, axis = self.clipped / self.codes.sum(), "input, in steps of its token" if self.tokens else "input"
         return Histogram(
-            name, self.bits, self.bins, self.codes, clipped, origin, self.step, code_values, "input", zero=0.0
+            name, self.bits, self.bins, self.codes, clipped, origin, self.step, code_values, axis, zero=0.0
         )
 
 

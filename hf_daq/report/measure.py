@@ -183,9 +183,9 @@ class Measurement:
         self.input_counts += torch.bincount(a_quant.codes(x).flatten(), minlength=2**a_quant.bits)
         self.clipped_inputs += int(a_quant.outside(a_quant.positions(x)).count_nonzero())
         self.negative_inputs += int((x < 0).sum())
-        rows = wide(x).movedim(self._channel_dim(), 0).flatten(1)
-        noise = wide(a_quant(rows)) * a_quant.span - rows
-        energies = torch.stack([rows.square().sum(1), noise.square().sum(1)])
+        values, channel = wide(x), self._channel_dim()
+        noise = wide(a_quant(values)) * a_quant.span - values
+        energies = torch.stack([part.movedim(channel, 0).flatten(1).square().sum(1) for part in (values, noise)])
         self.channels = energies if self.channels is None else self.channels + energies
         self.distinct_inputs = max(self.distinct_inputs, _distinct(a_quant(_sample(x.reshape(1, -1)))))
 

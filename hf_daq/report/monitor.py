@@ -166,7 +166,7 @@ class _Window:
     @torch.no_grad()
     def values(self, window: int) -> dict[str, float | None]:
         """All numbers of the layer, with one look at the device for the weights."""
-        w_quant, a_quant = self.layer.w_quant, self.layer.a_quant
+        w_quant, a_quant = self.layer.w_quant, self.layer.quantizers.get("a_quant")
         weights = [
             self.flips / window,
             self.oscillated.count_nonzero() / self.codes.numel(),

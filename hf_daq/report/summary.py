@@ -166,6 +166,7 @@ def summary(model: nn.Module, batch: Any = None) -> Summary:
 
 def _row(found: Measurement) -> LayerSummary:
     a_quant, reached = found.a_quant, found.first_call is not None
+    bounds = found.layer.quantizers.get("a_quant")
     seen = reached and a_quant is not None and not found.bad_inputs
     return LayerSummary(
         name=found.name,
@@ -177,11 +178,11 @@ def _row(found: Measurement) -> LayerSummary:
         weight_lower=found.weight_lower,
         weight_upper=found.weight_upper,
         weight_scale=float(wide(found.scale).abs().mean()),
-        input_lower=None if a_quant is None else a_quant.lower.item(),
-        input_upper=None if a_quant is None else a_quant.upper.item(),
+        input_lower=None if bounds is None else bounds.lower.item(),
+        input_upper=None if bounds is None else bounds.upper.item(),
         zero_point=None if a_quant is None else a_quant.zero_point,
         weights_clipped=found.weights_clipped,
-        inputs_clipped=found.clipped_inputs / found.inputs if seen else None,
+        inputs_clipped=found.clipped_inputs / found.inputs if seen and bounds is not None else None,
         weight_codes=found.weight_codes,
         input_codes=int((found.input_counts > 0).sum()) if seen else None,
         weight_sqnr=found.weight_sqnr,
