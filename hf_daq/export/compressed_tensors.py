@@ -44,6 +44,7 @@ class Container:
     layout: "pack-quantized" (`width` bits a weight, dense, in int32) or "int-quantized" (an int8 a weight).
     group_size: input columns that share a scale; None for one scale an output channel.
     input_bits: number of bits for the layer's input; None where it is not quantized.
+    tokens: whether each token has a scale.
     halves: whether the zero point is -1/2.
     """
 
@@ -53,11 +54,13 @@ class Container:
     group_size: int | None
     input_bits: int | None
     halves: bool = False
+    tokens: bool = False
 
     def __str__(self) -> str:
         scales = "a channel" if self.group_size is None else f"{self.group_size} columns"
         zero = ", zero point -1/2" if self.halves else ""
         inputs = "inputs in full precision" if self.input_bits is None else f"inputs of {self.input_bits} bits"
+        inputs += " with a scale for each token" if self.tokens else ""
         return f"{self.bits}-bit weights as int{self.width}, {self.layout}{zero}, a scale for {scales}; {inputs}"
 
 
@@ -180,8 +183,8 @@ def _container(name: str, found: Integers, widths: Sequence[int]) -> Container:
     bits, columns = found.weight_bits, found.weight.shape[1]
     # The format has no shorter last group: groups of a common divisor repeat the scales.
     group_size = None if found.group_size is None else math.gcd(found.group_size, columns)
-    if bits == 8 or (found.input_bits == 8 and group_size is None):  # vLLM computes with static inputs in int8 only
-        return Container(bits, 8, WHOLE, group_size, found.input_bits, halves=found.halves)
+    if bits == 8 or (found.input_bits == 8 and group_size is None):  # vLLM computes with inputs in int8 only
+        return Container(bits, 8, WHOLE, group_size, found.input_bits, found.halves, found.tokens)
     needed = bits + found.odd
     fitting = [width for width in widths if needed <= width <= 8]
     if not fitting:
@@ -189,7 +192,7 @@ def _container(name: str, found: Integers, widths: Sequence[int]) -> Container:
             f"layer {name!r} has weights of {bits} bits, which need {needed} or more here; widths={tuple(widths)} "
             f"has none from {needed} to 8"
         )
-    return Container(bits, min(fitting), PACKED, group_size, found.input_bits)
+    return Container(bits, min(fitting), PACKED, group_size, found.input_bits, tokens=found.tokens)
 
 
 def _tensors(found: Integers, container: Container, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -209,7 +212,7 @@ def _tensors(found: Integers, container: Container, dtype: torch.dtype) -> dict[
     else:
         tensors["weight"] = weight.to(torch.int8)
     tensors["weight_scale"] = scale.to(dtype).contiguous()
-    if container.input_bits is not None:
+    if container.input_bits is not None and not container.tokens:
         zero = found.zero_point - 2 ** (container.input_bits - 1)
         tensors["input_scale"] = found.input_scale.to(dtype)
         tensors["input_zero_point"] = torch.tensor([zero], dtype=torch.int8)
@@ -279,7 +282,9 @@ def _scheme(container: Container, targets: list[str]) -> Any:
         weights |= {"symmetric": False, "zp_dtype": torch.float32}
     inputs = None
     if container.input_bits is not None:
-        inputs = library.QuantizationArgs(num_bits=container.input_bits, symmetric=False, strategy="tensor")
+        scales = {"symmetric": True, "strategy": "token", "dynamic": True}
+        scales = scales if container.tokens else {"symmetric": False, "strategy": "tensor"}
+        inputs = library.QuantizationArgs(num_bits=container.input_bits, **scales)
     return library.QuantizationScheme(
         targets=targets,
         weights=library.QuantizationArgs(num_bits=container.width, **weights),

@@ -49,6 +49,7 @@ class Emission:
     def __init__(self, layer: Any, name: str, multiply: bool, products: bool, int8_inputs: bool) -> None:
         self.layer, self.name, self.calls, found = layer, name, 0, integers(layer)
         self.input_bits, self.bias, self.group_size = found.input_bits, found.bias, found.group_size
+        self.tokens = found.tokens
         device = found.weight.device
         self.input_scale = found.input_scale[0].clone()
         self.zero_point = torch.tensor(found.zero_point, dtype=torch.uint8, device=device)
@@ -97,9 +98,11 @@ class Emission:
 
     def __call__(self, x: Tensor) -> Tensor:
         self.calls += 1
-        x = self._quantized(x)
+        step = self.layer.a_quant.scale(x) if self.tokens else None
+        x = self._quantized(x if step is None else x * (1 / step))
         if self.in_integers and self.linear:
-            return self._product(x)
+            return self._product(x, step)
+        x = x if step is None else x * step
         if self.product is not None:
             return self.product(x, self._note("product")["hf_daq"])
         if self.in_integers:
@@ -140,13 +143,15 @@ class Emission:
             metadata_props=notes,
         )
 
-    def _product(self, x: Tensor) -> Tensor:
+    def _product(self, x: Tensor, step: Tensor | None) -> Tensor:
         output = torch.matmul(x, self._dequantized("weight", self.codes, self.scale[0], axis=1))
-        if self.bias is not None:
+        if self.bias is not None and step is None:
             output = output + self.bias
         if self.offset:
             sums = torch.matmul(x, self._dequantized("ones", self.ones, self.one))
             output = output + sums * (self.scale[0] / 2)
+        if step is not None:
+            output = output * step if self.bias is None else output * step + self.bias
         return output
 
     def _float_weight(self) -> Tensor:

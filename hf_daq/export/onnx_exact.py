@@ -90,14 +90,20 @@ class _OnCodes:
         values, own = self.values, self.layer.a_quant.codes(x)
         codes = self.file.of_call(self.name, values, own)
         if codes is not None and codes.shape == own.shape:
-            place = (x.double() / values.input_scale + values.zero_point).clamp(0, 2 ** (values.input_bits or 0) - 1)
+            place = self._places(x).clamp(0, 2 ** (values.input_bits or 0) - 1)
             codes = codes.to(x.device)
             self.file.distances.setdefault(self.name, _Distances()).add(place, codes.double(), values)
         else:
             codes = own
-        x = (codes.to(torch.float32) - values.zero_point) * values.input_scale
+        step = self.layer.a_quant.scale(x) if values.tokens else values.input_scale
+        x = (codes.to(torch.float32) - values.zero_point) * step
         output: Tensor = self.layer.compute(x, self.weight, values.bias)
         return output
+
+    def _places(self, x: Tensor) -> Tensor:
+        """Where inputs lie between the codes."""
+        step = self.layer.a_quant.scale(x) if self.values.tokens else self.values.input_scale
+        return x.double() / step + self.values.zero_point
 
 
 def check_exact(report: Report, model: nn.Module, layers: Mapping[str, Any], proto: Any, batch: Inputs) -> None:

@@ -215,17 +215,13 @@ def quantize_rows(x: Tensor, scale: Tensor, constants: Constants, soft: Soft, dt
     return code.mul_(scale).to(dtype)
 
 
-def gradient_of_rows(
-    x: Tensor, grad: Tensor, scale: Tensor, constants: Constants, rounding: str, soft: Soft
-) -> Tensor:
-    """The gradient of x in `quantize_rows`. Scales are constants, and values that are clipped get none."""
+def gradient_of_rows(x: Tensor, grad: Tensor, scale: Tensor, constants: Constants, rounding: str, soft: Soft) -> Tensor:
+    """The gradient of x in `quantize_rows`. Scales are constants, and no value lies outside of the bounds."""
+    if rounding == "ste":
+        return grad.to(x.dtype)
     v = token_positions(x, scale, constants)
-    inside = torch.mul(x, 1 / scale).round_() < (constants.levels + 1) / 2
-    if rounding == "daq":
-        gradient = daq_gradient_(v, constants).mul_(grad)
-    else:
-        gradient = grad.to(scale.dtype) if soft is None else _soft_gradient_(v, *soft).mul_(grad)
-    return torch.where(inside, gradient, 0.0).to(x.dtype)
+    gradient = daq_gradient_(v, constants) if soft is None else _soft_gradient_(v, *soft)
+    return gradient.mul_(grad).to(x.dtype)
 
 
 def daq_gradient_(v: Tensor, constants: Constants) -> Tensor:

@@ -142,8 +142,8 @@ def quantize_tokens(
     The other arguments are as for `quantize_activation`.
 
     Returns:
-        A tensor of the shape of `x`. In the backward the scale is a constant, as in torchao, and the largest positive
-        value of a row, which is half a step beyond the last code, gets no gradient.
+        A tensor of the shape of `x`. In the backward the scale is a constant, as in torchao. No value lies outside of
+        bounds, so all get a gradient; torchao gives none to the last code.
     """
     options, scale = _options(True, bits, rounding, gamma, sigma, temperature), token_scale(x.detach(), levels(bits))
     result: Tensor = _QuantizeRows.apply(x, scale, *options, dtype or x.dtype)  # type: ignore[no-untyped-call]

@@ -233,7 +233,7 @@ def run_rows_backward(
     x: Tensor, grad: Tensor, scale: Tensor, constants: Constants, rounding: str, soft: Soft
 ) -> Tensor:
     """`gradient_of_rows`, compiled where it pays."""
-    if not _compiles_rows(x, soft):
+    if rounding == "ste" or not _compiles_rows(x, soft):
         return gradient_of_rows(x, grad, scale, constants, rounding, soft)
     rows, grad = (value.detach().reshape(-1, x.shape[-1]).contiguous() for value in (x, grad))
     tensors = rows, grad, scale.reshape(-1, 1), _on(constants, x.device)
