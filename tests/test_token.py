@@ -86,12 +86,14 @@ def test_the_gradient_is_that_of_the_paper_with_a_constant_scale(bits):
 
 def test_soft_rounding_is_differentiable_and_rounds_in_evaluation():
     _, model = layers(rounding="soft")
-    quantizer, x = model[0].a_quant.train(), torch.linspace(-1, 1, 301, dtype=torch.float64)[None].requires_grad_()
+    quantizer, x = model[0].a_quant.train(), torch.rand(1, 301, dtype=torch.float64) * 2 - 1
+    x[0, 0] = 1
+    x.requires_grad_()
     soft = quantizer(x)
     (of_x,) = torch.autograd.grad(soft.sum(), x)
     inner = x.detach().abs() < 0.99
     moved = quantizer(torch.where(inner, x.detach() + 1e-7, x.detach()))
-    close = ((moved - soft.detach()) / 1e-7 - of_x).abs()[inner] < 1e-4
+    close = ((moved - soft.detach()) / 1e-7 - of_x).abs()[inner] < 1e-3
     assert close.float().mean() > 0.98  # the others crossed a threshold
     assert torch.equal(quantizer.eval()(x.detach()), quantize_tokens(x.detach(), bits=8))
     assert not torch.equal(soft.detach(), quantizer(x.detach()))
