@@ -20,7 +20,7 @@ QUANT_METHOD = "daq"
 Rounding = Literal["daq", "ste", "soft"]
 Granularity = Literal["tensor", "channel", "group"]
 Normalization = Literal["scale", "standardize"]
-Grid = Literal["auto", "odd", "integer"]
+Grid = Literal["auto", "odd", "integer", "ternary"]
 Init = Literal["mse", "3std"]
 ActivationScale = Literal["static", "token"]
 ScaleDtype = Literal["float16", "bfloat16"]
@@ -34,6 +34,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "activation_init": get_args(Init),
     "activation_scale": get_args(ActivationScale),
 }
+TERNARY = 1.6
+"""Bits of a weight with three values in files: five in a byte."""
 _MISSING = 0  # bits that were not given
 _POSITIVE = ("weight_gamma", "weight_sigma", "activation_gamma", "activation_sigma", "temperature")
 _RULE_KEYS = ("pattern", "skip", "bits", "weight_bits", "activation_bits")
@@ -80,7 +82,8 @@ class DaqConfig:
         weight_grid: the values of b bits. "odd": odd multiples of a step, as many below 0 as above it, and no 0 (paper);
             "integer": whole multiples from -2^(b-1) to 2^(b-1) - 1 with 0 among them, which integer kernels and formats
             of b bits read as they are; at 1 bit -1 and 1 too. "auto": "odd" for 1 and 2 bits, "integer" from 3 bits on, what
-            was measured to be the better start.
+            was measured to be the better start. "ternary", with `weight_bits=2`: -1, 0 and 1 times a scale, 1.6 bits in packed
+            files; layers with other bits have the grid of "auto".
         weight_normalization: "scale": the bounds are in units of the weight's root mean square, and quantization
             starts where the float weights are; "standardize": the weight's mean is removed as well (paper).
         scale_dtype: "float16" or "bfloat16": scales of weights are rounded in every forward, in training too, so that files
@@ -192,6 +195,8 @@ class DaqConfig:
             object.__setattr__(self, "layers", _checked_layers(self.layers))
         if self.activation_scale == "token":
             self._check_token_bits()
+        if self.weight_grid == "ternary":
+            self._check_ternary()
         if self.scale_dtype is not None:
             self._check_scale_dtype()
 
@@ -216,6 +221,16 @@ class DaqConfig:
                     f'activation_scale="token" is symmetric, which takes 2 bits or more, and {what} gives inputs 1 bit; write '
                     "activation_bits=8"
                 )
+
+    def _check_ternary(self) -> None:
+        given = {self.weight_bits, self.first_last_bits, self.embedding_bits}
+        given |= {rule.get("weight_bits", rule.get("bits")) for rule in self.rules}
+        given |= {entry["weight_bits"] for entry in (self.layers or {}).values()}
+        if 2 not in given:
+            raise ConfigError(
+                f'weight_grid="ternary" is for weights of 2 bits, and none are: weight_bits={self.weight_bits}; write '
+                'DaqConfig(weight_bits=2, weight_grid="ternary")'
+            )
 
     def _check_scale_dtype(self) -> None:
         if self.scale_dtype not in get_args(ScaleDtype):
@@ -272,8 +287,8 @@ class DaqConfig:
         return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, **fields}
 
     def grid(self, bits: int) -> str:
-        """ "odd" or "integer", of a layer with weights of this many bits."""
-        if self.weight_grid != "auto":
+        """ "odd", "integer" or "ternary", of a layer with weights of this many bits."""
+        if self.weight_grid in ("odd", "integer") or (self.weight_grid, bits) == ("ternary", 2):
             return self.weight_grid
         return "odd" if bits <= 2 else "integer"
 
@@ -297,9 +312,19 @@ class DaqConfig:
         return shape[0] * groups
 
 
-def packed_bytes(weights: int, bits: int, scales: int) -> int:
+def stored_bits(bits: int, grid: str) -> float:
+    """Bits of a code in packed files."""
+    return TERNARY if grid == "ternary" else bits
+
+
+def stored_bytes(count: int, bits: float) -> int:
+    """Bytes that hold this many codes."""
+    return -(-count // 5) if bits == TERNARY else -(-count * int(bits) // 8)
+
+
+def packed_bytes(weights: int, bits: int, scales: int, grid: str) -> int:
     """Bytes of a packed weight: dense codes, and scales in float32."""
-    return -(-weights * bits // 8) + 4 * scales
+    return stored_bytes(weights, stored_bits(bits, grid)) + 4 * scales
 
 
 def check_bits(name: str, value: object) -> None:

@@ -141,7 +141,7 @@ def _histograms(panels: list[Histogram], title: str, what: str, columns: int, lo
 
 
 def _draw_histogram(axis: Axes, panel: Histogram, what: str, log: bool) -> None:
-    largest, total = levels(panel.bits), panel.codes.sum()
+    largest, total = len(panel.code_values) - 1, panel.codes.sum()
     shown = [panel.position(-0.5), panel.position(largest + 0.5)]
     if panel.bins is not None:
         heights = 100 * panel.bins / total / BIN_WIDTH[panel.bits]

@@ -24,7 +24,7 @@ from ..nn.functional import dequantize_weight
 from ..nn.integers import integers
 from ..nn.packed import daq_layers
 from ..version import __version__
-from .gguf_blocks import F16, ODD, WHOLE, Array, BlockType, decode, encode
+from .gguf_blocks import F16, ODD, TERNARY, WHOLE, Array, BlockType, decode, encode
 from .gguf_model import Family, check_config, family_of, write_config
 from .gguf_tokenizer import add_tokenizer
 from .guards import layers_to_export, library, refuse_sharded
@@ -225,7 +225,8 @@ def _quantized(name: str, layer: Any, family: Family, config: Any) -> _Stored:
 
 def _type_of(name: str, found: Any) -> BlockType:
     """The type for a layer; refuses columns and groups that it does not hold."""
-    kind = (ODD if found.odd else WHOLE)[found.weight_bits]
+    ternary = found.weight_grid == "ternary"
+    kind = TERNARY if ternary else (ODD if found.odd else WHOLE)[found.weight_bits]
     columns, size = found.weight.shape[1], kind.columns
     if columns % size:
         fitting = [str(bits) for bits, other in ODD.items() if columns % other.columns == 0]

@@ -83,6 +83,12 @@ def _q5_1(integers: Array, step: Array) -> Array:
     return np.hstack([*_affine(step, 31), _bits(codes >> 4), _nibbles(codes)])
 
 
+def _tq2_0(integers: Array, step: Array) -> Array:
+    """Codes of -1, 0 and 1: in each half of a block, four weights that are 32 columns apart in a byte."""
+    codes = (integers + 1).astype(np.uint8).reshape(-1, 2, 4, 32) << np.array([0, 2, 4, 6], np.uint8).reshape(4, 1)
+    return np.hstack([np.bitwise_or.reduce(codes, axis=2).reshape(len(integers), -1), _half(step)])
+
+
 def _q8_0(integers: Array, step: Array) -> Array:
     return np.hstack([_half(step), integers.astype(np.int8).view(np.uint8)])
 
@@ -113,6 +119,10 @@ WHOLE = {
     8: Q8_0,
 }
 """The type of integers from `-2**(bits - 1)` to `2**(bits - 1) - 1`."""
+
+
+TERNARY = BlockType("TQ2_0", 256, _tq2_0)
+"""The type of -1, 0 and 1."""
 
 
 def encode(kind: BlockType, integers: Array, scale: Array, group_size: int | None) -> Array:

@@ -207,7 +207,7 @@ def describe(source: str, description: Mapping[str, Any], headers: list[Header])
         layers=layers,
         kept=kept,
         tensor_bytes=total,
-        packed_bytes=total if config.packed else _packed_bytes(layers, kept, header),
+        packed_bytes=total if config.packed else _packed_bytes(layers, kept, header, config),
         float_bytes=rest + sum(layer.float_bytes for layer in layers),
         facts=header.facts,
     )
@@ -237,7 +237,9 @@ def _layer(name: str, bits: Mapping[str, int | None], header: Header, descriptio
     return InspectedLayer(name, shape, weight_bits, activation_bits, count, size, _size(dtype, shape))
 
 
-def _packed_bytes(layers: tuple[InspectedLayer, ...], kept: tuple[KeptTensor, ...], header: Header) -> int:
+def _packed_bytes(
+    layers: tuple[InspectedLayer, ...], kept: tuple[KeptTensor, ...], header: Header, config: DaqConfig
+) -> int:
     """The size of all tensors of a trainable file after packing."""
     names = [header.names.get(layer.name, layer.name) for layer in layers]
     gone = {(name, "gain") for name in names}  # of standardized convolutions, folded into the codes
@@ -247,7 +249,7 @@ def _packed_bytes(layers: tuple[InspectedLayer, ...], kept: tuple[KeptTensor, ..
         if layer.name in header.tied:
             continue
         scale = header.tensors.get(f"{name}.w_quant.scale", ("", (0,)))
-        total += packed_bytes(layer.parameters, layer.weight_bits, math.prod(scale[1]))
+        total += packed_bytes(layer.parameters, layer.weight_bits, math.prod(scale[1]), config.grid(layer.weight_bits))
         shift = header.tensors.get(f"{name}.w_quant.shift")
         if shift is not None and f"{name}.bias" not in header.tensors:  # the bias that the correction becomes
             dtype, _ = header.tensors.get(f"{name}.weight", ("F32", ()))

@@ -272,7 +272,8 @@ def _saved_bytes(module: Any, row: PlannedLayer, config: DaqConfig) -> int:
     assert row.weight_bits is not None
     quantized_class = LAYER_TYPES[type(module)]
     shape = quantized_class.weight_shape(module)
-    packed = packed_bytes(math.prod(shape), row.weight_bits, quantized_class.config_of(config).scale_count(shape))
+    scales = quantized_class.config_of(config).scale_count(shape)
+    packed = packed_bytes(math.prod(shape), row.weight_bits, scales, config.grid(row.weight_bits))
     if row.activation_bits is not None and config.activation_scale == "static":
         packed += 8  # bounds of the inputs, both in float32
     if isinstance(module, CONVOLUTIONS + TRANSPOSED) and module.bias is None and config.bias_correction:

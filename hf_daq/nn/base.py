@@ -20,7 +20,7 @@ class DaqLayer(Leaf):
     w_quant: None for packed layers, which have no float weight. a_quant: None for weights only. daq_name: the module's name
     in the model, for error messages.
     weight_scale: shape (1,), (channels,) or (channels * groups,): the weight is `|weight_scale| * (q - c) / c`.
-    weight_grid: "odd", `c = R / 2`, or "integer", `c = 2**(bits - 1)`.
+    weight_grid: "odd", `c = R / 2`, "integer", `c = 2**(bits - 1)`, or "ternary", `c = 1`.
     group_size: columns that share a scale; None without groups.
     weight_dtype: of the float layer's weight. has_bias: whether the float layer has one.
     """

@@ -1,5 +1,8 @@
 """Dense codes: code `i` of `bits` bits is in the bits `i * bits` to `(i + 1) * bits - 1` of a stream of bytes, the least
-significant bit of each byte first. The last byte is filled with zeros."""
+significant bit of each byte first. The last byte is filled with zeros.
+
+Codes of three values take 1.6 bits: five of them are the digits of a byte in base 3, the least significant digit first.
+`bits` is then `TERNARY`."""
 
 from __future__ import annotations
 
@@ -7,18 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..config import TERNARY, stored_bytes
 
-def packed_size(count: int, bits: int) -> int:
+_POWERS = (1, 3, 9, 27, 81)
+
+
+def packed_size(count: int, bits: float) -> int:
     """Bytes that hold `count` codes."""
-    return -(-count * bits // 8)
+    return stored_bytes(count, bits)
 
 
-def pack_bits(codes: Tensor, bits: int) -> Tensor:
+def pack_bits(codes: Tensor, bits: float) -> Tensor:
     """Codes in bytes.
 
     Args:
         codes: uint8 of any shape, read in C order, each below `2**bits`.
-        bits: 1 to 8.
+        bits: 1 to 8, or TERNARY.
 
     Returns:
         uint8, shape (packed_size(codes.numel(), bits),).
@@ -26,6 +33,10 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     flat = codes.flatten()
     if bits == 8:
         return flat.clone()
+    if bits == TERNARY:
+        fives = F.pad(flat, (0, -flat.numel() % 5)).view(-1, 5)
+        return (fives * fives.new_tensor(_POWERS)).sum(1, dtype=torch.uint8)
+    bits = int(bits)
     eights = F.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
     packed = torch.zeros(len(eights), bits, dtype=torch.uint8, device=codes.device)
     for index in range(8):
@@ -36,10 +47,14 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     return packed.flatten()[: packed_size(flat.numel(), bits)].clone()
 
 
-def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
+def unpack_bits(packed: Tensor, bits: float, count: int) -> Tensor:
     """Inverse of `pack_bits`: uint8, shape (count,)."""
     if bits == 8:
         return packed
+    if bits == TERNARY:
+        digits = packed[:, None] // packed.new_tensor(_POWERS) % 3
+        return digits.flatten()[:count]
+    bits = int(bits)
     columns = F.pad(packed, (0, -packed.numel() % bits)).view(-1, bits)
     codes = torch.empty(len(columns), 8, dtype=torch.uint8, device=packed.device)
     mask = 2**bits - 1
@@ -52,7 +67,7 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     return codes.flatten()[:count]
 
 
-def unpack_rows(packed: Tensor, bits: int, columns: int, rows: Tensor) -> Tensor:
+def unpack_rows(packed: Tensor, bits: float, columns: int, rows: Tensor) -> Tensor:
     """Rows of the codes of a matrix with `columns` columns, of which no other bytes are read.
 
     Args:
@@ -62,6 +77,13 @@ def unpack_rows(packed: Tensor, bits: int, columns: int, rows: Tensor) -> Tensor
     Returns:
         uint8, shape (n, columns).
     """
+    if bits == TERNARY:
+        first = rows * columns
+        places = first[:, None] // 5 + torch.arange(-(-columns // 5) + 1, device=rows.device)
+        digits = unpack_bits(packed[places.clamp_(max=len(packed) - 1)].flatten(), bits, places.numel() * 5)
+        columns_of = first[:, None] % 5 + torch.arange(columns, device=rows.device)
+        return digits.view(len(rows), -1).gather(1, columns_of)
+    bits = int(bits)
     size = -(-columns // 8) * bits  # bytes of whole eights of codes
     if columns % 8 == 0:
         window = packed.view(-1, size).index_select(0, rows)

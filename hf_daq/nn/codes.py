@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from ..config import stored_bits
 from .bitpack import pack_bits, packed_size, unpack_bits
 from .formula import center
 from .functional import dequantize_weight
@@ -36,7 +37,7 @@ if hasattr(os, "register_at_fork"):
 class Coded(NamedTuple):
     """A weight in codes.
 
-    stream: uint8, as `bitpack` writes it. scale, bits, grid, group_size: as for `dequantize_weight`.
+    stream: uint8, as `bitpack` writes it, three values in 1.6 bits. scale, bits, grid, group_size: as for `dequantize_weight`.
     shape: of the weight, (out, ...).
     """
 
@@ -51,7 +52,7 @@ class Coded(NamedTuple):
         """uint8, of this shape."""
         count = math.prod(self.shape)
         if not self._readable(torch.float32):
-            return unpack_bits(self.stream, self.bits, count).view(self.shape)
+            return unpack_bits(self.stream, stored_bits(self.bits, self.grid), count).view(self.shape)
         (*stream, _, _, _, _), _scale = _addressed(self)
         codes = torch.empty(self.shape, dtype=torch.uint8)
         _call("daq_read_codes", *stream, codes.data_ptr(), count)
@@ -84,10 +85,10 @@ class Coded(NamedTuple):
         )
 
 
-def encode(codes: Tensor, bits: int) -> Tensor:
+def encode(codes: Tensor, bits: int, grid: str = "odd") -> Tensor:
     """As `pack_bits`, bit for bit."""
-    if codes.numel() <= _SMALL or not in_memory(codes) or not works(bits, "odd", "tensor", torch.float32):
-        return pack_bits(codes, bits)
+    if codes.numel() <= _SMALL or not in_memory(codes) or not works(bits, grid, "tensor", torch.float32):
+        return pack_bits(codes, stored_bits(bits, grid))
     codes = codes.contiguous()
     stream = torch.empty(packed_size(codes.numel(), bits), dtype=torch.uint8)
     _call("daq_write_codes", codes.data_ptr(), bits, stream.data_ptr(), codes.numel())
@@ -162,8 +163,8 @@ def native_product(x: Tensor, coded: Coded, bias: Tensor | None) -> Tensor:
 
 @cache
 def works(bits: int, grid: str, granularity: str, dtype: torch.dtype) -> bool:
-    """Whether native.cpp is there and gives, on a sample, what torch gives."""
-    if dtype not in (*_KINDS, torch.float16) or library() is None:
+    """Whether native.cpp is there and gives, on a sample, what torch gives. It does not read codes in base 3."""
+    if dtype not in (*_KINDS, torch.float16) or grid == "ternary" or library() is None:
         return False
     wide = dtype if dtype in _KINDS else torch.float32
     sample = _Sample(bits, grid, granularity, wide)

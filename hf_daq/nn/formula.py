@@ -29,14 +29,16 @@ _SMALLEST_STEP = torch.finfo(torch.float32).eps  # of rows
 _EXP = (8.35845826e-4, -7.614024e-3, 0.0411768266, -0.166490286, 0.499969015, -0.999997903, 0.999999976)
 
 
-def levels(bits: int) -> int:
-    """`R = 2**bits - 1`, the last code and the number of steps between the bounds."""
-    return int(2**bits) - 1
+def levels(bits: int, grid: str = "odd") -> int:
+    """`R = 2**bits - 1`, the last code and the number of steps between the bounds; 2 on the grid "ternary"."""
+    return 2 if grid == "ternary" else int(2**bits) - 1
 
 
 def center(bits: int, grid: str) -> float:
     """The code that a weight of 0 lies on: R / 2, between two codes, on the grid "odd" (paper); `2**(bits - 1)` on "integer",
-    from 2 bits on."""
+    from 2 bits on; 1 on "ternary"."""
+    if grid == "ternary":
+        return 1.0
     return levels(bits) / 2 if grid == "odd" or bits == 1 else float(2 ** (bits - 1))
 
 
@@ -104,7 +106,7 @@ _Named = TypeVar("_Named", Rows, Learned)
 
 def constants_of(activation: bool, bits: int, gamma: float, sigma: float, grid: str = "odd") -> Constants:
     factor, far = gamma / (2 * math.sinh(gamma)), math.exp(-1 / sigma**2)
-    return Constants(0.0, float(levels(bits)), factor, far, float(activation), center(bits, grid))
+    return Constants(0.0, float(levels(bits, grid)), factor, far, float(activation), center(bits, grid))
 
 
 def activation_rows(lower: Tensor, upper: Tensor, constants: Constants) -> Rows:

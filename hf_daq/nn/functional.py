@@ -173,7 +173,8 @@ def quantize_weight(
         lower, upper, scale: shape (rows,), or (1,) for the whole tensor.
         offset, unit: of the same shape; statistics of the weight, constants in the backward.
         grid: "odd": `c = R / 2`, odd multiples of a step on both sides of 0 (paper); "integer": `c = 2**(bits - 1)`, whole
-            multiples with 0 among them, one more below than above it. At 1 bit both are -1 and 1.
+            multiples with 0 among them, one more below than above it. At 1 bit both are -1 and 1. "ternary", 2 bits: -1, 0
+            and 1, with `R = 2` and `c = 1`.
 
     The other arguments and the result are as for `quantize_activation`.
     """

@@ -31,8 +31,8 @@ class Integers:
     """What a layer computes with.
 
     weight: int16, shape (out, in / groups, ...): odd integers from -R to R, `R = 2**weight_bits - 1`; on the grid "integer"
-        all from -2**(weight_bits - 1) to 2**(weight_bits - 1) - 1.
-    weight_grid: "odd" or "integer".
+        all from -2**(weight_bits - 1) to 2**(weight_bits - 1) - 1; on "ternary" -1, 0, 1.
+    weight_grid: "odd", "integer" or "ternary".
     weight_scale: float32 (float64 in a float64 model), shape (1, 1), (out, 1) or (out, groups): one step of `weight`, in units of the float weight. Not
         negative.
     group_size: input columns that share a scale; None without groups.
@@ -57,7 +57,7 @@ class Integers:
     @property
     def largest(self) -> int:
         """The largest magnitude that integers of `weight` may have."""
-        return levels(self.weight_bits) if self.odd else 2 ** (self.weight_bits - 1)
+        return levels(self.weight_bits) if self.odd else int(center(self.weight_bits, self.weight_grid))
 
     @property
     def halves(self) -> bool:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..config import DaqConfig
+from ..config import DaqConfig, stored_bits
 from ..errors import ModelError
 from .base import DaqLayer
 from .bitpack import packed_size, unpack_rows
@@ -137,7 +137,9 @@ class PackedTable(PackedLayer):
         scale = F.embedding(rows, self.weight_scale.view(self.shape[0], -1))  # refuses indices that are out of range
         if x.numel() == 0:
             return scale.new_empty(*x.shape, self.shape[1], dtype=self.weight_dtype)
-        codes = unpack_rows(self.weight_codes, self.weight_bits, self.shape[1], rows.long())
+        codes = unpack_rows(
+            self.weight_codes, stored_bits(self.weight_bits, self.weight_grid), self.shape[1], rows.long()
+        )
         weight = self.coded()._replace(scale=scale.flatten()).weight_of(codes, self.weight_dtype)
         return self.scaled(weight.view(*x.shape, -1))
 
@@ -203,9 +205,10 @@ def pack_layer(layer: Any, values: bool = True) -> None:
     if not own:
         codes = scale = None
     elif values:
-        codes, scale = encode(layer.codes(), bits), layer.weight_scale.float().clone()
+        codes, scale = encode(layer.codes(), bits, quantizer.grid), layer.weight_scale.float().clone()
     else:
-        codes = torch.zeros(packed_size(math.prod(shape), bits), dtype=torch.uint8, device=device)
+        size = packed_size(math.prod(shape), stored_bits(bits, quantizer.grid))
+        codes = torch.zeros(size, dtype=torch.uint8, device=device)
         scale = torch.full(quantizer.scale.shape, torch.nan, dtype=torch.float32, device=device)
     bias = layer.quantized_bias()
     if own:

@@ -136,7 +136,8 @@ class Quantizer(nn.Module):
 
 class WeightQuantizer(Quantizer):
     """Weights of shape (channels, ...) to `|scale| * (q - c) / c`. On the grid "odd" `c = R / 2`: 2**bits symmetric values
-    without a zero (paper). On "integer" `c = 2**(bits - 1)`, which is the code of 0.
+    without a zero (paper). On "integer" `c = 2**(bits - 1)`, which is the code of 0. On "ternary", 2 bits, `R = 2` and
+    `c = 1`: -1, 0 and 1.
 
     lower, upper: bounds, shape (rows,), in units of the weight's standard deviation around its mean
         (`normalization="standardize"`, the paper) or of its root mean square around zero ("scale"). These statistics
@@ -179,6 +180,11 @@ class WeightQuantizer(Quantizer):
         self.shift = (
             nn.Parameter(torch.full((channels,), torch.nan, device=device, dtype=torch.float32)) if shift else None
         )
+
+    @property
+    def levels(self) -> int:
+        """R, the last code."""
+        return levels(self.bits, self.grid)
 
     @property
     def center(self) -> float:

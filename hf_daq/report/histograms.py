@@ -27,7 +27,7 @@ BIN_WIDTH = {1: 1 / 41, 2: 1 / 15, 3: 1 / 7, 4: 1 / 5, 5: 1 / 3, 6: 1, 7: 3, 8: 
 class Histogram:
     """Values of one layer.
 
-    name, bits: name of the layer and its number of bits; its codes go from 0 to `2**bits - 1`.
+    name, bits: name of the layer and its number of bits; its codes go from 0 to `2**bits - 1`, of three values to 2.
     bins: counts between the edges of `bin_edges(bits)`; None where there is no float weight.
     codes: counts of each code, shape (2**bits,).
     clipped: share of the values outside of the bounds, 0 to 1; None where there is no float weight.
@@ -66,10 +66,10 @@ def histogram_of_weights(name: str, layer: Any) -> Histogram:
     """The float weights of a quantized layer, in their own units, or with bounds for each channel or group in units of
     these: -1 and 1 are the bounds, and code_values are their medians. Of a packed layer the codes, in units of the scale."""
     bits = layer.weight_bits
-    largest, zero = levels(bits), center(bits, layer.weight_grid)
+    largest, zero = levels(bits, layer.weight_grid), center(bits, layer.weight_grid)
     code_values = (np.arange(largest + 1) - zero) / zero
     if layer.w_quant is None:
-        codes = _code_counts(layer.codes(), bits)
+        codes = _code_counts(layer.codes(), bits)[: largest + 1]
         return Histogram(name, bits, None, codes, None, -1.0, 1 / zero, code_values, "weight / scale")
     quantizer, weight = layer.w_quant, wide(layer.float_weight())
     (start, end), v = quantizer.bounds(weight), quantizer.positions(weight)
@@ -82,7 +82,7 @@ def histogram_of_weights(name: str, layer: Any) -> Histogram:
         half, middle = (end - start).flatten() / 2, (end + start).flatten() / 2
         slope, shift = (np.median((value / half).cpu().numpy()) for value in (scale, middle))
         code_values = code_values * slope - shift
-    codes = _code_counts(quantizer.codes(weight), bits)
+    codes = _code_counts(quantizer.codes(weight), bits)[: largest + 1]
     return Histogram(
         name,
         bits,

@@ -209,7 +209,7 @@ class Measurement:
         """Of codes and scales in a packed file; 0 where they are those of an embedding."""
         if self.layer.owner is not None:
             return 0
-        return packed_bytes(self.parameters, self.weight_bits, self.scale.numel())
+        return packed_bytes(self.parameters, self.weight_bits, self.scale.numel(), self.layer.weight_grid)
 
 
 def bits_name(weight_bits: int, input_bits: int | None) -> str:

@@ -62,9 +62,9 @@ def dasr(v: Tensor, gamma: float, sigma: float, temperature: float | None) -> Te
     return (torch.softmax(beta * score, 0) * codes).sum(0)
 
 
-def quantize(x, lower, upper, center, step, *, bits, gamma, sigma, rounding="daq", temperature=4.0):
+def quantize(x, lower, upper, center, step, *, bits, gamma, sigma, rounding="daq", temperature=4.0, levels=None):
     """`(Q(v) - center) * step`."""
-    levels = 2**bits - 1
+    levels = 2**bits - 1 if levels is None else levels
     v = normalize(x, lower, upper, levels)
     if rounding == "daq":
         code = dasr(v, gamma, sigma, None)
