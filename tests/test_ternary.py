@@ -54,9 +54,9 @@ def test_values_and_gradients_equal_the_papers_definition(gamma, sigma, rounding
         for one, other in zip(arguments, twins, strict=True):
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-9)
         if rounding != "soft":
-            assert set((output / abs(scale)).round(decimals=9).tolist()) == {-1.0, 0.0, 1.0}
-            codes = (output.detach() / abs(scale) + 1).round().to(torch.uint8)
-            step = torch.tensor([scale], dtype=torch.float64)
+            assert set((output / arguments[3].abs()).detach().round(decimals=9).tolist()) == {-1.0, 0.0, 1.0}
+            step = arguments[3].detach()
+            codes = (output.detach() / step.abs() + 1).round().to(torch.uint8)
             same = dequantize_weight(codes, step, bits=2, grid="ternary", dtype=torch.float64)
             torch.testing.assert_close(same, output.detach(), rtol=0, atol=1e-12)
 
@@ -137,6 +137,7 @@ def test_other_numbers_of_bits_have_the_grid_of_auto():
 
 def test_histograms_have_three_codes():
     pytest.importorskip("matplotlib")
+    from hf_daq.plots import weight_histogram
     from hf_daq.report.histograms import histogram_of_weights
 
     model = network()
@@ -144,7 +145,7 @@ def test_histograms_have_three_codes():
         found = histogram_of_weights("", layer)
         assert len(found.codes) == len(found.code_values) == 3
         assert found.codes.sum() == layer.weight.numel()
-    assert hf_daq.plots.weight_histogram(model) is not None
+    assert weight_histogram(model) is not None
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
