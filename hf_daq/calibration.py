@@ -21,6 +21,7 @@ from .model.batch import Calls
 from .model.guards import ORDER, refuse_wrapped
 from .model.recording import Recorder
 from .nn.base import layer_input
+from .nn.experts import DaqExpertsLinear
 from .nn.init import activation_bounds, start_from_weight
 from .nn.layers import QuantizedLayer, evaluating, quantized_layers
 from .nn.matching import OutputMatch, usual_weights
@@ -31,6 +32,7 @@ from .nn.token import TokenQuantizer
 from .report.health import examine
 
 logger = logging.getLogger("hf_daq")
+_EXPERT_ROWS = 64  # of the sample of each expert, at least
 
 
 @contextmanager
@@ -80,7 +82,7 @@ def calibrate(model: nn.Module, *, check: bool = True) -> Iterator[nn.Module]:
         raise ModelError(f"calibrate cannot see through a sharded model; the order is: {ORDER}")
     recorder = Recorder(model, keep_calls=check)
     observers = {
-        name: _Observer(layer, recorder)
+        name: (_ExpertsObserver if isinstance(layer, DaqExpertsLinear) else _Observer)(layer, recorder)
         for name, layer in layers.items()
         if layer.owner is None and not isinstance(layer, nn.Embedding)
     }
@@ -112,14 +114,55 @@ class _Observer:
     def __init__(self, layer: QuantizedLayer, recorder: Recorder) -> None:
         self.recorder = recorder
         self.statistics = Statistics(layer.weight.device)
-        self.sample = InputSample(layer, layer.weight_shape())
+        self.samples = [InputSample(layer, layer.weight_shape())]
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         x = layer_input(args, kwargs).detach().to(self.statistics.sums.device)
         x = self.recorder.attended(x)
         if x.numel() > 0:
             self.statistics.add(x)
-            self.sample.add(x)
+            self.samples[0].add(x)
+
+    def parts(self, weight: Tensor) -> list[Tensor]:
+        """The weight of each sample."""
+        return [weight]
+
+    def outputs(self, weight: Tensor, a_quant: ActivationQuantizer | None = None) -> list[Tensor]:
+        """Of each sample, without a bias."""
+        return [
+            sample.output(sample.rows if a_quant is None else a_quant(sample.rows), part)
+            for sample, part in zip(self.samples, self.parts(weight), strict=True)
+        ]
+
+
+class _ExpertsObserver(_Observer):
+    """The inputs of one layer of all experts: a sample for each expert, and statistics over all of them."""
+
+    def __init__(self, layer: Any, recorder: Recorder) -> None:
+        self.layer, self.recorder = layer, recorder
+        self.statistics = Statistics(layer.weight.device)
+        experts, out, columns = layer.sizes
+        self.samples = [InputSample(layer, (out, columns)) for _ in range(experts)]
+        for sample in self.samples:
+            sample.limit = max(sample.limit // experts, _EXPERT_ROWS)
+
+    def __call__(self, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        x, routing = layer_input(args, kwargs).detach(), self.layer.routing
+        tokens = int(routing.tokens.max()) + 1 if len(routing.tokens) else 0
+        kept = self.recorder.kept_tokens(tokens, x.device)
+        kept = torch.ones(tokens, dtype=torch.bool, device=x.device) if kept is None else kept
+        pairs = kept[routing.tokens]
+        seen = x[kept if routing.by_token else pairs]
+        if seen.numel() > 0:
+            self.statistics.add(seen)
+        sizes = routing.sizes()
+        parts = torch.split(routing.rows(x), sizes), torch.split(pairs, sizes)
+        for sample, rows, own in zip(self.samples, *parts, strict=False):
+            if own.any():
+                sample.add(rows[own])
+
+    def parts(self, weight: Tensor) -> list[Tensor]:
+        return list(weight.reshape(self.layer.sizes))
 
 
 def _warn(model: nn.Module, calls: Calls) -> None:
@@ -156,28 +199,34 @@ def _from_weight(name: str, layer: QuantizedLayer, config: DaqConfig) -> _Values
 
 
 def _initial_values(name: str, layer: QuantizedLayer, observer: _Observer, config: DaqConfig) -> _Values:
-    found, sample = observer.statistics, observer.sample
+    found, samples = observer.statistics, observer.samples
     found.reduce()
     weight = layer.float_weight()
     _check(name, found)
     values = _from_weight(name, layer, config)
     w_quant, a_quant = values.w_quant, values.a_quant
-    inputs = sample.rows
-    full = sample.output(inputs, weight)
-    usual = usual_weights(full)
+    full = observer.outputs(weight)
+    usual = [usual_weights(output) for output in full]
     if a_quant is not None:
         if isinstance(a_quant, ActivationQuantizer):
             lower, upper = _input_bounds(name, observer, weight, usual, a_quant.bits, config.activation_init)
             a_quant.lower.fill_(lower)
             a_quant.upper.fill_(upper)
             a_quant.finish()
-        inputs = a_quant(inputs)
         w_quant.scale.mul_(a_quant.span)
-    match = OutputMatch(full, sample.output(inputs, w_quant(weight)), usual, sample.share)
-    ratio, shift = match.fit(w_quant.granularity == "tensor", w_quant.shift is not None, config.weight_init == "3std")
-    w_quant.scale.mul_(ratio.repeat_interleave(w_quant.groups))
+    quantized = observer.outputs(w_quant(weight), a_quant)
+    shares = [sample.share for sample in samples]
+    one_scale = w_quant.scale.numel() == len(samples)
+    ratios, shifts = zip(
+        *(
+            OutputMatch(*sums).fit(one_scale, w_quant.shift is not None, config.weight_init == "3std")
+            for sums in zip(full, quantized, usual, shares, strict=True)
+        ),
+        strict=True,
+    )
+    w_quant.scale.mul_(torch.cat(ratios).repeat_interleave(w_quant.groups))
     if w_quant.shift is not None:
-        w_quant.shift.copy_(shift)
+        w_quant.shift.copy_(torch.cat(shifts))
     return values
 
 
@@ -194,9 +243,9 @@ def _check(name: str, found: Statistics) -> None:
 
 
 def _input_bounds(
-    name: str, observer: _Observer, weight: Tensor, usual: Tensor, bits: int, init: str
+    name: str, observer: _Observer, weight: Tensor, usual: list[Tensor], bits: int, init: str
 ) -> tuple[float, float]:
-    found, sample = observer.statistics, observer.sample
+    found = observer.statistics
     low, high = found.low, found.high
     if low == 0 and high == 0:
         warnings.warn(f"layer {name!r} saw only zeros in calibration; its input bounds start at 0 and 1", stacklevel=6)
@@ -204,8 +253,12 @@ def _input_bounds(
     if init == "3std":
         reach = 3 * found.deviation or high
         return -reach if low < 0 else 0.0, reach
-    weights = sample.share * usual.view(-1, *[1] * (sample.rows.ndim - 1)) * sample.reach(weight)
-    histograms = torch.stack([found.histogram, found.weighted(sample.rows, weights)])
+    weights = [
+        sample.share * typical.view(-1, *[1] * (sample.rows.ndim - 1)) * sample.reach(part)
+        for sample, typical, part in zip(observer.samples, usual, observer.parts(weight), strict=True)
+    ]
+    rows = torch.cat([sample.rows for sample in observer.samples])
+    histograms = torch.stack([found.histogram, found.weighted(rows, torch.cat(weights))])
     return activation_bounds(found.centers(), histograms, low, high, bits)
 
 

@@ -12,7 +12,8 @@ import json
 import shutil
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, 
 @dataclass(frozen=True)
 class Header:
     """What a weights file says of itself: quantization config, library version, name -> (dtype, shape), the shapes of packed
-    weights, the facts of its card, names of layers in the file where these are others, and of embeddings whose weight a layer
-    shares."""
+    weights and of experts, the facts of its card, names of layers in the file where these are others, of embeddings whose weight
+    a layer shares, and of the tensors that hold the weight of a layer of experts, with a * for their numbers."""
 
     config: DaqConfig
     version: str
@@ -43,6 +44,23 @@ class Header:
     facts: CardFacts = field(default_factory=CardFacts)
     names: dict[str, str] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, list[str]] = field(default_factory=dict)
+
+    @cached_property
+    def by_form(self) -> dict[str, list[str]]:
+        """The tensors of each name, and of each name with a * for its last number."""
+        found: dict[str, list[str]] = {}
+        for name in self.tensors:
+            for form in {name, starred(name)}:
+                found.setdefault(form, []).append(name)
+        return found
+
+
+def starred(name: str) -> str:
+    """The name with a * for the last of its parts that is a number."""
+    parts = name.split(".")
+    last = max((place for place, part in enumerate(parts) if part.isdecimal()), default=None)
+    return name if last is None else ".".join([*parts[:last], "*", *parts[last + 1 :]])
 
 
 def read_description(directory: Path) -> dict[str, Any]:
@@ -111,6 +129,7 @@ def parse_header(path: Any, metadata: Mapping[str, str], tensors: dict[str, tupl
         names, tied = (
             {str(name): str(other) for name, other in content.get(key, {}).items()} for key in ("names", "tied")
         )
+        weights = {str(name): list(map(str, keys)) for name, keys in content.get("weights", {}).items()}
     except ConfigError as error:
         raise CheckpointError(f"{path}: quantization config: {error}") from None
     except CheckpointError as error:
@@ -119,7 +138,7 @@ def parse_header(path: Any, metadata: Mapping[str, str], tensors: dict[str, tupl
         raise CheckpointError(f"{path}: damaged {METADATA_KEY!r} metadata: {error!r}") from None
     if config.layers is None:
         raise CheckpointError(f"{path}: the quantization config has no resolved layers")
-    return Header(config, version, tensors, shapes, facts, names, tied)
+    return Header(config, version, tensors, shapes, facts, names, tied, weights)
 
 
 def read_agreeing_header(path: Path, config: DaqConfig) -> Header:
@@ -141,7 +160,7 @@ def joined(headers: list[Header]) -> Header:
     if any(header.config != first.config for header in headers):
         raise CheckpointError("the weights files of this checkpoint disagree about the quantization config")
     tensors = {name: entry for header in headers for name, entry in header.tensors.items()}
-    return Header(first.config, first.version, tensors, first.shapes, first.facts, first.names, first.tied)
+    return replace(first, tensors=tensors)
 
 
 def weights_files(directory: Path) -> list[Path]:

@@ -189,6 +189,7 @@ def describe(source: str, description: Mapping[str, Any], headers: list[Header])
     layers = tuple(_layer(name, bits, header, description) for name, bits in (config.layers or {}).items())
     keys = ("weight", "weight_codes", "weight_scale")
     own = {f"{header.names.get(layer.name, layer.name)}.{key}" for layer in layers for key in keys}
+    own |= {key for keys in header.weights.values() for key in _held(keys, header)}
     quantizer = re.compile(r".*\.[wa]_quant\.\w+")
     kept = tuple(
         KeptTensor(name, dtype, shape, _size(dtype, shape))
@@ -231,10 +232,17 @@ def _layer(name: str, bits: Mapping[str, int | None], header: Header, descriptio
         "weight_scale",
         *(f"w_quant.{key}" for key in ("lower", "upper", "scale", "shift")),
     )
-    parts = [header.tensors.get(f"{stored}.{key}") for key in keys]
+    held = [header.tensors[key] for key in _held(header.weights.get(name, []), header)]
+    dtype = held[0][0] if held else dtype
+    parts = [*held, *(header.tensors.get(f"{stored}.{key}") for key in keys)]
     size = sum(_size(*part) for part in parts if part is not None)
     count = math.prod(shape)
     return InspectedLayer(name, shape, weight_bits, activation_bits, count, size, _size(dtype, shape))
+
+
+def _held(names: list[str], header: Header) -> list[str]:
+    """The tensors that have these names, in which a * is the last number."""
+    return [key for name in names for key in header.by_form.get(name, [])]
 
 
 def _packed_bytes(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..nn.base import DaqLayer, check_calibrated
+from ..nn.layers import quantized_layers
 from ..nn.leaf import ONLOAD
 from ..nn.packed import daq_layers, packed_layers
 from ..nn.quantizers import is_shard
@@ -28,16 +29,24 @@ from .header import BYTES, CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME, Header, weig
 
 
 def header_metadata(
-    model: Any, facts: CardFacts | None = None, names: Mapping[str, str] | None = None
+    model: Any,
+    facts: CardFacts | None = None,
+    names: Mapping[str, str] | None = None,
+    weights: Mapping[str, list[str]] | None = None,
 ) -> dict[str, str]:
     """What the header of a weights file says of the quantization, and what its card says beside it.
 
     Args:
         names: layer -> its name in the file, where that is another.
+        weights: layer of experts -> the tensors in the file that hold its weight, where these are others than in the model.
     """
     content: dict[str, Any] = {"hf_daq_version": __version__, "quantization_config": model.daq_config.to_dict()}
-    if model.daq_config.packed:
-        content["shapes"] = _shapes(model)
+    shapes = _shapes(model)
+    if shapes:
+        content["shapes"] = shapes
+    held = {name: [key] for name, key in weights_of_experts(model).items()} if weights is None else weights
+    if held:
+        content["weights"] = dict(held)
     tied = {name: layer.owner.daq_name for name, layer in daq_layers(model).items() if layer.owner is not None}
     if tied:
         content["tied"] = tied
@@ -49,8 +58,16 @@ def header_metadata(
 
 
 def _shapes(model: nn.Module) -> dict[str, list[int]]:
-    """Of packed weights, by the layers that have them."""
-    return {name: list(layer.shape) for name, layer in packed_layers(model).items() if layer.owner is None}
+    """Of packed weights and those of experts, by the layers that have them."""
+    packed = {name: list(layer.shape) for name, layer in packed_layers(model).items() if layer.owner is None}
+    modules = dict(model.named_modules())
+    return packed | {name: list(modules[name].sizes) for name in weights_of_experts(model)}  # type: ignore[arg-type, call-overload]
+
+
+def weights_of_experts(model: nn.Module) -> dict[str, str]:
+    """Trainable layers of experts, each with the name of its weight in the state dict."""
+    keys = {name: layer.weight_key(name) for name, layer in quantized_layers(model).items()}
+    return {name: key for name, key in keys.items() if key != f"{name}.weight"}
 
 
 def write_checkpoint(

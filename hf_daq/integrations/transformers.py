@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,11 +32,19 @@ from ..errors import CheckpointError, DaqError, ModelError
 from ..files.atomic import replace_file, temporary_folder
 from ..files.card import write_card
 from ..files.facts import CardFacts
-from ..files.header import CONFIG_NAME, METADATA_KEY, check_agreement, parse_header, read_description, weights_files
+from ..files.header import (
+    CONFIG_NAME,
+    METADATA_KEY,
+    check_agreement,
+    parse_header,
+    read_description,
+    starred,
+    weights_files,
+)
 from ..files.push import push_folder
-from ..files.weights_file import check_values, header_metadata, layer_problem
+from ..files.weights_file import check_values, header_metadata, layer_problem, weights_of_experts
 from ..model.patch import patch, start_layer, start_weights, unpatch
-from ..model.roles import is_transformers_model
+from ..model.roles import is_transformers_model, weight_modules
 from ..model.unchanged import check_opens, check_unchanged
 from ..nn.layers import QuantizedLayer, quantized_layers
 from ..nn.packed import daq_layers, packed_layers
@@ -144,7 +153,8 @@ class DaqHfQuantizer(HfQuantizer):
         if state_dict != {} and not exact:
             state_dict = settled(model, state_dict)
         names = _names_in_file(model) if original_format else None
-        return state_dict, header_metadata(model, facts, names)
+        weights = _weights_in_file(model) if original_format else None
+        return state_dict, header_metadata(model, facts, names, weights)
 
 
 def _names_in_file(model: Any) -> dict[str, str]:
@@ -154,6 +164,17 @@ def _names_in_file(model: Any) -> dict[str, str]:
     numbered = {f"{name}.{key}": torch.tensor([number]) for number, name in enumerate(names)}
     renamed = {names[int(number)]: name for name, number in revert_weight_conversion(model, numbered).items()}
     return {name: other.removesuffix(f".{key}") for name, other in renamed.items() if other != f"{name}.{key}"}
+
+
+def _weights_in_file(model: Any) -> dict[str, list[str]]:
+    """Layer of experts -> the tensors that hold its weight in the file, where transformers has one for each expert."""
+    found = {}
+    for name, key in weights_of_experts(model).items():
+        sizes = model.get_parameter(key).shape
+        keys = revert_weight_conversion(model, {key: torch.empty(sizes, device="meta")})
+        forms = Counter(map(starred, keys))
+        found[name] = sorted({starred(key) if forms[starred(key)] > 1 else key for key in keys})
+    return found
 
 
 def _check(model: Any, state_dict: Mapping[str, Any] | None) -> None:
@@ -346,7 +367,7 @@ def _resolved_layers(model: Any, config: DaqConfig) -> dict[str, Any]:
     if config.layers is None:
         raise CheckpointError("the quantization config of this checkpoint has no resolved layers")
     base = model.base_model_prefix
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules()) | dict(weight_modules(model))
     inner = modules.get(base)
     parts = [name for name, _ in model.named_children() if name != base]
     parts += [f"{base}.{name}" for name, _ in inner.named_children()] if inner else []

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..config import DaqConfig, pattern_matches
 from ..errors import CalibrationError, ModelError
 from ..nn.base import DaqLayer, check_calibrated
+from ..nn.experts import join_experts, split_experts
 from ..nn.init import start_from_weight
 from ..nn.layers import LAYER_TYPES, QuantizedLayer, quantize_layer, quantized_layers, restore_layer
 from ..nn.leaf import ONLOAD
@@ -42,7 +43,9 @@ def patch(model: nn.Module, config: DaqConfig) -> None:
     planned = plan(model, config)
     if not planned.quantized:
         raise ModelError(f"nothing to quantize in {type(model).__name__}:\n{planned}")
-    _check_forwards(model, planned.quantized)
+    holders = _holders(model, planned.quantized)
+    _check_forwards(holders)
+    split_experts(holders.values())
     for name, row in planned.quantized.items():
         assert row.weight_bits is not None
         layer: Any = model.get_submodule(name)
@@ -155,11 +158,12 @@ def unpatch(model: nn.Module, quantized: bool = False) -> None:
         with torch.no_grad():
             for name, layer in layers.items():
                 bias = layer.quantized_bias()
-                if bias is not None:
+                if bias is not None and layer.w_quant.shift is not None:
                     layer.bias = nn.Parameter(bias.clone())
                 layer.weight.copy_(values[name])
     for layer in layers.values():
         restore_layer(layer)
+    join_experts(model)
     for module in model.modules():
         if hasattr(module, "daq_qkv_bias_separate"):
             module.qkv_bias_separate = module.daq_qkv_bias_separate
@@ -241,9 +245,15 @@ def _check_float_model(model: nn.Module) -> None:
             )
 
 
-def _check_forwards(model: nn.Module, names: Iterable[str]) -> None:
-    for name in names:
-        if hides_forward(model.get_submodule(name)):
+def _holders(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The layers by name; for those that are no modules yet, the experts that will be split."""
+    modules = dict(model.named_modules())
+    return {name: modules.get(name) or modules[name.rpartition(".")[0]] for name in names}
+
+
+def _check_forwards(holders: Mapping[str, nn.Module]) -> None:
+    for name, module in holders.items():
+        if hides_forward(module):
             raise ModelError(
                 f"layer {name!r} has a `forward` of its own that does not call the one of its class, so quantization would "
                 f"be bypassed; put it there after apply_daq, or leave the layer out: modules_to_not_convert=[{name!r}]"

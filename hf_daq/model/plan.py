@@ -271,15 +271,17 @@ def _saved_bytes(module: Any, row: PlannedLayer, config: DaqConfig) -> int:
     """By how many bytes a layer gets smaller when it is packed."""
     assert row.weight_bits is not None
     quantized_class = LAYER_TYPES[type(module)]
+    config = quantized_class.config_of(config, module)
     shape = quantized_class.weight_shape(module)
-    scales = quantized_class.config_of(config).scale_count(shape)
+    scales = config.scale_count(shape)
     packed = packed_bytes(math.prod(shape), row.weight_bits, scales, config.grid(row.weight_bits))
     if row.activation_bits is not None and config.activation_scale == "static":
         packed += 8  # bounds of the inputs, both in float32
     if isinstance(module, CONVOLUTIONS + TRANSPOSED) and module.bias is None and config.bias_correction:
         packed += shape[0] * module.weight.itemsize
-    own: int = sum(value.nbytes for name, value in module.named_parameters(recurse=False) if name != "bias")
-    return own - packed
+    own = {name: value for name, value in module.named_parameters(recurse=False) if name != "bias"}
+    float_bytes: int = sum(value.nbytes for value in (own | {"weight": module.weight}).values())
+    return float_bytes - packed
 
 
 def _check_tokens(layers: tuple[PlannedLayer, ...], modules: dict[str, nn.Module]) -> None:

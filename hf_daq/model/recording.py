@@ -7,6 +7,7 @@ import inspect
 import threading
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -76,11 +77,17 @@ class Recorder:
         return x if kept is None else x[kept]
 
     def kept(self, x: Tensor) -> Tensor | None:
-        """Which positions of the inputs of a layer are no padding, bool, shape (batch, tokens); None for all."""
+        """Which positions of the inputs of a layer are no padding, bool, shape (batch, tokens), or (batch * tokens,) where the
+        inputs are rows of tokens; None for all."""
         mask = self.mask
         if mask is None or x.ndim != 3 or mask.shape != x.shape[:2]:
-            return None
+            return self.kept_tokens(len(x), x.device) if x.ndim == 2 else None
         return mask.to(x.device) > 0
+
+    def kept_tokens(self, count: int, device: torch.device) -> Tensor | None:
+        """The same for so many tokens, all sequences one after the other."""
+        mask = self.mask
+        return None if mask is None or mask.numel() != count else mask.flatten().to(device) > 0
 
 
 def _mask_position(module: nn.Module) -> int | None:

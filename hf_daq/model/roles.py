@@ -14,7 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..nn.experts import ExpertsLinear, SplitExperts, fused_experts
 from ..nn.layers import CONVOLUTIONS, LAYER_TYPES, TRANSPOSED
+from ..nn.packed import PackedLayer
 from ..nn.tied import TIED_TYPES
 from .traced import likely_ends, traced_ends
 
@@ -23,9 +25,16 @@ _NOT_THE_VALUES = ("dtype", "device", "shape", "data", "requires_grad", "ndim")
 
 
 def weight_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that own a weight of two or more dimensions: convolutions, linear layers, and all that resembles them,
-    such as the experts of a mixture, which transformers keeps in parameters of three dimensions."""
+    """Modules that own a weight of two or more dimensions: convolutions, linear layers, and all that resembles them. Of
+    fused experts, the layers into which they can be split, though they are no modules of the model yet."""
     for name, module in model.named_modules():
+        if layers := fused_experts(module):
+            yield from ((f"{name}.{key}".lstrip("."), ExpertsLinear(module, own)) for key, own in layers.items())
+            continue
+        if isinstance(module, ExpertsLinear) and not isinstance(module, PackedLayer):
+            yield name, module
+        if isinstance(module, ExpertsLinear | SplitExperts):
+            continue
         if issubclass(type(module), tuple(LAYER_TYPES)) and parametrize.is_parametrized(module, "weight"):
             yield name, module
             continue

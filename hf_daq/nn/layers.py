@@ -52,9 +52,18 @@ class QuantizedLayer(DaqLayer):
         return cls.float_class(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
     @classmethod
-    def config_of(cls, config: DaqConfig) -> DaqConfig:
-        """The config of a model as it holds for layers of this class."""
+    def config_of(cls, config: DaqConfig, layer: Any) -> DaqConfig:
+        """The config of a model as it holds for a float layer of `float_class`."""
         return config
+
+    def weight_key(self, name: str) -> str:
+        """In state dicts, for a layer of this name."""
+        return f"{name}.weight"
+
+    def drop_parameters(self) -> None:
+        """For codes that take their place."""
+        for name in list(self._parameters):
+            delattr(self, name)
 
     def float_weight(self) -> Tensor:
         """The weight the float layer computes with, shape (out, in / groups, ...)."""
@@ -362,7 +371,7 @@ class DaqEmbedding(QuantizedLayer, nn.Embedding):
     scale_cast: ClassVar[bool] = False
 
     @classmethod
-    def config_of(cls, config: DaqConfig) -> DaqConfig:
+    def config_of(cls, config: DaqConfig, layer: Any) -> DaqConfig:
         return config.per_row()
 
     def quantized_forward(self, x: Tensor) -> Tensor:
@@ -411,7 +420,7 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
 def quantize_layer(layer: Any, name: str, config: DaqConfig, weight_bits: int, activation_bits: int | None) -> None:
     """Turn a float layer into its quantized form, in place. Its type must be a key of `LAYER_TYPES`."""
     device, quantized_class = layer.weight.device, LAYER_TYPES[type(layer)]
-    config = quantized_class.config_of(config)
+    config = quantized_class.config_of(config, layer)
     shared: dict[str, Any] = {"rounding": config.rounding, "temperature": config.temperature, "device": device}
     w_quant = WeightQuantizer(
         weight_bits,

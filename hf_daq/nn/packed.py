@@ -210,18 +210,17 @@ def pack_layer(layer: Any, values: bool = True) -> None:
         size = packed_size(math.prod(shape), stored_bits(bits, quantizer.grid))
         codes = torch.zeros(size, dtype=torch.uint8, device=device)
         scale = torch.full(quantizer.scale.shape, torch.nan, dtype=torch.float32, device=device)
-    bias = layer.quantized_bias()
+    bias, holds_bias = layer.quantized_bias(), "bias" in layer._parameters
     if own:
         bias = (
             None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
         )  # else it is the one that it was
-    for name in list(layer._parameters):
-        delattr(layer, name)
+    layer.drop_parameters()
     layer._modules.pop("w_quant", None)
     for name in ("low_memory", "_kept", "_sharded"):
         layer.__dict__.pop(name, None)
     change_class(layer, PACKED_TYPES[type(layer)])
-    if not isinstance(layer, PackedTable):
+    if holds_bias:
         layer.register_parameter("bias", bias)
     if own:
         layer.register_buffer("weight_codes", codes)
@@ -240,12 +239,12 @@ def unpack_layer(layer: Any, config: DaqConfig) -> None:
     if a_quant is not None:
         largest = largest / a_quant.span.to(scale.dtype)
     layer._forget()
-    table = isinstance(layer, PackedTable)
-    for key in ("weight_codes", "weight_scale", "a_quant", *(() if table else ("bias",)), *PLAIN):
+    holds_bias = "bias" in layer._parameters
+    for key in ("weight_codes", "weight_scale", "a_quant", *(("bias",) if holds_bias else ()), *PLAIN):
         delattr(layer, key)
     change_class(layer, layer.float_class)
     layer.weight = nn.Parameter(weight)
-    if not table:
+    if holds_bias:
         layer.register_parameter("bias", nn.Parameter(bias) if has_bias else None)
     quantize_layer(layer, name, config, bits, None)
     layer.a_quant = a_quant

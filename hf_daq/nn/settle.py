@@ -31,7 +31,7 @@ def settled(model: nn.Module, gathered: Mapping[str, Tensor] | None = None) -> M
     alone = gathered is None and processes() == 1
     replaced: dict[int, Tensor] = {}
     for name, layer in quantized_layers(model).items():
-        weight = tensors.get(f"{name}.weight")
+        weight = tensors.get(layer.weight_key(name))
         if layer.owner is not None or weight is None or weight.is_meta or not layer.calibrated:
             continue
         moved = _settled_weight(_with_tensors(layer, name, tensors))
@@ -48,6 +48,7 @@ def _with_tensors(layer: QuantizedLayer, name: str, tensors: Mapping[str, Tensor
     for part, prefix in ((copied, name), (quantizer, f"{name}.w_quant")):
         parameters: dict[str, Any] = {key: tensors.get(f"{prefix}.{key}") for key in part._parameters}
         part._parameters = parameters
+    copied._parameters["weight"] = tensors[layer.weight_key(name)]  # type: ignore[assignment]
     copied._modules = layer._modules | {"w_quant": quantizer}
     return copied
 

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 import hf_daq
 from hf_daq import DaqConfig
+from hf_daq.model.roles import weight_modules
 from hf_daq.nn.layers import LAYER_TYPES, quantized_layers
 from hf_daq.nn.packed import daq_layers, packed_layers
 from hf_daq.nn.paths import bit_for_bit
@@ -78,6 +79,10 @@ class Case:
         return self.folder / "saved"
 
     def outputs(self, model: Any) -> Tensor:
+        # The float product with a single row, as in a gate of shared experts, rounds by where in memory a file has put it.
+        for parameter in model.parameters():
+            if parameter.data_ptr() % 64:
+                parameter.data = parameter.data.clone()
         return tiny.outputs(model, self.batch)
 
 
@@ -153,8 +158,9 @@ def check_plan(case: Case) -> Iterator[str]:
             yield f"{name} is not in the plan"
     output = model.get_output_embeddings()
     owners = Counter(id(p) for _, module in model.named_modules() for p in module.parameters(recurse=False))
+    modules = dict(weight_modules(model))
     for name in plan.quantized:
-        module = model.get_submodule(name)
+        module = modules[name]
         if module is output:
             yield f"{name} is the output embedding, and quantized"
         if owners[id(module.weight)] > 1:
@@ -197,7 +203,8 @@ def check_reach(case: Case) -> Iterator[str]:
             yield f"{name} is not called"
         old = layer.w_quant.scale.clone()
         layer.w_quant.scale.mul_(1.5)
-        normalized = hasattr(model.get_submodule(name.rpartition(".")[0]), f"{name.rpartition('.')[2][0]}_norm")
+        parent, own = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2].removesuffix("_proj")
+        normalized = hasattr(parent, f"{own[0]}_norm") or hasattr(parent, f"{own}_layernorm")
         if torch.equal(case.outputs(model), expected) and not normalized:  # as queries and keys of Qwen 3 are
             yield f"{name}: its scale does not matter"
         layer.w_quant.scale.copy_(old)
@@ -268,8 +275,7 @@ def check_embeddings(case: Case) -> Iterator[str]:
             what = "packed" if packed else "trainable"
             yield from loading_problems(what, info)
             opened.tie_weights()
-            # Experts in float sum in another order where their memory is laid out otherwise.
-            if not torch.allclose(case.outputs(opened), expected, rtol=0, atol=1e-5 if "moe" in case.name else 0):
+            if not torch.equal(case.outputs(opened), expected):
                 yield f"{what}: the outputs differ"
             found = {
                 name: layer.owner.daq_name for name, layer in daq_layers(opened).items() if layer.owner is not None
@@ -394,7 +400,7 @@ def check_groups(case: Case) -> Iterator[str]:
     yield from unlike("groups", model, loaded)
 
 
-NEVER_RAGGED = ("bloom", "mamba", "falcon_mamba", "swin", "mixtral", "dinov2", "timm")
+NEVER_RAGGED = ("bloom", "mamba", "falcon_mamba", "swin", "mixtral", "dinov2", "timm", "gpt_oss", "qwen3_moe")
 
 
 def check_bfloat16(case: Case) -> Iterator[str]:

@@ -1,0 +1,309 @@
+"""Experts of a mixture that transformers keeps in parameters of three dimensions, as two layers each.
+
+A quantized experts module is the float one's class with `SplitExperts` in front. Its projections are child modules
+that own quantizers and no weight: the Parameters stay where they were, under their names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import transformers.integrations.moe  # noqa: F401  # its operator, for graphs of torch.compile
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+
+from ..config import DaqConfig
+from .layers import LAYER_TYPES, QuantizedLayer
+from .leaf import Leaf
+from .packed import PACKED_TYPES, PackedLayer
+from .swap import change_class
+
+_LAYERS = {"gate_up_proj": "gate_up", "up_proj": "up", "down_proj": "down"}
+"""Parameter -> child module that computes with it."""
+
+
+# ------------------------------------------------------------------------------------------------ one of the two layers
+
+
+class Routing(NamedTuple):
+    """Which expert computes what. Pairs of a token and an expert are sorted by the expert.
+
+    tokens, experts: int64, shape (pairs,). ends: int64, shape (experts,): where the pairs of each expert end.
+    by_token: whether the layer's input has a row for each token, not for each pair.
+    """
+
+    tokens: Tensor
+    experts: Tensor
+    ends: Tensor
+    by_token: bool
+
+    def sizes(self) -> list[int]:
+        """How many pairs each expert has, and at last those of experts that are elsewhere."""
+        ends = [0, *self.ends.tolist(), len(self.tokens)]
+        return [end - start for start, end in pairwise(ends)]
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The inputs of all pairs, shape (pairs, in)."""
+        return x[self.tokens] if self.by_token else x
+
+
+class ExpertsLinear(nn.Module):
+    """The linear layers of all experts, which have their weight in one Parameter of the module around this one.
+
+    place: that module and the name of the Parameter. In a tuple, for it is no child of this one.
+    per_expert: whether a weight has a scale an expert, not one an output channel or group.
+    routing: of the forward that runs.
+    """
+
+    place: tuple[Any, str]
+    per_expert = False
+    routing: Routing | None = None
+
+    def __init__(self, module: nn.Module, parameter: str) -> None:
+        super().__init__()
+        self.place = module, parameter
+
+    @property
+    def weight(self) -> Any:
+        """As the experts have it: shape (experts, out, in), or (experts, in, out)."""
+        module, name = self.place
+        own = self._parameters.get("weight")  # of a copy that computes with another weight
+        return module._parameters[name] if own is None else own
+
+    @property
+    def bias(self) -> Any:
+        """Shape (experts, out), or None."""
+        module, name = self.place
+        return getattr(module, f"{name}_bias") if module.has_bias else None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            module, parameter = self.place
+            module._parameters[parameter] = value
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Experts, outputs and inputs."""
+        experts, out, columns = self.weight.shape
+        return (experts, columns, out) if self.place[0].is_transposed else (experts, out, columns)
+
+    def float_weight(self) -> Tensor:
+        weight = self.weight.transpose(1, 2) if self.place[0].is_transposed else self.weight
+        result: Tensor = weight.contiguous().view(self.weight_shape())  # packed ones are, and sums go by strides
+        return result
+
+    def weight_shape(self) -> tuple[int, ...]:
+        """(experts, out, in) with a scale an expert, else (experts * out, in)."""
+        experts, out, columns = self.sizes
+        return (experts, out, columns) if self.per_expert else (experts * out, columns)
+
+    def stored(self, weight: Tensor) -> Tensor:
+        weight = weight.reshape(self.place[0].num_experts, -1, weight.shape[-1])
+        return weight.transpose(1, 2) if self.place[0].is_transposed else weight
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Shape (pairs, out), from inputs of shape (tokens, in)."""
+        routing = self.routing
+        assert routing is not None
+        weight = weight.reshape(len(routing.ends), -1, weight.shape[-1])
+        if torch.compiler.is_compiling():
+            return _in_one_node(routing.rows(x), weight, bias, routing)
+        weights = weight.unbind()
+        biases = None if bias is None else bias.unbind()
+
+        def product(expert: int, rows: Tensor) -> Tensor:
+            return F.linear(rows, weights[expert], None if biases is None else biases[expert])
+
+        return _of_each(product, routing.rows(x), routing, weight.shape[1])
+
+    def forward(self, x: Tensor) -> Any:
+        return self.compute(x, self.float_weight(), self.bias)
+
+
+def _of_each(product: Callable[[int, Tensor], Tensor], rows: Tensor, routing: Routing, out: int) -> Tensor:
+    """The outputs of the experts that have rows, in their order; zeros for experts that are elsewhere."""
+    sizes = routing.sizes()
+    parts = torch.split(rows, sizes)
+    found = [product(expert, part) for expert, part in enumerate(parts[:-1]) if len(part)]
+    if len(parts[-1]) or not found:
+        found.append(rows.new_zeros(sizes[-1], out, dtype=found[0].dtype if found else rows.dtype))
+    return torch.cat(found)
+
+
+def _in_one_node(rows: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> Tensor:
+    """In a graph of torch.compile, which cannot know how many rows an expert gets."""
+    ends = routing.ends.to(torch.int32)
+    product = torch.ops.transformers.grouped_mm_fallback(rows.to(weight.dtype), weight.transpose(1, 2), ends)
+    if bias is not None:
+        product = product + bias[routing.experts.clamp(max=len(weight) - 1)]
+    return product  # type: ignore[no-any-return]
+
+
+class DaqExpertsLinear(QuantizedLayer, ExpertsLinear):  # type: ignore[misc]
+    weight_shape, float_weight = ExpertsLinear.weight_shape, ExpertsLinear.float_weight
+    stored, compute = ExpertsLinear.stored, ExpertsLinear.compute
+
+    @classmethod
+    def config_of(cls, config: DaqConfig, layer: Any) -> DaqConfig:
+        layer.per_expert = config.weight_granularity == "tensor"
+        return config.per_row().replace(bias_correction=False)
+
+    def weight_key(self, name: str) -> str:
+        return f"{name.rpartition('.')[0]}.{self.place[1]}".lstrip(".")
+
+    def drop_parameters(self) -> None:
+        module, parameter = self.place
+        module._parameters[parameter] = None
+
+    def _sources(self) -> list[Any]:
+        return [self.weight, *super()._sources()]
+
+
+class PackedExpertsLinear(PackedLayer, ExpertsLinear):  # type: ignore[misc]
+    """Unpacks the weight of an expert that gets tokens, one after the other."""
+
+    stored, compute = ExpertsLinear.stored, ExpertsLinear.compute
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        experts, columns = self.place[0].num_experts, self.shape[-1]
+        return experts, math.prod(self.shape) // (experts * columns), columns
+
+    def path(self, x: Tensor) -> str:
+        return "unpacked"
+
+    def quantized_forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.as_quantized(x)
+        routing, bias, coded = self.routing, self.bias, self.coded()
+        assert routing is not None
+        experts, out, columns = self.sizes
+        bits = out * columns * coded.bits
+        if bits % 8:  # experts end inside of bytes
+            return self.as_quantized(x)
+        x = x if self.a_quant is None else self.a_quant(x)
+        streams, scales = coded.stream.view(experts, -1), coded.scale.view(experts, -1)
+
+        def product(expert: int, rows: Tensor) -> Tensor:
+            own = coded._replace(stream=streams[expert], scale=scales[expert], shape=(out, columns))
+            return F.linear(rows, own.weight(rows.dtype), None if bias is None else bias[expert])
+
+        return _of_each(product, routing.rows(x), routing, out)
+
+
+LAYER_TYPES[ExpertsLinear] = DaqExpertsLinear
+DaqExpertsLinear.float_class = PackedExpertsLinear.float_class = ExpertsLinear
+PACKED_TYPES[DaqExpertsLinear] = PackedExpertsLinear
+register_notrace_module(DaqExpertsLinear)
+register_notrace_module(PackedExpertsLinear)
+
+
+# ------------------------------------------------------------------------------------------------------------ both
+
+
+class SplitExperts(Leaf):
+    """Comes before the class of fused experts, and computes as transformers' experts do, in two layers. Only experts that get
+    tokens compute."""
+
+    float_class: ClassVar[Any]
+    num_experts: int
+    has_gate: bool
+    has_post_expert_norm: bool
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states: shape (tokens, in). top_k_index, top_k_weights: shape (tokens, k)."""
+        own: Any = self
+        first, down = expert_layers(self).values()
+        experts, order = top_k_index.reshape(-1).sort(stable=True)
+        every = torch.arange(self.num_experts, device=experts.device)
+        ends = torch.searchsorted(experts, every, right=True)
+        routing = Routing(order // top_k_index.shape[-1], experts, ends, by_token=True)
+        x = _routed(first, hidden_states, routing)
+        x = own._apply_gate(x) if self.has_gate else own.act_fn(x)
+        x = _routed(down, x, routing._replace(by_token=False))
+        if self.has_post_expert_norm:
+            x = own.post_expert_norm(x)
+        x = x * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+        pairs = torch.empty_like(x).index_copy(0, order, x)
+        return pairs.view(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        layer = self._modules.get(_LAYERS.get(name, "")) if value is None else None
+        return value if layer is None else layer.weight  # packed: computed from the codes
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For copies and pickle, which does not find a class that was made here."""
+        return _blank, (self.float_class,), self.__getstate__()  # type: ignore[no-untyped-call]
+
+
+def _routed(layer: Any, x: Tensor, routing: Routing) -> Tensor:
+    layer.routing = routing
+    output: Tensor = layer(x)
+    layer.routing = None
+    return output
+
+
+_SPLIT: dict[type[nn.Module], type[SplitExperts]] = {}
+
+
+def _split_class(kind: type[nn.Module]) -> type[SplitExperts]:
+    if kind not in _SPLIT:
+        own = {"float_class": kind, "__module__": __name__}
+        _SPLIT[kind] = type(f"Daq{kind.__name__}", (SplitExperts, kind), own)
+        register_notrace_module(_SPLIT[kind])
+    return _SPLIT[kind]
+
+
+def _blank(kind: type[nn.Module]) -> Any:
+    return object.__new__(_split_class(kind))
+
+
+def fused_experts(module: Any) -> dict[str, str]:
+    """Child module -> parameter of experts that can be split, in the order in which they compute; empty for all other modules.
+
+    The sign is transformers' `use_experts_implementation`: whatever has it computes alike. Parameters must be those it names.
+    """
+    code = getattr(type(module).forward, "__code__", None)
+    if code is None or code.co_freevars != ("experts_interface", "original_forward"):
+        return {}
+    names = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
+    expected = {*names, *(f"{name}_bias" for name in names if module.has_bias)}
+    found = {name: value for name, value in module._parameters.items() if value is not None}
+    shapes = [tuple(found[name].shape) for name in names if name in found]
+    fits = found.keys() == expected and all(len(shape) == 3 and shape[0] == module.num_experts for shape in shapes)
+    return (
+        {_LAYERS[name]: name for name in names} if fits and not any(map(module._modules.get, _LAYERS.values())) else {}
+    )
+
+
+def expert_layers(module: nn.Module) -> dict[str, Any]:
+    """The two layers of split experts, in the order in which they compute."""
+    return {name: module._modules[name] for name in _LAYERS.values() if name in module._modules}
+
+
+def split_experts(modules: Iterable[nn.Module]) -> None:
+    """Give experts their layers, in place. Their outputs stay what they were."""
+    for module in modules:
+        if layers := fused_experts(module):
+            for name, parameter in layers.items():
+                module.register_module(name, ExpertsLinear(module, parameter))
+            change_class(module, _split_class(type(module)))
+
+
+def join_experts(model: nn.Module) -> None:
+    """Inverse of `split_experts`, for all experts without a quantized layer."""
+    for module in model.modules():
+        if isinstance(module, SplitExperts):
+            layers = expert_layers(module)
+            if all(type(layer) is ExpertsLinear for layer in layers.values()):
+                for name in layers:
+                    del module._modules[name]
+                change_class(module, module.float_class)
