@@ -21,6 +21,7 @@ from .model.recording import Recorder
 from .model.roles import tied_layers
 from .model.walk import Walk
 from .nn.base import check_calibrated
+from .nn.experts import ExpertsLinear
 from .nn.fitting import fit_layer
 from .nn.layers import QuantizedLayer, evaluating, quantized_layers, replaced_forwards
 from .nn.moments import Moments
@@ -53,7 +54,7 @@ def reconstruct(
     Everything runs in evaluation mode; bounds of layer inputs stay as they are. Padding tokens, which a 2-dimensional
     `attention_mask` names, do not count. Layers that standardize their weight only get a new scale and shift. A layer
     that runs more than once in a forward, shares its weight or never runs stays as it was calibrated, which is logged; so do
-    embeddings, whose rows have no inputs.
+    embeddings, whose rows have no inputs, and experts that share one parameter.
     Beside the model there is, at most, one float copy of the weights that are quantized, and some hundred MB of inputs.
     Under `torch.distributed` moments are reduced, and all ranks end with the same weights.
 
@@ -184,7 +185,15 @@ class _Sweep:
 
     def _order(self) -> dict[nn.Module, int]:
         """The layers to reconstruct, by when they run. Errors of the first batch come before anything is changed."""
-        names = [name for name, layer in self.layers.items() if not isinstance(layer, nn.Embedding)]
+        experts = [name for name, layer in self.layers.items() if isinstance(layer, ExpertsLinear)]
+        if experts:
+            logger.warning(
+                "%d layers of experts stay as calibrated, since each expert sees other inputs: %s",
+                len(experts),
+                ", ".join(experts),
+            )
+        others = (nn.Embedding, ExpertsLinear)
+        names = [name for name, layer in self.layers.items() if not isinstance(layer, others)]
         calls: list[str] = []
         hooks = [
             self.layers[name].register_forward_pre_hook(lambda *_, name=name: calls.append(name))  # type: ignore[misc]

@@ -1,17 +1,22 @@
 """Fused experts of transformers: quantized layers of all experts, against a copy whose experts are linear layers."""
 
+import copy
+import pickle
+
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from scan_transformers import quiet
 from torch import nn
 
 import hf_daq
 from hf_daq import DaqConfig
-from hf_daq.nn.experts import SplitExperts, expert_layers
+from hf_daq.errors import ExportError, ModelError
+from hf_daq.nn.experts import ExpertsLinear, SplitExperts, expert_layers
 from hf_daq.nn.layers import quantized_layers
+from hf_daq.nn.paths import bit_for_bit
 
-NAMES = ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss"]
 CONFIG = DaqConfig(weight_bits=3, activation_bits=8, bias_correction=False)
 CONFIGS = [CONFIG, CONFIG.replace(weight_granularity="channel"), CONFIG.replace(group_size=20)]
 
@@ -145,3 +150,146 @@ def test_loss_and_gradients_are_those_of_linear_layers(name, config):
         if "experts" not in key and parameter.grad is not None:
             scale = float(own[key].grad.abs().max())
             torch.testing.assert_close(parameter.grad, own[key].grad, rtol=1e-4, atol=1e-5 * max(scale, 1e-3))
+
+
+def logits(model, name="mixtral"):
+    with torch.no_grad(), bit_for_bit():
+        return tiny.outputs(model, tiny.inputs(name))
+
+
+def test_split_experts_are_of_their_class_keep_their_parameters_and_give_them_back():
+    model = tiny.build("mixtral")
+    fused = model.model.layers[0].mlp.experts
+    kind, before, keys = type(fused), dict(fused.named_parameters()), list(model.state_dict())
+    hf_daq.apply_daq(model, CONFIG)
+    assert isinstance(fused, kind)
+    assert isinstance(fused, SplitExperts)
+    assert all(fused.get_parameter(key) is value for key, value in before.items())
+    assert list(expert_layers(fused)) == ["gate_up", "down"]
+    hf_daq.remove_daq(model)
+    assert type(fused) is kind
+    assert list(model.state_dict()) == keys
+
+
+def test_an_expert_that_never_sees_a_token_starts_from_its_weight():
+    model = hf_daq.apply_daq(tiny.build("mixtral"), CONFIG)
+    start = [layer.w_quant.lower.clone() for fused in experts_of(model) for layer in expert_layers(fused).values()]
+    for block in model.model.layers:  # the router knows two of four experts
+        block.mlp.gate.weight.data[2:] = 0
+        block.mlp.gate.weight.data[:2] = block.mlp.gate.weight.data[:2].abs() * 9
+        block.post_attention_layernorm.weight.data.fill_(1.0)
+        block.mlp.gate.register_forward_hook(lambda _, args, out: (*out[:2], out[2] % 2) if len(out) == 3 else out)
+    seen = []
+    for fused in experts_of(model):
+        fused.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    with hf_daq.calibrate(model):
+        model(**tiny.inputs("mixtral"))
+    assert torch.cat(seen).max() == 1
+    layers = [layer for fused in experts_of(model) for layer in expert_layers(fused).values()]
+    assert all(layer.calibrated for layer in layers)
+    for layer, lower in zip(layers, start, strict=True):
+        torch.testing.assert_close(layer.w_quant.lower, lower)
+        assert (layer.w_quant.scale > 0).all()
+    loss_of(model.train(), "mixtral").backward()
+    for layer in layers:
+        assert not layer.weight.grad[2:].any()
+        assert layer.weight.grad[:2].any()
+        assert all(p.grad is not None for p in layer.parameters() if p.requires_grad)
+
+
+def test_padding_tokens_do_not_count_in_calibration():
+    found = []
+    for padded in (False, True):
+        model = hf_daq.apply_daq(tiny.build("mixtral"), CONFIG)
+        ids = torch.randint(3, tiny.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+        mask = torch.ones_like(ids)
+        if padded:
+            ids, mask = F.pad(ids, (0, 5), value=7), F.pad(mask, (0, 5))
+        with hf_daq.calibrate(model, check=False):
+            model(input_ids=ids, attention_mask=mask)
+        found.append({key: value for key, value in model.state_dict().items() if "experts" in key and "_quant" in key})
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["tensor", "channel", "group"])
+def test_packed_experts_compute_as_before_also_where_codes_end_inside_of_bytes(name, config):
+    model = calibrated(name, config)
+    expected = logits(model, name)
+    hf_daq.pack(model)
+    assert not any("gate_up_proj" in key and "bias" not in key for key in model.state_dict())
+    assert torch.equal(logits(model, name), expected)
+    fused = experts_of(model)[0]
+    assert fused.gate_up_proj.shape == fused.gate_up.weight.shape
+    fused.gate_up.shape = (*fused.gate_up.shape[:-1], fused.gate_up.shape[-1])
+    with pytest.raises(ModelError, match="nothing can be written to it"):
+        fused.gate_up_proj.data = torch.zeros(1)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model)), name), expected)
+    hf_daq.unpack(model)
+    assert torch.equal(logits(model, name), expected)
+    assert torch.equal(logits(copy.deepcopy(model), name), expected)
+
+
+def test_bits_for_one_of_the_two_layers():
+    config = CONFIG.replace(rules=[{"pattern": "*.experts.down", "skip": True}])
+    model = calibrated("mixtral", config)
+    fused = experts_of(model)[0]
+    assert type(fused.down) is ExpertsLinear
+    assert [name for name in quantized_layers(model) if "experts" in name] == [
+        f"model.layers.{number}.mlp.experts.gate_up" for number in (0, 1)
+    ]
+    expected = logits(model)
+    hf_daq.pack(model)
+    assert torch.equal(logits(model), expected)
+    kept = hf_daq.apply_daq(tiny.build("mixtral"), CONFIG.replace(modules_to_not_convert=["*.experts"]))
+    assert not experts_of(kept)
+
+
+def test_experts_whose_forward_is_their_own_are_reported(caplog):
+    model = tiny.build("mixtral")
+    fused = model.model.layers[0].mlp.experts
+
+    class Other(type(fused)):
+        def forward(self, *args):
+            return super().forward(*args)
+
+    fused.__class__ = Other
+    rows = hf_daq.plan(model, CONFIG).unsupported
+    assert [(row.kind, row.reason) for row in rows.values()] == [("Other", "no quantized form of Other")]
+
+
+def test_summary_health_and_inspect_know_experts(tmp_path):
+    model = calibrated("mixtral")
+    rows = {row.name: row for row in hf_daq.summary(model, tiny.inputs("mixtral")).layers}
+    first, down = (rows[f"model.layers.0.mlp.experts.{name}"] for name in ("gate_up", "down"))
+    assert first.output_sqnr > 10
+    assert first.macs == 2 * down.macs
+    assert not hf_daq.health(model, tiny.inputs("mixtral")).alarms
+    hf_daq.save_pretrained(model, tmp_path / "trainable")
+    hf_daq.save_pretrained(model, tmp_path / "packed", packed=True)
+    trainable, packed = (hf_daq.inspect(tmp_path / folder) for folder in ("trainable", "packed"))
+    assert trainable.packed_bytes == packed.tensor_bytes
+    assert trainable.float_bytes == packed.float_bytes
+    assert not any("experts" in tensor.name for tensor in trainable.kept)
+    shapes = [{layer.name: layer.shape for layer in found.layers} for found in (trainable, packed)]
+    assert shapes[0] == shapes[1]
+
+
+def test_exports_refuse_experts(tmp_path):
+    model = calibrated("mixtral")
+    with pytest.raises(ExportError, match=r"for all experts of a mixture, which no export takes"):
+        hf_daq.export_compressed_tensors(model, tmp_path / "out")
+    with pytest.raises(ExportError, match=r"modules_to_not_convert=\['model.layers.0.mlp.experts'\]"):
+        hf_daq.export_onnx(model, tmp_path / "out.onnx", tiny.inputs("mixtral"))
+
+
+def test_reconstruct_leaves_experts_as_they_are(caplog):
+    model = calibrated("mixtral")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with caplog.at_level("WARNING", logger="hf_daq"):
+        hf_daq.reconstruct(model, [tiny.inputs("mixtral")])
+    assert "4 layers of experts stay as calibrated" in caplog.text
+    changed = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
+    assert any("self_attn" in key for key in changed)
+    assert not any("experts" in key for key in changed)

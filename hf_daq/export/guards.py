@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from ..errors import ExportError
 from ..nn.base import DaqLayer
+from ..nn.experts import ExpertsLinear
 from ..nn.packed import daq_layers
 from ..nn.quantizers import is_shard
 
@@ -26,7 +28,19 @@ def layers_to_export(model: nn.Module) -> dict[str, DaqLayer]:
     layers = daq_layers(model)
     if not layers:
         raise ExportError("there is no quantized layer; export the model that apply_daq or from_pretrained returned")
+    refuse_experts(layers)
     return layers
+
+
+def refuse_experts(layers: Mapping[str, DaqLayer]) -> None:
+    name = next((name for name, layer in layers.items() if isinstance(layer, ExpertsLinear)), None)
+    if name is not None:
+        parent = name.rpartition(".")[0]
+        raise ExportError(
+            f"layer {name!r} computes for all experts of a mixture, which no export takes: save the model with "
+            "hf_daq.save_pretrained(model, directory, packed=True), or leave its experts in full precision: "
+            f"modules_to_not_convert=[{parent!r}]"
+        )
 
 
 def refuse_sharded(layer: DaqLayer) -> None:

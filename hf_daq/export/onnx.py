@@ -22,6 +22,7 @@ from ..model.unchanged import check_unchanged
 from ..nn.base import check_calibrated
 from ..nn.layers import CONVOLUTIONS, TRANSPOSED, evaluating
 from ..nn.packed import daq_layers
+from .guards import refuse_experts
 from .onnx_cache import name_dimensions, with_cache
 from .onnx_emission import emitting
 from .onnx_exact import check_exact
@@ -110,6 +111,7 @@ def export_onnx(
             `path`. CalibrationError: a layer is not calibrated.
     """
     path, batch, layers = Path(path), Inputs(inputs), daq_layers(model)
+    refuse_experts(layers)
     if not path.parent.is_dir() or path.is_dir():
         raise ExportError(f"path={str(path)!r}: name a file in a folder that exists")
     chosen = _chosen_runtimes(runtimes, runtime) if verify else ()

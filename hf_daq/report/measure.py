@@ -17,6 +17,7 @@ from ..model.batch import examples_in, run
 from ..model.guards import ORDER
 from ..model.roles import largest_weight, weight_modules
 from ..nn.base import layer_input
+from ..nn.experts import ExpertsLinear
 from ..nn.init import spread
 from ..nn.layers import CONVOLUTIONS, TRANSPOSED, QuantizedLayer, evaluating, replaced_forwards
 from ..nn.packed import daq_layers
@@ -150,6 +151,8 @@ class Measurement:
         self.bad_outputs += count_bad(output)
         if issubclass(self.layer.float_class, TRANSPOSED):
             self.macs += x.numel() * math.prod(self.shape) // self.layer.in_channels
+        elif isinstance(self.layer, ExpertsLinear):
+            self.macs += output.numel() * self.shape[-1]
         elif not isinstance(self.layer, nn.Embedding):
             self.macs += output.numel() * math.prod(self.shape[1:])
         if bad or not self.usable:
