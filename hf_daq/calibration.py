@@ -127,7 +127,7 @@ class _Observer:
         """The weight of each sample."""
         return [weight]
 
-    def outputs(self, weight: Tensor, a_quant: ActivationQuantizer | None = None) -> list[Tensor]:
+    def outputs(self, weight: Tensor, a_quant: nn.Module | None = None) -> list[Tensor]:
         """Of each sample, without a bias."""
         return [
             sample.output(sample.rows if a_quant is None else a_quant(sample.rows), part)
