@@ -39,7 +39,7 @@ def apply_daq(model: nn.Module, config: DaqConfig | None = None, **kwargs: Any) 
         raise ModelError("packed=True is written by hf_daq.pack; apply_daq without it, calibrate or train, then pack")
     patch(model, config)
     start_weights(model)
-    _tell_transformers(model)
+    tell_transformers(model)
     return model
 
 
@@ -97,7 +97,7 @@ def pack(model: nn.Module) -> nn.Module:
         left as it was.
     """
     pack_layers(model)
-    _tell_transformers(model)
+    tell_transformers(model)
     return model.eval()
 
 
@@ -109,7 +109,7 @@ def unpack(model: nn.Module) -> nn.Module:
         train. The model is then left as it was.
     """
     unpack_layers(model)
-    _tell_transformers(model)
+    tell_transformers(model)
     return model
 
 
@@ -118,7 +118,8 @@ def packed_copy(model: nn.Module) -> nn.Module:
     return pack(shared_copy(model))
 
 
-def _tell_transformers(model: nn.Module) -> None:
+def tell_transformers(model: nn.Module) -> None:
+    """Let a transformers model know its config."""
     if is_transformers_model(model):
         from .integrations.transformers import attach
 

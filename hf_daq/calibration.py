@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .apply import tell_transformers
 from .config import DaqConfig
 from .errors import CalibrationError, ModelError
 from .model.batch import Calls
@@ -27,6 +28,7 @@ from .nn.layers import QuantizedLayer, evaluating, quantized_layers
 from .nn.matching import OutputMatch, usual_weights
 from .nn.observers import InputSample, Statistics, all_reduce
 from .nn.quantizers import ActivationQuantizer, WeightQuantizer, is_shard, processes
+from .nn.siblings import Readers, find_siblings, regroup, with_owners
 from .nn.swap import change_class
 from .nn.token import TokenQuantizer
 from .report.health import examine
@@ -80,13 +82,16 @@ def calibrate(model: nn.Module, *, check: bool = True) -> Iterator[nn.Module]:
     refuse_wrapped(model)
     if any(is_shard(layer.weight) for layer in layers.values()):
         raise ModelError(f"calibrate cannot see through a sharded model; the order is: {ORDER}")
-    recorder = Recorder(model, keep_calls=check)
+    recorder, readers = Recorder(model, keep_calls=check), Readers()
     observers = {
         name: (_ExpertsObserver if isinstance(layer, DaqExpertsLinear) else _Observer)(layer, recorder)
         for name, layer in layers.items()
         if layer.owner is None and not isinstance(layer, nn.Embedding)
     }
     hooks = [layers[name].register_forward_pre_hook(observer, with_kwargs=True) for name, observer in observers.items()]
+    # Experts read what their router gave to each.
+    dense = {name: layers[name] for name in observers if not isinstance(layers[name], DaqExpertsLinear)}
+    hooks += [layer.register_forward_pre_hook(readers.hook(name), with_kwargs=True) for name, layer in dense.items()]
     try:
         with evaluating(model), torch.no_grad(), _float_layers(layers.values()):
             yield model
@@ -95,15 +100,15 @@ def calibrate(model: nn.Module, *, check: bool = True) -> Iterator[nn.Module]:
             hook.remove()
         recorder.remove()
     with torch.no_grad():
-        values = {
-            name: _initial_values(name, layer, observers[name], config)
-            if name in observers
-            else _from_weight(name, layer, config)
-            for name, layer in layers.items()
-            if layer.owner is None
-        }
-        for name, found in values.items():
-            _write(layers[name], found)
+        own = {name: layer for name, layer in layers.items() if layer.owner is None}
+        values = {name: _from_weight(name, layer, config) for name, layer in own.items() if name not in observers}
+        groups = find_siblings(model, dense, readers)
+        grouped = {name for group in groups for name in group}
+        for group in (*groups, *([name] for name in observers if name not in grouped)):
+            values |= _initial_values({name: own[name] for name in group}, observers, config)
+        _share(model, own, groups)
+        for name, layer in own.items():
+            _write(layer, values[name])
     if check:
         _warn(model, recorder.calls)
 
@@ -198,23 +203,42 @@ def _from_weight(name: str, layer: QuantizedLayer, config: DaqConfig) -> _Values
     return values
 
 
-def _initial_values(name: str, layer: QuantizedLayer, observer: _Observer, config: DaqConfig) -> _Values:
-    found, samples = observer.statistics, observer.samples
-    found.reduce()
-    weight = layer.float_weight()
-    _check(name, found)
-    values = _from_weight(name, layer, config)
-    w_quant, a_quant = values.w_quant, values.a_quant
-    full = observer.outputs(weight)
-    usual = [usual_weights(output) for output in full]
+def _initial_values(
+    layers: Mapping[str, QuantizedLayer], observers: Mapping[str, _Observer], config: DaqConfig
+) -> dict[str, _Values]:
+    """Of layers that read the same tensors, or of one layer."""
+    values, full = {}, {}
+    for name, layer in layers.items():
+        observers[name].statistics.reduce()
+        _check(name, observers[name].statistics)
+        values[name] = _from_weight(name, layer, config)
+        full[name] = observers[name].outputs(layer.float_weight())
+    usual = {name: [usual_weights(output) for output in outputs] for name, outputs in full.items()}
+    a_quant = next(iter(values.values())).a_quant
+    if isinstance(a_quant, ActivationQuantizer):
+        lower, upper = _input_bounds(layers, observers, usual, a_quant.bits, config.activation_init)
+        a_quant.lower.fill_(lower)
+        a_quant.upper.fill_(upper)
+        a_quant.finish()
+    for name, layer in layers.items():
+        _match(layer, values[name].w_quant, a_quant, observers[name], full[name], usual[name], config)
+    return values
+
+
+def _match(
+    layer: QuantizedLayer,
+    w_quant: WeightQuantizer,
+    a_quant: ActivationQuantizer | TokenQuantizer | None,
+    observer: _Observer,
+    full: list[Tensor],
+    usual: list[Tensor],
+    config: DaqConfig,
+) -> None:
+    """Set scale and shift so that the outputs of the layer are those in float, `full`."""
+    samples = observer.samples
     if a_quant is not None:
-        if isinstance(a_quant, ActivationQuantizer):
-            lower, upper = _input_bounds(name, observer, weight, usual, a_quant.bits, config.activation_init)
-            a_quant.lower.fill_(lower)
-            a_quant.upper.fill_(upper)
-            a_quant.finish()
         w_quant.scale.mul_(a_quant.span)
-    quantized = observer.outputs(w_quant(weight), a_quant)
+    quantized = observer.outputs(w_quant(layer.float_weight()), a_quant)
     shares = [sample.share for sample in samples]
     one_scale = w_quant.scale.numel() == len(samples)
     ratios, shifts = zip(
@@ -227,7 +251,18 @@ def _initial_values(name: str, layer: QuantizedLayer, observer: _Observer, confi
     w_quant.scale.mul_(torch.cat(ratios).repeat_interleave(w_quant.groups))
     if w_quant.shift is not None:
         w_quant.shift.copy_(torch.cat(shifts))
-    return values
+
+
+def _share(model: nn.Module, layers: Mapping[str, QuantizedLayer], groups: list[list[str]]) -> None:
+    """Give the layers of each group one quantizer, in the model and in its config."""
+    quantizers = {
+        name: layer.a_quant if layer.input_owner is None else copy.deepcopy(layer.a_quant)
+        for name, layer in layers.items()
+    }
+    owners = regroup(layers, groups, quantizers)
+    root: Any = next(module for module in model.modules() if "daq_config" in vars(module))
+    root.daq_config = root.daq_config.replace(layers=with_owners(root.daq_config.layers, owners))
+    tell_transformers(root)
 
 
 def _check(name: str, found: Statistics) -> None:
@@ -243,9 +278,15 @@ def _check(name: str, found: Statistics) -> None:
 
 
 def _input_bounds(
-    name: str, observer: _Observer, weight: Tensor, usual: list[Tensor], bits: int, init: str
+    layers: Mapping[str, QuantizedLayer],
+    observers: Mapping[str, _Observer],
+    usual: Mapping[str, list[Tensor]],
+    bits: int,
+    init: str,
 ) -> tuple[float, float]:
-    found = observer.statistics
+    """For inputs that are the same for all of these layers, and where each of them is most sensitive to noise."""
+    name = next(iter(layers))
+    found = observers[name].statistics
     low, high = found.low, found.high
     if low == 0 and high == 0:
         warnings.warn(f"layer {name!r} saw only zeros in calibration; its input bounds start at 0 and 1", stacklevel=6)
@@ -253,18 +294,21 @@ def _input_bounds(
     if init == "3std":
         reach = 3 * found.deviation or high
         return -reach if low < 0 else 0.0, reach
-    weights = [
-        sample.share * typical.view(-1, *[1] * (sample.rows.ndim - 1)) * sample.reach(part)
-        for sample, typical, part in zip(observer.samples, usual, observer.parts(weight), strict=True)
-    ]
-    rows = torch.cat([sample.rows for sample in observer.samples])
-    histograms = torch.stack([found.histogram, found.weighted(rows, torch.cat(weights))])
-    return activation_bounds(found.centers(), histograms, low, high, bits)
+    histograms = []
+    for name, layer in layers.items():
+        samples, parts = observers[name].samples, observers[name].parts(layer.float_weight())
+        weights = [
+            sample.share * typical.view(-1, *[1] * (sample.rows.ndim - 1)) * sample.reach(part)
+            for sample, typical, part in zip(samples, usual[name], parts, strict=True)
+        ]
+        rows = torch.cat([sample.rows for sample in samples])
+        histograms += [found.histogram, found.weighted(rows, torch.cat(weights))]
+    return activation_bounds(found.centers(), torch.stack(histograms), low, high, bits)
 
 
 def _write(layer: QuantizedLayer, values: _Values) -> None:
     layer.w_quant.load_state_dict(values.w_quant.state_dict())
-    if layer.a_quant is not None and values.a_quant is not None:
+    if layer.a_quant is not None and values.a_quant is not None and layer.input_owner is None:
         layer.a_quant.load_state_dict(values.a_quant.state_dict())
 
 

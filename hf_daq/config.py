@@ -110,7 +110,8 @@ class DaqConfig:
             the values of the config. A rule is stronger than the default for first and last layers. It gives bits to
             embeddings if `embedding_bits` does too, or if its pattern matches nothing else.
         modules_to_not_convert: patterns of modules that stay in full precision, before any rule.
-        layers: the resolved bits, one entry a quantized layer. Written by `apply_daq`; if given, it alone decides.
+        layers: the resolved bits, one entry a quantized layer, and `same_input_as`: the layer whose quantizer this one
+            uses for its input. Written by `apply_daq` and `calibrate`; if given, it alone decides.
         low_memory: a training step does not keep quantized inputs and weights for the backward but computes them once
             more, with the same results.
         packed: weights are codes of a few bits, for inference. Written by `pack`.
@@ -145,7 +146,7 @@ class DaqConfig:
     embedding_bits: int | None = None
     rules: Sequence[Mapping[str, Any]] = ()
     modules_to_not_convert: Sequence[str] = ()
-    layers: Mapping[str, Mapping[str, int | None]] | None = None
+    layers: Mapping[str, Mapping[str, Any]] | None = None
     low_memory: bool = False
     packed: bool = False
     dequantize: bool = field(default=False, compare=False)
@@ -388,17 +389,30 @@ def _checked_rule(rule: object) -> dict[str, Any]:
     return dict(rule)
 
 
-def _checked_layers(layers: object) -> dict[str, dict[str, int | None]]:
+def _check_same_input(name: str, entry: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) -> None:
+    owner = layers.get(entry["same_input_as"]) if isinstance(entry["same_input_as"], str) else None
+    bits = entry["activation_bits"]
+    if owner is None or "same_input_as" in owner or bits is None or owner["activation_bits"] != bits:
+        raise ConfigError(
+            f"layers[{name!r}]: same_input_as={entry['same_input_as']!r} must name a layer with a quantizer of its own for inputs "
+            "of as many bits"
+        )
+
+
+def _checked_layers(layers: object) -> dict[str, dict[str, Any]]:
     if not isinstance(layers, Mapping) or not layers:
         raise ConfigError(f"layers={layers!r} must map module names to their bits")
     for name, entry in layers.items():
         if (
             not isinstance(name, str)
             or not isinstance(entry, Mapping)
-            or set(entry) != {"weight_bits", "activation_bits"}
+            or set(entry) - {"same_input_as"} != {"weight_bits", "activation_bits"}
         ):
             raise ConfigError(f"layers[{name!r}]={entry!r} must be a mapping with weight_bits and activation_bits")
         check_bits(f"layers[{name!r}]: weight_bits", entry["weight_bits"])
         if entry["activation_bits"] is not None:
             check_bits(f"layers[{name!r}]: activation_bits", entry["activation_bits"])
+    for name, entry in layers.items():
+        if "same_input_as" in entry:
+            _check_same_input(name, entry, layers)
     return {name: dict(entry) for name, entry in layers.items()}

@@ -214,7 +214,7 @@ def describe(source: str, description: Mapping[str, Any], headers: list[Header])
     )
 
 
-def _layer(name: str, bits: Mapping[str, int | None], header: Header, description: Mapping[str, Any]) -> InspectedLayer:
+def _layer(name: str, bits: Mapping[str, Any], header: Header, description: Mapping[str, Any]) -> InspectedLayer:
     weight_bits, activation_bits = bits["weight_bits"], bits["activation_bits"]
     assert weight_bits is not None
     owner = header.tied.get(name)

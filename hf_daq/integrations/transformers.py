@@ -371,15 +371,20 @@ def _resolved_layers(model: Any, config: DaqConfig) -> dict[str, Any]:
     inner = modules.get(base)
     parts = [name for name, _ in model.named_children() if name != base]
     parts += [f"{base}.{name}" for name, _ in inner.named_children()] if inner else []
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
+    names = {}
     for name, bits in config.layers.items():
         other = name.removeprefix(base + ".") if name.startswith(base + ".") else f"{base}.{name}"
         if isinstance(modules.get(name), nn.Identity):  # a head of timm, which the base model has not
             continue
         if name not in modules and other in modules:
-            found[other] = bits
+            found[other] = dict(bits)
+            names[name] = other
         elif any(one == part or one.startswith(part + ".") for one in (name, other) for part in parts):
-            found[name] = bits  # is there, or is an error; a head or a decoder that this model lacks is neither
+            found[name] = dict(bits)  # is there, or is an error; a head or a decoder that this model lacks is neither
+    for bits in found.values():
+        if "same_input_as" in bits:
+            bits["same_input_as"] = names.get(bits["same_input_as"], bits["same_input_as"])
     return found
 
 

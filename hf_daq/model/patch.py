@@ -18,6 +18,7 @@ from ..nn.layers import LAYER_TYPES, QuantizedLayer, quantize_layer, quantized_l
 from ..nn.leaf import ONLOAD
 from ..nn.packed import daq_layers, pack_layer, packed_layers, unpack_layer
 from ..nn.quantizers import is_shard
+from ..nn.siblings import groups_left, link, regroup, with_owners
 from ..nn.swap import hides_forward
 from ..nn.tied import tie_layer, unpack_tied
 from .guards import ORDER, refuse_wrapped, watch
@@ -58,12 +59,17 @@ def patch(model: nn.Module, config: DaqConfig) -> None:
     for name, row in planned.quantized.items():
         if row.tied_to is not None:
             tie_layer(model.get_submodule(name), model.get_submodule(row.tied_to), name, config)  # type: ignore[arg-type]
+    link(quantized_layers(model), config.layers or {})
     if config.packed:
         for layer in _tied_first(quantized_layers(model)):
             pack_layer(layer, values=False)
     _use_qkv_as_a_layer(model)
     bits = {
-        name: {"weight_bits": row.weight_bits, "activation_bits": row.activation_bits}
+        name: {
+            **(config.layers or {}).get(name, {}),
+            "weight_bits": row.weight_bits,
+            "activation_bits": row.activation_bits,
+        }
         for name, row in planned.quantized.items()
     }
     model.daq_config = config.replace(layers=bits)  # type: ignore[assignment]
@@ -119,7 +125,7 @@ def quantize_replaced(model: nn.Module, before: dict[str, DaqLayer]) -> None:
     nothing of the kind is left, and the layers of a packed model, are float from now on."""
     config: DaqConfig = model.daq_config  # type: ignore[assignment]
     assert config.layers is not None
-    modules, bits = dict(model.named_modules()), dict(config.layers)
+    modules, bits, replaced = dict(model.named_modules()), dict(config.layers), []
     for name in config.layers:
         layer: Any = modules.get(name)
         if isinstance(layer, DaqLayer):
@@ -127,11 +133,15 @@ def quantize_replaced(model: nn.Module, before: dict[str, DaqLayer]) -> None:
         if type(layer) not in LAYER_TYPES or config.packed:
             del bits[name]
             continue
-        quantize_layer(layer, name, config, bits[name]["weight_bits"] or 0, None)
-        layer.a_quant = before[name].a_quant
+        quantize_layer(layer, name, config, bits[name]["weight_bits"], None)
+        replaced.append(layer)
+    quantizers = {name: layer.a_quant for name, layer in before.items()}
+    left = {name: layer for name, layer in daq_layers(model).items() if name in bits}
+    owners = regroup(left, groups_left(before, left), quantizers)
+    for layer in replaced:
         if not layer.weight.is_meta:
             start_layer(layer, config)
-    model.daq_config = config.replace(layers=bits)  # type: ignore[assignment]
+    model.daq_config = config.replace(layers=with_owners(bits, owners))  # type: ignore[assignment]
 
 
 def unpatch(model: nn.Module, quantized: bool = False) -> None:

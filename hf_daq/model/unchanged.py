@@ -57,7 +57,7 @@ def check_unchanged(model: nn.Module, adapters: bool = False) -> None:
                     "model, write model = model.merge_and_unload(), or model.unload(), first"
                 )
             raise ModelError(f"the model has changed since apply_daq: layer {name!r} {now}; {_AGAIN}")
-        if _bits(layer) != dict(bits) or (layer.w_quant is None) is not config.packed:
+        if _entry(layer) != dict(bits) or (layer.w_quant is None) is not config.packed:
             raise ModelError(
                 f"layer {name!r} is not what model.daq_config says: {bits}, packed={config.packed}; {_AGAIN}"
             )
@@ -66,6 +66,11 @@ def check_unchanged(model: nn.Module, adapters: bool = False) -> None:
             raise ModelError(
                 f"layer {name!r} does not share its weight with {layer.owner.daq_name!r} any more, as it did when both were "
                 f"quantized as one; write model.tie_weights(), or {_AGAIN.removeprefix('write ')}"
+            )
+        if layer.input_owner is not None and layers.get(layer.input_owner.daq_name) is not layer.input_owner:
+            raise ModelError(
+                f"layer {name!r} uses the input bounds of layer {layer.input_owner.daq_name!r}, which is not the layer of that name any "
+                f"more; {_AGAIN}"
             )
         if name not in (config.layers or {}):
             raise ModelError(
@@ -114,8 +119,9 @@ def check_opens(tensors: Mapping[str, Tensor], build: Callable[[], nn.Module]) -
     )
 
 
-def _bits(layer: DaqLayer) -> dict[str, int | None]:
-    return {"weight_bits": layer.weight_bits, "activation_bits": None if layer.a_quant is None else layer.a_quant.bits}
+def _entry(layer: DaqLayer) -> dict[str, Any]:
+    bits = {"weight_bits": layer.weight_bits, "activation_bits": layer.input_bits}
+    return bits if layer.input_owner is None else bits | {"same_input_as": layer.input_owner.daq_name}
 
 
 def _is_tied(layer: Any) -> bool:

@@ -17,8 +17,8 @@ from .token import TokenQuantizer
 class DaqLayer(Leaf):
     """A layer that computes with codes of its weight.
 
-    w_quant: None for packed layers, which have no float weight. a_quant: None for weights only. daq_name: the module's name
-    in the model, for error messages.
+    w_quant: None for packed layers, which have no float weight. a_quant: `ActivationQuantizer` or
+    `TokenQuantizer`, None for weights only. daq_name: the module's name in the model, for error messages.
     weight_scale: shape (1,), (channels,) or (channels * groups,): the weight is `|weight_scale| * (q - c) / c`.
     weight_grid: "odd", `c = R / 2`, "integer", `c = 2**(bits - 1)`, or "ternary", `c = 1`.
     group_size: columns that share a scale; None without groups.
@@ -32,7 +32,6 @@ class DaqLayer(Leaf):
     """Whether a convolution pads as TensorFlow's "same", by what its input needs."""
     bias: Any
     w_quant: WeightQuantizer | None
-    a_quant: ActivationQuantizer | TokenQuantizer | None
     daq_name: str
     weight_bits: int
     weight_grid: str
@@ -40,6 +39,10 @@ class DaqLayer(Leaf):
     weight_dtype: torch.dtype
     group_size: int | None
     has_bias: bool
+    input_owners: tuple[DaqLayer, ...] = ()
+    """The layer whose quantizer this one uses for its input. In a tuple, for it is no module of this one."""
+    input_readers = 1
+    """How many layers use the quantizer of the input that this one has."""
 
     def forward(self, input: Tensor | None = None, **named: Tensor) -> Tensor:
         if not isinstance(self, DaqLayer):  # somebody kept this method of a layer that has another class now
@@ -77,6 +80,15 @@ class DaqLayer(Leaf):
     def owner(self) -> DaqLayer | None:
         """The embedding whose weight this layer shares; None where it has its own."""
         return None
+
+    @property
+    def input_owner(self) -> DaqLayer | None:
+        """The layer whose quantizer this one uses for its input; None where it has its own, or none."""
+        return self.input_owners[0] if self.input_owners else None
+
+    @property
+    def a_quant(self) -> Any:
+        return (self.input_owner or self)._modules.get("a_quant")
 
     @property
     def input_bits(self) -> int | None:

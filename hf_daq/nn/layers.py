@@ -25,6 +25,7 @@ from .base import DaqLayer, layer_input
 from .functional import node_of, recomputed
 from .kept import Fingerprint, Kept
 from .quantizers import ActivationQuantizer, WeightQuantizer, is_shard
+from .siblings import once
 from .swap import change_class
 from .token import TokenQuantizer
 
@@ -107,7 +108,7 @@ class QuantizedLayer(DaqLayer):
 
     def quantized_forward(self, x: Tensor) -> Tensor:
         self._check_calibrated()
-        x = x if self.a_quant is None else self.a_quant(x)
+        x = x if self.a_quant is None else once(self, x, self.a_quant)
         weight = self.quantized_weight()
         bias = self.quantized_bias()
         if self.low_memory and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -167,7 +168,7 @@ class QuantizedLayer(DaqLayer):
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_kept"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_kept", "_shared_result")}
 
 
 @contextmanager
@@ -443,7 +444,7 @@ def quantize_layer(layer: Any, name: str, config: DaqConfig, weight_bits: int, a
         a_quant = input_class(activation_bits, gamma=config.activation_gamma, sigma=config.activation_sigma, **shared)
     change_class(layer, quantized_class)
     layer.register_module("w_quant", w_quant)
-    layer.register_module("a_quant", a_quant)
+    layer._modules["a_quant"] = a_quant
     layer.daq_name = name
     layer.low_memory = config.low_memory
     layer.train(layer.training)
@@ -454,7 +455,16 @@ def restore_layer(layer: QuantizedLayer) -> None:
     float_class: Any = layer.float_class
     for name in ("w_quant", "a_quant"):
         layer._modules.pop(name, None)
-    for name in ("daq_name", "low_memory", "owners", "_kept", "_sharded"):
+    for name in (
+        "daq_name",
+        "low_memory",
+        "owners",
+        "input_owners",
+        "input_readers",
+        "_kept",
+        "_shared_result",
+        "_sharded",
+    ):
         layer.__dict__.pop(name, None)
     change_class(layer, float_class)
 

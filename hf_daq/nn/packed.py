@@ -20,6 +20,7 @@ from .codes import Coded, encode
 from .layers import LAYER_TYPES, QuantizedLayer, quantize_layer
 from .onednn import Prepared
 from .paths import PATHS, path_of
+from .siblings import once
 from .swap import change_class
 
 _READ_ONLY = (
@@ -67,7 +68,7 @@ class PackedLayer(DaqLayer):
 
     def as_quantized(self, x: Tensor) -> Tensor:
         """What the quantized layer computes, bit for bit."""
-        x = x if self.a_quant is None else self.a_quant(x)
+        x = x if self.a_quant is None else once(self, x, self.a_quant)
         output: Tensor = self.compute(x, self.quantized_weight(x.dtype), self.bias)
         return output
 
@@ -120,7 +121,7 @@ class PackedLayer(DaqLayer):
         self.__dict__.pop("_prepared", None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_prepared"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_prepared", "_shared_result")}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.weight_bits}".removeprefix(", ")
@@ -217,7 +218,7 @@ def pack_layer(layer: Any, values: bool = True) -> None:
         )  # else it is the one that it was
     layer.drop_parameters()
     layer._modules.pop("w_quant", None)
-    for name in ("low_memory", "_kept", "_sharded"):
+    for name in ("low_memory", "_kept", "_shared_result", "_sharded"):
         layer.__dict__.pop(name, None)
     change_class(layer, PACKED_TYPES[type(layer)])
     if holds_bias:
@@ -227,7 +228,7 @@ def pack_layer(layer: Any, values: bool = True) -> None:
         layer.register_buffer("weight_scale", scale)
     layer.weight_bits, layer.weight_grid, layer.shape, layer.weight_dtype = bits, quantizer.grid, shape, dtype
     layer.group_size, layer.has_bias = group_size, has_bias
-    if layer.a_quant is not None:
+    if layer.a_quant is not None and layer.input_owner is None:
         layer.a_quant = copy.deepcopy(layer.a_quant).requires_grad_(False)  # the model may be a shared copy
 
 
@@ -239,21 +240,22 @@ def unpack_layer(layer: Any, config: DaqConfig) -> None:
     if a_quant is not None:
         largest = largest / a_quant.span.to(scale.dtype)
     layer._forget()
+    own = layer._modules.pop("a_quant", None)
     holds_bias = "bias" in layer._parameters
-    for key in ("weight_codes", "weight_scale", "a_quant", *(("bias",) if holds_bias else ()), *PLAIN):
+    for key in ("weight_codes", "weight_scale", *(("bias",) if holds_bias else ()), *PLAIN):
         delattr(layer, key)
     change_class(layer, layer.float_class)
     layer.weight = nn.Parameter(weight)
     if holds_bias:
         layer.register_parameter("bias", nn.Parameter(bias) if has_bias else None)
     quantize_layer(layer, name, config, bits, None)
-    layer.a_quant = a_quant
+    layer._modules["a_quant"] = own
     quantizer = layer.w_quant
     quantizer.set_bounds(layer.float_weight(), largest)
     quantizer.scale.copy_(scale)
     if quantizer.shift is not None:
         quantizer.shift.copy_(torch.zeros_like(quantizer.shift) if has_bias else bias)
     quantizer.finish()
-    if a_quant is not None:
-        a_quant.requires_grad_(True)
-        a_quant.finish()
+    if own is not None:
+        own.requires_grad_(True)
+        own.finish()

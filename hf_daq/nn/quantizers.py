@@ -367,4 +367,5 @@ class ActivationQuantizer(Quantizer):
         return positions
 
     def forward(self, x: Tensor) -> Tensor:
-        return quantize_activation(x, self.lower, self.upper, **self._options(x))
+        # A replica of DataParallel may share the quantizer of a layer on the first device.
+        return quantize_activation(x, self.lower.to(x.device), self.upper.to(x.device), **self._options(x))

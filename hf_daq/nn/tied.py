@@ -68,7 +68,6 @@ for _float_class in (nn.Linear, nn.Embedding):
 def tie_layer(layer: Any, owner: DaqLayer, name: str, config: DaqConfig) -> None:
     """Turn a float layer into one that computes with the quantizer of a quantized embedding, in place."""
     change_class(layer, TIED_TYPES[type(layer)])
-    layer.register_module("a_quant", None)
     layer.owners, layer.daq_name, layer.low_memory = (owner,), name, config.low_memory
     layer.train(layer.training)
 
@@ -78,7 +77,7 @@ def unpack_tied(layer: Any, config: DaqConfig) -> None:
     owner, name, bias = layer.owner, layer.daq_name, layer.bias
     layer._forget()
     has_place = "bias" in layer._parameters
-    for key in ("owners", "a_quant", *(("bias",) if has_place else ()), *PLAIN):
+    for key in ("owners", *(("bias",) if has_place else ()), *PLAIN):
         delattr(layer, key)
     change_class(layer, layer.float_class)
     layer.weight = owner.weight

@@ -249,7 +249,8 @@ def _sizes(found: Measurement) -> tuple[int, int]:
         return before, _size(saved_tensors(layer))
     corrected = layer.bias is not None or layer.w_quant.shift is not None
     bias = found.shape[0] * found.dtype.itemsize if corrected else 0
-    bounds = 0 if found.a_quant is None else _size(saved_tensors(found.a_quant))
+    own = found.a_quant is not None and layer.input_owner is None
+    bounds = _size(saved_tensors(found.a_quant)) if own else 0
     return _size(layer.parameters(recurse=False)), found.bytes + bias + bounds
 
 
