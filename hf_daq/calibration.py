@@ -21,6 +21,7 @@ from .errors import CalibrationError, ModelError
 from .model.batch import Calls
 from .model.guards import ORDER, refuse_wrapped
 from .model.recording import Recorder
+from .model.siblings import Readers, find_siblings
 from .nn.base import layer_input
 from .nn.experts import DaqExpertsLinear
 from .nn.init import activation_bounds, start_from_weight
@@ -28,7 +29,7 @@ from .nn.layers import QuantizedLayer, evaluating, quantized_layers
 from .nn.matching import OutputMatch, usual_weights
 from .nn.observers import InputSample, Statistics, all_reduce
 from .nn.quantizers import ActivationQuantizer, WeightQuantizer, is_shard, processes
-from .nn.siblings import Readers, find_siblings, regroup, with_owners
+from .nn.siblings import regroup, with_owners
 from .nn.swap import change_class
 from .nn.token import TokenQuantizer
 from .report.health import examine

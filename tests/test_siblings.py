@@ -240,12 +240,11 @@ def test_what_changes_the_input_between_two_layers_is_seen(change):
 
 def test_what_changes_between_two_layers_besides_the_input_is_seen():
     attention = network().attention
-    x = torch.randn(4, 8)
 
     def ran(change):
         """Quantizations of a forward in which this happens after the query."""
         attention.between = change
-        return calls(attention, x)
+        return calls(attention, torch.randn(4, 8))
 
     def learn(_):
         with torch.no_grad():

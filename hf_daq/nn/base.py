@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ..errors import CalibrationError
 from .leaf import Leaf, traced
 from .quantizers import ActivationQuantizer, WeightQuantizer
-from .token import TokenQuantizer
 
 
 class DaqLayer(Leaf):
