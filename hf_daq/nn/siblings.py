@@ -43,13 +43,15 @@ def _same(one: Any, other: Any) -> bool:
 def once(layer: DaqLayer, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
     """`compute(x)`, which the layers that share a quantizer compute in the first of them."""
     owner = layer.input_owner or layer
+    if owner.input_readers == 1:
+        return compute(x)
     bounds: tuple[Tensor, ...] = tuple(owner.a_quant._parameters.values())
     if owner is not layer and any(map(is_shard, bounds)):
         raise ModelError(
             f"layer {layer.daq_name!r} uses the input bounds of layer {owner.daq_name!r}, which is sharded by itself; shard the block "
             "that holds both: fully_shard(block)"
         )
-    if owner.input_readers == 1 or not _can_tell(x, *bounds):
+    if not _can_tell(x, *bounds):
         return compute(x)
     state = _state(owner.a_quant, bounds, x)
     known: SharedResult | None = owner.__dict__.pop("_shared_result", None)
