@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..nn.base import layer_input
 from ..nn.observers import all_reduce
 from ..nn.quantizers import ActivationQuantizer, processes
 
@@ -27,7 +28,12 @@ class Readers:
         self._count = 0
         self._alive: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
 
+    def hook(self, name: str) -> Any:
+        """For the forward of a layer."""
+        return lambda _, args, kwargs: self.read(name, layer_input(args, kwargs))
+
     def read(self, name: str, x: Tensor) -> None:
+        """Take note of the next input of a layer."""
         self.sequences[name] = hash((self.sequences.get(name, 0), self._number(x)))
 
     def _number(self, x: Tensor) -> int:
