@@ -53,7 +53,7 @@ class Coded(NamedTuple):
         count = math.prod(self.shape)
         if not self._readable(torch.float32):
             return unpack_bits(self.stream, stored_bits(self.bits, self.grid), count).view(self.shape)
-        (*stream, _, _, _, _), _scale = _addressed(self)
+        stream = _placed(self).arguments[:3]
         codes = torch.empty(self.shape, dtype=torch.uint8)
         _call("daq_read_codes", *stream, codes.data_ptr(), count)
         return codes
@@ -115,8 +115,23 @@ def _call(name: str, *arguments: Any) -> None:
         raise MemoryError(f"no memory for {name}")
 
 
-def _addressed(coded: Coded) -> tuple[tuple[Any, ...], Tensor]:
-    """The arguments that say where the weight is; valid as long as the tensor, its scale, is there."""
+class _Placed(NamedTuple):
+    """A weight and the arguments of native.cpp that say where it is.
+
+    scale: float32, to which they point. sources: of `_sources`.
+    """
+
+    coded: Coded
+    arguments: tuple[Any, ...]
+    scale: Tensor
+    sources: tuple[int, ...]
+
+
+def _sources(stream: Tensor, scale: Tensor) -> tuple[int, ...]:
+    return stream.data_ptr(), stream.numel(), scale.data_ptr(), scale.numel()
+
+
+def _placed(coded: Coded) -> _Placed:
     stream, scale, bits, grid, group_size, (rows, *_) = coded
     columns, per_row, per_group = coded.columns(), int(scale.numel() > 1), 0
     if group_size:
@@ -127,9 +142,9 @@ def _addressed(coded: Coded) -> tuple[tuple[Any, ...], Tensor]:
             f"{stream.numel()} bytes of codes and {scale.numel()} scales are not those of a weight of {bits} bits, of the "
             f"shape {tuple(coded.shape)}, with a group_size of {group_size}"
         )
-    scale = scale.to(torch.float32).contiguous()
-    place = stream.data_ptr(), stream.numel(), bits, center(bits, grid), scale.data_ptr()
-    return (*place, per_row, per_group), scale
+    wide = scale.to(torch.float32).contiguous()
+    place = stream.data_ptr(), stream.numel(), bits, center(bits, grid), wide.data_ptr()
+    return _Placed(coded, (*place, per_row, per_group), wide, _sources(stream, scale))
 
 
 def threads(weights: int) -> int:
@@ -141,23 +156,25 @@ def native_rows(coded: Coded, first: int, last: int, dtype: torch.dtype) -> Tens
     """Rows of the weight, shape (last - first, columns)."""
     columns, wide = coded.columns(), dtype if dtype in _KINDS else torch.float32
     result = torch.empty(last - first, columns, dtype=wide)
-    place, _scale = _addressed(coded)
+    placed = _placed(coded)
     group, number = coded.group_size or columns, threads(result.numel())
-    _call("daq_weights", *place, columns, group, first, last, result.data_ptr(), _KINDS[wide], number)
+    _call("daq_weights", *placed.arguments, columns, group, first, last, result.data_ptr(), _KINDS[wide], number)
     return result.to(dtype)
 
 
-def native_product(x: Tensor, coded: Coded, bias: Tensor | None) -> Tensor:
+def native_product(x: Tensor, placed: _Placed, bias: Tensor | None) -> Tensor:
     """x: shape (count, columns), float32 or bfloat16. bias: of the same dtype."""
+    coded = placed.coded
     rows, columns = coded.shape
-    x, result = x.contiguous(), torch.empty(len(x), rows, dtype=x.dtype)
+    x, count = x.contiguous(), len(x)
+    result = torch.empty(count, rows, dtype=x.dtype)
     if bias is not None:
         if bias.shape != (rows,) or bias.dtype != x.dtype or not bias.is_cpu:
             raise ValueError(f"a bias of {bias.dtype} and shape {tuple(bias.shape)} for {rows} outputs of {x.dtype}")
         bias = bias.contiguous()
-    place, _scale = _addressed(coded)
     last = 0 if bias is None else bias.data_ptr(), result.data_ptr(), _KINDS[x.dtype], threads(rows * columns)
-    _call("daq_linear", *place, rows, columns, coded.group_size or columns, x.data_ptr(), len(x), *last)
+    sizes = rows, columns, coded.group_size or columns
+    _call("daq_linear", *placed.arguments, *sizes, x.data_ptr(), count, *last)
     return result
 
 
@@ -200,7 +217,7 @@ class _Sample(NamedTuple):
             and torch.equal(weight, coded.weight_of(codes, self.dtype))
         ):
             raise ArithmeticError("other codes")
-        return torch.cat([native_product(part, coded, bias) for part in torch.split(x, [8, 4, 2, 1])])
+        return torch.cat([native_product(part, _placed(coded), bias) for part in torch.split(x, [8, 4, 2, 1])])
 
     def expected(self) -> Tensor:
         codes, coded, x, bias = self._values()
@@ -231,19 +248,27 @@ def packed_linear(
         Of the dtype of x, shape (..., rows).
     """
     with torch.autocast(x.device.type, enabled=False):
-        return _product(x, Coded(codes, scale, bits, grid, group_size, (rows, x.shape[-1])), bias)
+        coded = Coded(codes, scale, bits, grid, group_size, (rows, x.shape[-1]))
+        if x.is_cpu and _works(coded, x.dtype):
+            return _product(x, _placed(coded), bias)
+        return F.linear(x, coded.weight(x.dtype), bias)
 
 
-def _product(x: Tensor, coded: Coded, bias: Tensor | None) -> Tensor:
+def _works(coded: Coded, dtype: torch.dtype) -> bool:
+    return works(coded.bits, coded.grid, coded.granularity(), dtype)
+
+
+def _product(x: Tensor, placed: _Placed, bias: Tensor | None) -> Tensor:
+    coded = placed.coded
     flat = x.reshape(-1, coded.shape[1])
-    if not flat.is_cpu or len(flat) == 0 or not works(coded.bits, coded.grid, coded.granularity(), x.dtype):
+    if len(flat) == 0:
         result = F.linear(flat, coded.weight(x.dtype), bias)
     elif len(flat) > _ROWS[x.dtype]:
         result = _tiled(flat, coded, bias)
     elif x.dtype == torch.float16:
-        result = native_product(flat.float(), coded, None if bias is None else bias.float()).half()
+        result = native_product(flat.float(), placed, None if bias is None else bias.float()).half()
     else:
-        result = native_product(flat, coded, bias)
+        result = native_product(flat, placed, bias)
     return result.view(*x.shape[:-1], coded.shape[0])
 
 
@@ -295,26 +320,30 @@ def _(info: Any, dims: tuple[Any, ...], x: Tensor, *others: Any) -> tuple[Tensor
 
 def serves(layer: Any, x: Tensor) -> bool:
     """Whether a packed layer computes from its codes: linear ones on the CPU, with weights only, but for small ones."""
-    shape, bias = layer.shape, layer.bias
+    shape = layer.shape
+    if len(shape) != 2 or shape[0] * shape[1] <= _SMALL or layer.a_quant is not None:
+        return False
+    bias, dtype = layer.bias, _computed_dtype(x)
     return (
-        len(shape) == 2
-        and shape[0] * shape[1] > _SMALL
-        and layer.a_quant is None
-        and x.device.type == "cpu"
+        x.device.type == "cpu"
         and x.ndim > 0
         and x.shape[-1] == shape[1]
-        and _computed_dtype(x) in (torch.float32, torch.bfloat16, torch.float16)
-        and (bias is None or bias.dtype == x.dtype or torch.is_autocast_enabled("cpu"))
+        and dtype in _ROWS
+        and (bias is None or bias.dtype == dtype or torch.is_autocast_enabled("cpu"))
         and layer.weight_codes.device.type == "cpu"
         and not layer.weight_scale.requires_grad
-        and _available()
+        and (_is_in_graph() if torch.compiler.is_compiling() else _is_at_hand())
     )
 
 
 @torch.compiler.assume_constant_result
-def _available() -> bool:
+def _is_in_graph() -> bool:
+    return _is_at_hand() and not torch.onnx.is_in_onnx_export()
+
+
+def _is_at_hand() -> bool:
     """Not in a graph of torch.jit or ONNX, which has no place for an operator of others."""
-    return library() is not None and not torch.onnx.is_in_onnx_export() and not torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
+    return library() is not None and not torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
 
 
 def _computed_dtype(x: Tensor) -> torch.dtype:
@@ -325,10 +354,28 @@ def _computed_dtype(x: Tensor) -> torch.dtype:
 
 
 def forward(layer: Any, x: Tensor) -> Tensor:
-    dtype, bias, coded = _computed_dtype(x), layer.bias, layer.coded()
-    x, bias = x.to(dtype), bias if bias is None or bias.dtype == dtype else bias.to(dtype)
+    dtype, bias, autocast = _computed_dtype(x), layer.bias, torch.is_autocast_enabled("cpu")
+    if autocast:
+        x, bias = x.to(dtype), bias if bias is None or bias.dtype == dtype else bias.to(dtype)
     learns = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if not learns and not torch.is_autocast_enabled("cpu") and in_memory(x):
-        return _product(x, coded, bias)  # what the operator does, without its way through torch
+    if not learns and not autocast and in_memory(x):
+        kept = _kept(layer, x.dtype)
+        if kept is not None:
+            return _product(x, kept, bias)  # what the operator does, without its way through torch
+    coded = layer.coded()
     result: Tensor = packed_linear(x, *coded[:2], bias, *coded[2:5], coded.shape[0])
     return result
+
+
+def _kept(layer: Any, dtype: torch.dtype) -> _Placed | None:
+    """Kept by the layer as long as its codes and scale lie there; None where native.cpp does not compute with them."""
+    stream, scale = layer.weight_codes, layer.weight_scale
+    kept: _Placed | None = layer.__dict__.get("_placed")
+    if kept is None or kept.sources != _sources(stream, scale):
+        coded = layer.coded()
+        if not _works(coded, dtype):
+            return None
+        kept = _placed(coded)
+        if kept.scale is scale:  # no copy, which would not see what is written to the scale
+            layer._placed = kept
+    return kept if _works(kept.coded, dtype) else None

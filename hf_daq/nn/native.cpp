@@ -18,6 +18,9 @@
 #if defined(__AVX512VBMI__) && defined(__AVX512BW__)
 #define PICKS_FIELDS 1  // eight fields of a word at once
 #endif
+#if PICKS_FIELDS && defined(__AVX512BF16__)
+#define MULTIPLIES_BFLOAT16 1  // two products of bfloat16 are added to a sum in float32
+#endif
 #if defined(__BMI2__) && !defined(__znver1__) && !defined(__znver2__)  // there it takes hundreds of cycles
 #define SPREADS_BITS 1
 #endif
@@ -115,6 +118,9 @@ static INLINE Floats to_float(const uint8_t* q) {
 // ----------------------------------------------------------- a block as floats code - zero, in the order of `lane`
 
 template <int B> struct Decoder {
+  typedef float Input;
+  typedef Floats Vector;
+  static constexpr int VECTORS = V;
 #if PICKS_FIELDS
   static constexpr bool PAIRS = B < 8;  // a vector takes the fields 2j and 2j + 1 of each of the 8 words
   __m512i words, fields[4], mask, magic;
@@ -162,7 +168,41 @@ template <int B> struct Decoder {
   }
 #endif
   static constexpr int lane(int c) { return PAIRS ? c % 8 / 2 * 16 + c / 8 * 2 + c % 2 : c; }
+  static INLINE void add(Floats& sum, Vector w, const float* x) { sum += w * load(x); }
 };
+
+#if MULTIPLIES_BFLOAT16
+// The same for inputs of bfloat16, in which these numbers are exact as well.
+template <int B> struct HalfDecoder {
+  typedef uint16_t Input;
+  typedef __m512i Vector;
+  static constexpr int VECTORS = 2;  // a vector takes the fields 4j to 4j + 3 of each of the 8 words
+  __m512i words, fields[2], table;
+
+  INLINE HalfDecoder(float zero) {
+    alignas(64) uint8_t w[64], f[2][64] = {};
+    alignas(64) uint16_t t[32];
+    for (int i = 0; i < 64; i++) w[i] = i / 8 * B + i % 8;
+    for (int j = 0; j < 2; j++)
+      for (int i = 0; i < 32; i++) f[j][2 * i] = (4 * j + i % 4) * B;
+    for (int i = 0; i < 32; i++) t[i] = number_to_bfloat16((i & ((1 << B) - 1)) - zero);
+    words = _mm512_load_si512(w);
+    for (int j = 0; j < 2; j++) fields[j] = _mm512_load_si512(f[j]);
+    table = _mm512_load_si512(t);
+  }
+
+  INLINE void operator()(const uint8_t* p, int shift, Vector* out) const {
+    __m512i v = _mm512_permutexvar_epi8(words, _mm512_loadu_si512(p));
+    v = _mm512_srl_epi64(v, _mm_cvtsi32_si128(shift));
+    for (int j = 0; j < 2; j++)  // looks at 5 bits of the field
+      out[j] = _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(fields[j], v), table);
+  }
+  static constexpr int lane(int c) { return c % 8 / 4 * 32 + c / 8 * 4 + c % 4; }
+  static INLINE void add(Floats& sum, Vector w, const uint16_t* x) {
+    sum = (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_loadu_si512(x));
+  }
+};
+#endif
 
 // --------------------------------------------------------------------------------------------------- the layer
 
@@ -193,27 +233,41 @@ struct Layer {
   }
 };
 
+static INLINE float sum_of(Floats v) {
+  float parts[W];
+  memcpy(parts, &v, sizeof parts);
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) parts[i] += parts[i + half];
+  return parts[0];
+}
+
+template <class To> static INLINE void convert(const void* x, int kind, int64_t from, int64_t size, To* block) {
+  if (sizeof(To) == 2 || kind == FLOAT32)
+    memcpy(block, (const To*)x + from, sizeof(To) * size);
+  else
+    for (int64_t i = 0; i < size; i++) block[i] = To(from_bfloat16(((const uint16_t*)x)[from + i]));
+}
+
 // `count` rows of inputs as blocks of M rows and 64 columns, in the order of the decoder. Groups are filled with zeros.
-template <int B, int M> static void arrange(const Layer& a, const void* x, int kind, int count, float* out) {
+template <class Decode, int M>
+static void arrange(const Layer& a, const void* x, int kind, int count, typename Decode::Input* out) {
   for (int64_t start = 0; start < a.columns; start += a.group) {
     int64_t stop = start + a.group < a.columns ? start + a.group : a.columns;
     for (int64_t c = start; c < stop; c += 64)
       for (int m = 0; m < M; m++, out += 64) {
-        float block[64] = {};
-        int64_t from = m * a.columns + c, size = m < count ? (stop - c < 64 ? stop - c : 64) : 0;
-        if (kind == BFLOAT16)
-          for (int64_t i = 0; i < size; i++) block[i] = from_bfloat16(((const uint16_t*)x)[from + i]);
-        else
-          memcpy(block, (const float*)x + from, 4 * size);
-        for (int i = 0; i < 64; i++) out[Decoder<B>::lane(i)] = block[i];
+        typename Decode::Input block[64] = {};
+        if (m < count) convert(x, kind, m * a.columns + c, stop - c < 64 ? stop - c : 64, block);
+        for (int i = 0; i < 64; i++) out[Decode::lane(i)] = block[i];
       }
   }
 }
 
 // M rows of inputs times one row of the weight.
-template <int B, int M> static INLINE void product(const Layer& a, const Decoder<B>& decode, const float* x, int64_t row,
-                                                   float (&result)[M]) {
-  constexpr int A = M == 1 ? 4 : M <= 4 ? 2 : 1;  // sums side by side, as each addition waits for the one before
+template <int B, int M, class Decode>
+static INLINE void product(const Layer& a, const Decode& decode, const typename Decode::Input* x, int64_t row,
+                           float (&result)[M]) {
+  constexpr int N = Decode::VECTORS;
+  constexpr int A = M > 4 ? 1 : M > 1 || N < 4 ? 2 : 4;  // sums side by side: each addition waits for the one before
   Floats total[M] = {};
   const float* scale = a.scale + row * a.per_row;
   for (int64_t start = 0; start < a.columns; start += a.group, scale += a.per_group) {
@@ -221,22 +275,19 @@ template <int B, int M> static INLINE void product(const Layer& a, const Decoder
     int64_t size = a.columns - start < a.group ? a.columns - start : a.group, bit = (row * a.columns + start) * B;
     const uint8_t* p = a.at(row, bit);
     for (; size > 0; size -= 64, x += 64 * M, p += 8 * B) {
-      Floats w[V];
+      typename Decode::Vector w[N];
       __builtin_prefetch(p + 2048);
       decode(p, int(bit & 7), w);
-      for (int v = 0; v < V; v++)
-        for (int m = 0; m < M; m++) sum[m][v % A] += w[v] * load(x + 64 * m + W * v);
+      for (int v = 0; v < N; v++)
+        for (int m = 0; m < M; m++) Decode::add(sum[m][v % A], w[v], x + 64 * m + 64 / N * v);
     }
-    float step = a.step(scale);
+    float absolute = std::fabs(*scale);
     for (int m = 0; m < M; m++) {
       for (int i = 1; i < A; i++) sum[m][0] += sum[m][i];
-      total[m] += sum[m][0] * step;
+      total[m] += sum[m][0] * absolute;
     }
   }
-  for (int m = 0; m < M; m++) {
-    result[m] = 0;
-    for (int i = 0; i < W; i++) result[m] += total[m][i];
-  }
+  for (int m = 0; m < M; m++) result[m] = sum_of(total[m]) / a.zero;
 }
 
 struct Output {
@@ -254,32 +305,42 @@ struct Output {
   }
 };
 
-template <int B, int M> static void few(const Layer& a, const void* x, int count, const Output& out, float* room,
-                                        int threads) {
-  arrange<B, M>(a, x, out.kind, count, room);
-#pragma omp parallel for num_threads(threads) schedule(static)
+template <int B, int M, class Decode>
+static void few(const Layer& a, const void* x, int count, const Output& out, void* room, int threads) {
+  auto arranged = (typename Decode::Input*)room;
+  arrange<Decode, M>(a, x, out.kind, count, arranged);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int part = 0; part < threads; part++) {
-    Decoder<B> decode{a.zero};
+    Decode decode{a.zero};
     for (int64_t row = a.rows * part / threads; row < a.rows * (part + 1) / threads; row++) {
       float result[M];
-      product<B, M>(a, decode, room, row, result);
+      product<B, M>(a, decode, arranged, row, result);
       for (int m = 0; m < count; m++) out.put(m * a.rows + row, row, result[m]);
     }
   }
 }
 
-template <int B> static void linear(const Layer& a, const void* x, int64_t count, Output out, float* room, int threads) {
+template <int B, class Decode>
+static void linear(const Layer& a, const void* x, int64_t count, Output out, void* room, int threads) {
   int64_t size = out.kind == BFLOAT16 ? 2 : 4;
   for (int64_t done = 0, rows; done < count; done += rows) {
     rows = count - done < 8 ? count - done : 8;
-    (rows > 4 ? few<B, 8> : rows > 2 ? few<B, 4> : rows == 2 ? few<B, 2> : few<B, 1>)(
+    (rows > 4 ? few<B, 8, Decode> : rows > 2 ? few<B, 4, Decode> : rows == 2 ? few<B, 2, Decode> : few<B, 1, Decode>)(
         a, (const char*)x + done * a.columns * size, int(rows), out, room, threads);
     out.y = (char*)out.y + rows * a.rows * size;
   }
 }
 
+template <int B> static void linear(const Layer& a, const void* x, int64_t count, Output out, void* room, int threads) {
+#if MULTIPLIES_BFLOAT16
+  if constexpr (B <= 5)
+    if (out.kind == BFLOAT16) return linear<B, HalfDecoder<B>>(a, x, count, out, room, threads);
+#endif
+  linear<B, Decoder<B>>(a, x, count, out, room, threads);
+}
+
 template <int B> static void weights(const Layer& a, int64_t first, int64_t last, void* out, int kind, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t row = first; row < last; row++)
     for (int64_t k = 0, start = 0; start < a.columns; k++, start += a.group) {
       int64_t stop = start + a.group < a.columns ? start + a.group : a.columns, bit = (row * a.columns + start) * B;
@@ -480,7 +541,7 @@ int daq_linear(const uint8_t* codes, int64_t bytes, int bits, float zero, const 
                const void* bias, void* y, int kind, int threads) {
   Layer a{codes, bytes, bits, zero, scale, per_row, per_group, rows, columns, group};
   int64_t blocks = columns / group * ((group + 63) / 64) + (columns % group + 63) / 64;
-  float* room = (float*)malloc(blocks * 64 * (count > 4 ? 8 : 4) * sizeof(float));
+  void* room = malloc(blocks * 64 * (count > 4 ? 8 : 4) * sizeof(float));
   if (!room || !a.copy_tail()) return free(room), 1;
 #define CALL(B) linear<B>(a, x, count, Output{y, bias, kind}, room, threads)
   FOR_BITS(CALL)

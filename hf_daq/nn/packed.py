@@ -27,6 +27,7 @@ _READ_ONLY = (
     "the weight of a packed layer is computed from its codes, and nothing can be written to it; first write "
     "hf_daq.unpack(model), then merge or change weights"
 )
+_MADE = ("_prepared", "_placed")  # from what a layer has, by the ways it computes: neither copied nor saved
 _WRITING = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
 
 
@@ -118,10 +119,11 @@ class PackedLayer(DaqLayer):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _forget(self) -> None:
-        self.__dict__.pop("_prepared", None)
+        for name in _MADE:
+            self.__dict__.pop(name, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_prepared", "_shared_result")}
+        return {key: value for key, value in self.__dict__.items() if key not in (*_MADE, "_shared_result")}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.weight_bits}".removeprefix(", ")
