@@ -9,6 +9,7 @@ import pytest
 import timm.layers
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from transformers.pytorch_utils import Conv1D
 
 import hf_daq
@@ -274,7 +275,11 @@ def test_inductor_compiles_convolutions_and_linear_layers():
     linear = packed(nn.Linear(6, 5), torch.randn(8, 6), weight_bits=8)
     model = nn.Sequential(convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
     with torch.no_grad():
-        assert close(torch.compile(model, fullgraph=True)(x), plain(model, x))
+        found, (code,) = run_and_get_code(torch.compile(model, fullgraph=True), x)
+        assert close(found, plain(model, x))
+        assert close(torch.compile(model, fullgraph=True)(x[:1]), plain(model, x[:1]))
+    assert "integer_linear" in code
+    assert "qconv" in code
 
 
 def test_an_exported_program_has_the_quantized_layer():

@@ -74,8 +74,8 @@ def _suits(layer: Any, x: Tensor) -> bool:
             return False
         if x.requires_grad and (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")):
             return False
-    if torch.compiler.is_compiling():  # inductor wants the weight of a linear layer as a constant
-        return isinstance(layer, nn.Conv2d) and not torch.compiler.is_exporting()
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
     return in_memory(x)
 
 
@@ -240,12 +240,34 @@ def _sums(layer: Any, codes: Tensor, found: Prepared, bias: Tensor | None, dtype
 def _linear(
     layer: Any, codes: Tensor, zero_point: int, weight: Any, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    none = torch.zeros(len(scale), dtype=torch.int32)
     rows = codes.reshape(-1, codes.shape[-1])
+    if torch.compiler.is_compiling():
+        in_graph: Tensor = torch.ops.hf_daq.integer_linear(rows, zero_point, weight, scale, bias, dtype)
+        return in_graph
+    return _product(rows, zero_point, weight, scale, bias, dtype)
+
+
+def _product(
+    codes: Tensor, zero_point: int, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    none = torch.zeros(len(scale), dtype=torch.int32)
     output: Tensor = _ops.qlinear_pointwise(
-        rows, 1.0, zero_point, weight, scale, none, bias, 1.0, 0, dtype, "none", [], ""
+        codes, 1.0, zero_point, weight, scale, none, bias, 1.0, 0, dtype, "none", [], ""
     )
     return output
+
+
+# In a graph, as inductor compiles oneDNN's own operator for weights that are constants alone.
+_library = torch.library.Library("hf_daq", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "integer_linear(Tensor codes, int zero_point, Tensor weight, Tensor scale, Tensor? bias, ScalarType dtype) -> Tensor"
+)
+_library.impl("integer_linear", _product, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+
+
+@torch.library.register_fake("hf_daq::integer_linear", lib=_library)
+def _(codes: Tensor, zero_point: int, weight: Any, scale: Tensor, bias: Any, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(len(codes), len(scale), dtype=dtype)
 
 
 def _convolution(
