@@ -811,6 +811,7 @@ def test_sizes_and_parity(kinds, parquet, float_folder, reviews, text_float, pla
         assert {"onnxruntime: top-1", "openvino: top-1"} <= row.keys()
         assert ("compressed-tensors" in row) == (row["model"] != str(float_folder))
         assert row["onnx int4"] < row["onnx int8"]
+        assert ("GGUF" in row) == (row["model"] == str(language_float))
     assert json.loads((tmp_path / "table.json").read_text())["sizes"] == tables["sizes"]
     assert capsys.readouterr().out.count(models[0].partition("=")[0]) == 1
 
@@ -829,10 +830,10 @@ def test_speed_of_a_text_network_with_a_small_vocabulary(tiny_bert, tmp_path, mo
 
 @pytest.mark.slow
 def test_speed_is_measured_in_all_runtimes():
-    rows = deploy.main(["--speed", "test_resnet", "--threads", "1"])["speed"]
+    rows = deploy.main(["--speed", "test_resnet", "--threads", "1", "--compiled"])["speed"]
     assert [(row["runtime"], row["batch"]) for row in rows] == [
-        (runtime, batch) for runtime in ("onnxruntime", "openvino", "PyTorch") for batch in (1, 8)
+        (runtime, batch) for runtime in ("onnxruntime", "openvino", "PyTorch", "PyTorch, compiled") for batch in (1, 8)
     ]
     assert all(row["exact"] > 0 for row in rows)
-    assert all(row["int8_outputs"] > 0 for row in rows[:-2])
+    assert all(row["int8_outputs"] > 0 for row in rows[:-4])
     assert 0 < rows[-1]["error"] < 1e-5

@@ -3,7 +3,8 @@
     python recipes/measure/decoding.py FOLDER --bits 1 2 3 4 8 --dtypes bfloat16 float32 --threads 1
     python recipes/measure/decoding.py  # a model of the sizes of Qwen2-0.5B with random weights
 
-FOLDER: a causal language model of transformers. Its weights are quantized in groups of `--group_size` and saved packed; then
+FOLDER: a causal language model of transformers. Its weights are quantized in groups of `--group_size` and saved packed, with
+embeddings (and an output embedding that shares their weight) in full precision, and at each of `--embedding_bits`; then
 each model is opened in a process of its own, and the table has
 
     open, s              CPU time of from_pretrained
@@ -14,6 +15,7 @@ each model is opened in a process of its own, and the table has
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -38,6 +40,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("folder", nargs="?", type=Path)
     add("--bits", nargs="*", type=int, default=[1, 2, 3, 4, 8])
+    add(
+        "--embedding_bits",
+        nargs="*",
+        type=int,
+        default=[],
+        help="of embeddings and a tied head, for models of their own",
+    )
+    add("--vocabulary", type=int, default=32000, help="of the model with random weights")
     add("--group_size", type=int, default=128)
     add("--dtypes", nargs="+", default=["bfloat16", "float32"])
     add("--prompt", type=int, default=128)
@@ -51,16 +61,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def write_random(folder: Path) -> None:
+def write_random(folder: Path, vocabulary: int) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 896, "num_hidden_layers": 24, "intermediate_size": 4864}
     heads = {"num_attention_heads": 14, "num_key_value_heads": 2}
-    config = Qwen2Config(vocab_size=32000, tie_word_embeddings=True, dtype=torch.bfloat16, **sizes, **heads)
+    config = Qwen2Config(vocab_size=vocabulary, tie_word_embeddings=True, dtype=torch.bfloat16, **sizes, **heads)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
-def write_packed(source: Path, folder: Path, bits: int, group_size: int) -> None:
-    config = hf_daq.DaqConfig(weight_bits=bits, group_size=group_size)
+def write_packed(source: Path, folder: Path, bits: int, embedding_bits: int | None, group_size: int) -> None:
+    config = hf_daq.DaqConfig(weight_bits=bits, embedding_bits=embedding_bits, group_size=group_size)
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
     hf_daq.save_pretrained(model, folder, packed=True)
 
@@ -118,12 +128,15 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as temporary:
         source, packed = args.folder or Path(temporary, "float"), args.packed or Path(temporary)
         if args.folder is None:
-            write_random(source)
-        for bits in args.bits:
-            if not (packed / f"W{bits}").exists():
-                write_packed(source, packed / f"W{bits}", bits, args.group_size)
+            write_random(source, args.vocabulary)
+        folders = {"float": source}
+        for bits, embedding_bits in itertools.product(args.bits, [None, *args.embedding_bits]):
+            name = f"W{bits}" if embedding_bits is None else f"W{bits}, embeddings {embedding_bits}"
+            folders[name] = packed / name
+            if not folders[name].exists():
+                write_packed(source, folders[name], bits, embedding_bits, args.group_size)
         for dtype in args.dtypes:
-            for name, folder in [("float", source), *((f"W{bits}", packed / f"W{bits}") for bits in args.bits)]:
+            for name, folder in folders.items():
                 rows.append({"model": name, "dtype": dtype, **measured(folder, dtype, args)})
                 show(rows[-1])
     if args.output:

@@ -13,6 +13,8 @@ texts: weights, and inputs to 8 bits; causal language models: weights only, in g
     integers             computed with integers in PyTorch: relative error of the outputs (in float64: largest)
     ONNX                 exported and run in ONNX Runtime and OpenVINO: equal top-1, relative error of the outputs
     compressed-tensors   of transformers models: opened by plain transformers
+    GGUF                 of causal language models from 3 bits on (groups of 64 columns do not fit its types of fewer): error
+                         of a weight
 
 on `--rows` examples it was not trained on. The table has sizes in MB (10^6 bytes).
 
@@ -20,7 +22,8 @@ on `--rows` examples it was not trained on. The table has sizes in MB (10^6 byte
 Runtime: exact and with `int8_inputs=True` against float, one row and 128.
 
 `--speed` measures inference of float and quantized files in the same runtime, and of the packed network in PyTorch (images in
-channels_last), random weights for names of timm, as ratios of medians taken in turn.
+channels_last; `--compiled`: with torch.compile too), random weights for names of timm, as ratios of medians taken in turn.
+`--runtimes pytorch` leaves out the files.
 """
 
 import argparse
@@ -52,6 +55,9 @@ from shared.distillation import train_towards
 # ---------------------------------------------------------------------------------------------------------- knobs
 
 
+RUNTIMES = ("onnxruntime", "openvino", "pytorch")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -66,6 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--int8_outputs", action="store_true", help="as of hf_daq.export_onnx")
     add("--speed", nargs="*", default=[], metavar="MODEL")
     add("--speed_bits", nargs="+", type=int, default=[4])
+    add("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES), help="of --speed")
     add("--compiled", action="store_true", help="--speed in PyTorch with torch.compile too")
     add("--decoder", nargs="*", default=[], type=int, metavar="BITS")
     add("--threads", type=int, default=torch.get_num_threads())
@@ -220,6 +227,9 @@ def files(
         found = hf_daq.export_compressed_tensors(model, folder / "compressed", test)
         row["compressed-tensors"] = found.size / 1e6
         row["compressed error"] = found.relative_error
+    if kind == "next token" and row_bits(model) >= 3:
+        written = hf_daq.export_gguf(model, folder / "model.gguf")
+        row["GGUF"], row["GGUF error"] = written.size / 1e6, written.error
     return row
 
 
@@ -261,30 +271,41 @@ def speed(name: str, bits: int, args: argparse.Namespace) -> Iterator[dict[str, 
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):  # timm starts some at 0, which would leave out whole branches
                 nn.init.ones_(module.weight)
-    probe = inputs.get("x", inputs)
+    network = copy.deepcopy(model)
+    hf_daq.apply_daq(model, settings(kind, bits))
+    with hf_daq.calibrate(model):
+        run(model, {key: value[:16] for key, value in inputs.items()})
     with tempfile.TemporaryDirectory() as folder:
-        paths = {"float": Path(folder, "float.onnx")}
+        for row in file_speed(network, model, inputs, Path(folder), args):
+            yield {"model": name, "bits": bits, **row}
+    if "pytorch" in args.runtimes:
+        for row in packed_speed(network, model, inputs, args.compiled):
+            yield {"model": name, "bits": bits, **row}
+
+
+def file_speed(
+    network: nn.Module, model: nn.Module, inputs: dict[str, Tensor], folder: Path, args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Times of the ONNX files of the float network and the quantized one."""
+    makers = {"onnxruntime": onnxruntime, "openvino": openvino}
+    makers = {runtime: make for runtime, make in makers.items() if runtime in args.runtimes}
+    paths = {"float": folder / "float.onnx"}
+    if makers:
         batch = {key: value[:2] for key, value in inputs.items()}
         shapes = {key: {0: torch.export.Dim("batch", min=1)} for key in batch}
         arguments = {"args": tuple(batch.values()), "dynamic_shapes": tuple(shapes.values())}
         if "x" not in batch:
             arguments = {"args": (), "kwargs": batch, "dynamic_shapes": shapes}
-        torch.onnx.export(model, f=paths["float"], dynamo=True, verbose=False, external_data=False, **arguments)
-        network = copy.deepcopy(model)
-        hf_daq.apply_daq(model, settings(kind, bits))
-        with hf_daq.calibrate(model):
-            run(model, {key: value[:16] for key, value in inputs.items()})
-        for runtime, make in (("onnxruntime", onnxruntime), ("openvino", openvino)):
-            for label, rounded in (("exact", False), ("int8_outputs", True)):
-                paths[label] = Path(folder, f"{label}.onnx")
-                options = {"runtime": runtime, "int8_outputs": rounded, "verify": False}
-                hf_daq.export_onnx(model, paths[label], probe, **options)
-            sessions = {label: make(path, args.threads) for label, path in paths.items()}
-            for count in (1, 8):
-                feed = {key: value[:count].numpy() for key, value in inputs.items()}
-                yield {"model": name, "bits": bits, "runtime": runtime, "batch": count, **ratios(sessions, feed)}
-        for row in packed_speed(network, model, inputs, args.compiled):
-            yield {"model": name, "bits": bits, **row}
+        torch.onnx.export(network, f=paths["float"], dynamo=True, verbose=False, external_data=False, **arguments)
+    for runtime, make in makers.items():
+        for label, rounded in (("exact", False), ("int8_outputs", True)):
+            paths[label] = folder / f"{label}.onnx"
+            options = {"runtime": runtime, "int8_outputs": rounded, "verify": False}
+            hf_daq.export_onnx(model, paths[label], inputs.get("x", inputs), **options)
+        sessions = {label: make(path, args.threads) for label, path in paths.items()}
+        for count in (1, 8):
+            feed = {key: value[:count].numpy() for key, value in inputs.items()}
+            yield {"runtime": runtime, "batch": count, **ratios(sessions, feed)}
 
 
 def packed_speed(
