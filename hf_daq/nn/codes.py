@@ -81,7 +81,7 @@ class Coded(NamedTuple):
             math.prod(self.shape) > _SMALL
             and in_memory(self.stream)
             and in_memory(self.scale)
-            and works(self.bits, self.grid, self.granularity(), dtype)
+            and _works(self, dtype)
         )
 
 
