@@ -78,10 +78,7 @@ class Coded(NamedTuple):
     def _readable(self, dtype: torch.dtype) -> bool:
         """Whether native.cpp can read these bytes, and nobody records what is done with them."""
         return (
-            math.prod(self.shape) > _SMALL
-            and in_memory(self.stream)
-            and in_memory(self.scale)
-            and _works(self, dtype)
+            math.prod(self.shape) > _SMALL and in_memory(self.stream) and in_memory(self.scale) and _works(self, dtype)
         )
 
 
