@@ -26,6 +26,7 @@ from .nn.base import layer_input
 from .nn.experts import DaqExpertsLinear
 from .nn.init import activation_bounds, start_from_weight
 from .nn.layers import QuantizedLayer, evaluating, quantized_layers
+from .nn.leaf import ONLOAD
 from .nn.matching import OutputMatch, usual_weights
 from .nn.observers import InputSample, Statistics, all_reduce
 from .nn.quantizers import ActivationQuantizer, WeightQuantizer, is_shard, processes
@@ -71,7 +72,7 @@ def calibrate(model: nn.Module, *, check: bool = True) -> Iterator[nn.Module]:
         check: at the end run `health` on the last batch, and log a warning for each alarm.
 
     Raises:
-        ModelError: the model is not quantized, or already wrapped or sharded.
+        ModelError: the model is not quantized, or already wrapped, sharded or offloaded.
         CalibrationError: a layer was not reached, or its inputs or weights are not finite.
     """
     layers = quantized_layers(model)
@@ -83,6 +84,8 @@ def calibrate(model: nn.Module, *, check: bool = True) -> Iterator[nn.Module]:
     refuse_wrapped(model)
     if any(is_shard(layer.weight) for layer in layers.values()):
         raise ModelError(f"calibrate cannot see through a sharded model; the order is: {ORDER}")
+    if any(layer.weight.is_meta for layer in layers.values()):
+        raise ModelError(f"calibrate needs the weights, and the model is offloaded; {ONLOAD}")
     recorder, readers = Recorder(model, keep_calls=check), Readers()
     observers = {
         name: (_ExpertsObserver if isinstance(layer, DaqExpertsLinear) else _Observer)(layer, recorder)
@@ -107,6 +110,8 @@ def calibrate(model: nn.Module, *, check: bool = True) -> Iterator[nn.Module]:
         grouped = {name for group in groups for name in group}
         for group in (*groups, *([name] for name in observers if name not in grouped)):
             values |= _initial_values({name: own[name] for name in group}, observers, config)
+            for name in group:
+                del observers[name]  # its inputs
         _share(model, own, groups)
         for name, layer in own.items():
             _write(layer, values[name])

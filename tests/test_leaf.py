@@ -58,6 +58,8 @@ def test_offloaded_layers_compute_what_they_did_and_are_refused_where_their_weig
     if kind == "quantized":
         with pytest.raises(ModelError, match="remove_hook_from_submodules"):
             hf_daq.pack(model)
+        with pytest.raises(ModelError, match="is offloaded.*remove_hook_from_submodules"), hf_daq.calibrate(model):
+            pass
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -35,10 +35,12 @@ def settled(model: nn.Module, gathered: Mapping[str, Tensor] | None = None) -> M
         if layer.owner is not None or weight is None or weight.is_meta or not layer.calibrated:
             continue
         moved = _settled_weight(_with_tensors(layer, name, tensors))
-        if not torch.equal(moved, weight):
+        if torch.equal(moved, weight):
+            continue
+        if alone and not weight.is_inference():
+            weight.copy_(moved)  # and so to the tensor of the state dict, without a second model in memory
+        else:
             replaced[weight.data_ptr()] = moved
-            if alone and not weight.is_inference():
-                weight.copy_(moved)
     return {name: replaced.get(tensor.data_ptr(), tensor) for name, tensor in tensors.items()}
 
 

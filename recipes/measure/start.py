@@ -27,10 +27,13 @@ from typing import Any
 import psutil
 import torch
 import transformers
-from decoding import write_random
 from transformers import AutoModelForCausalLM
 
 import hf_daq
+from hf_daq.nn.native import library
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from measure.decoding import write_random
 
 STEPS = ("float", "quantize", "quantize, no compiler", "calibrate", "save", "pack and save", "open packed")
 
@@ -92,7 +95,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         if args.one == "calibrate":
             calibrate(model, args)
         else:
-            hf_daq.save_pretrained(model, args.place / args.one.split()[0] / "ed", packed=args.one != "save")
+            packed = args.one == "pack and save"
+            hf_daq.save_pretrained(model, args.place / ("packed" if packed else "saved"), packed=packed)
     return {"s": step.seconds, "MiB": step.mib + (step._before - opening._before) / 2**20}
 
 
@@ -132,8 +136,6 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         source, place = args.folder or Path(temporary, "source"), Path(temporary)
         if args.folder is None:
             write_random(source)
-        from hf_daq.nn.native import library
-
         library()  # compiled once, and kept
         for step in args.steps:
             row = measured(step, source, place, args)
