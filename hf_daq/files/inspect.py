@@ -190,6 +190,7 @@ def describe(source: str, description: Mapping[str, Any], headers: list[Header])
     keys = ("weight", "weight_codes", "weight_scale")
     own = {f"{header.names.get(layer.name, layer.name)}.{key}" for layer in layers for key in keys}
     own |= {key for keys in header.weights.values() for key in _held(keys, header)}
+    own |= {tensor for layer in layers for tensor in _of_attention(header.names.get(layer.name, layer.name))}
     quantizer = re.compile(r".*\.[wa]_quant\.\w+")
     kept = tuple(
         KeptTensor(name, dtype, shape, _size(dtype, shape))
@@ -222,10 +223,14 @@ def _layer(name: str, bits: Mapping[str, Any], header: Header, description: Mapp
         of_owner = _layer(owner, bits, header, description).shape if owner not in header.tied else ()
         return InspectedLayer(name, of_owner, weight_bits, activation_bits, 0, 0, 0)
     stored = header.names.get(name, name)
-    dtype, shape = header.tensors.get(f"{stored}.weight", ("F32", None))
-    if shape is None:  # packed
-        shape = _checked_shape(name, header)
-        dtype = {"float16": "F16", "bfloat16": "BF16"}.get(str(description.get("dtype")), "F32")
+    part = _part_of_attention(stored, header)
+    found = part or header.tensors.get(f"{stored}.weight")
+    if found is None:  # packed
+        found = (
+            {"float16": "F16", "bfloat16": "BF16"}.get(str(description.get("dtype")), "F32"),
+            _checked_shape(name, header),
+        )
+    dtype, shape = found
     keys = (
         "weight",
         "weight_codes",
@@ -234,10 +239,29 @@ def _layer(name: str, bits: Mapping[str, Any], header: Header, description: Mapp
     )
     held = [header.tensors[key] for key in _held(header.weights.get(name, []), header)]
     dtype = held[0][0] if held else dtype
-    parts = [*held, *(header.tensors.get(f"{stored}.{key}") for key in keys)]
-    size = sum(_size(*part) for part in parts if part is not None)
+    parts = [part, *held, *(header.tensors.get(f"{stored}.{key}") for key in keys)]
+    size = sum(_size(*one) for one in parts if one is not None)
     count = math.prod(shape)
     return InspectedLayer(name, shape, weight_bits, activation_bits, count, size, _size(dtype, shape))
+
+
+def _part_of_attention(name: str, header: Header) -> tuple[str, tuple[int, ...]] | None:
+    """Dtype and shape of what a projection of `nn.MultiheadAttention` reads of its weight; None for other layers."""
+    if f"{name}.weight" in header.tensors:
+        return None
+    for tensor, parts in _of_attention(name).items():
+        if tensor in header.tensors:
+            dtype, (rows, *columns) = header.tensors[tensor]
+            return dtype, (rows // parts, *columns)
+    return None
+
+
+def _of_attention(name: str) -> dict[str, int]:
+    """The tensors in which the weight of a projection may be -> how many projections are in each."""
+    parent, _, part = name.rpartition(".")
+    if part not in ("q_proj", "k_proj", "v_proj"):
+        return {}
+    return {f"{parent}.in_proj_weight".lstrip("."): 3, f"{parent}.{part}_weight".lstrip("."): 1}
 
 
 def _held(names: list[str], header: Header) -> list[str]:

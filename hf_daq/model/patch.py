@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import DaqConfig, pattern_matches
 from ..errors import CalibrationError, ModelError
+from ..nn.attention import allocate, join, release, split, switch_fast_paths
 from ..nn.base import DaqLayer, check_calibrated
 from ..nn.experts import join_experts, split_experts
 from ..nn.init import start_from_weight
@@ -47,13 +48,14 @@ def patch(model: nn.Module, config: DaqConfig) -> None:
     holders = _holders(model, planned.quantized)
     _check_forwards(holders)
     split_experts(holders.values())
+    split(holders.values())
     for name, row in planned.quantized.items():
         assert row.weight_bits is not None
         layer: Any = model.get_submodule(name)
         if row.tied_to is not None:
             continue
         quantize_layer(layer, name, config, row.weight_bits, row.activation_bits)
-        if not layer.weight.requires_grad:
+        if not layer._sources()[0].requires_grad:
             for quantizer in layer.quantizers.values():
                 quantizer.requires_grad_(False)
     for name, row in planned.quantized.items():
@@ -63,7 +65,9 @@ def patch(model: nn.Module, config: DaqConfig) -> None:
     if config.packed:
         for layer in _tied_first(quantized_layers(model)):
             pack_layer(layer, values=False)
+        release(model)
     _use_qkv_as_a_layer(model)
+    switch_fast_paths(model, False, DaqLayer)
     bits = {
         name: {
             **(config.layers or {}).get(name, {}),
@@ -174,6 +178,8 @@ def unpatch(model: nn.Module, quantized: bool = False) -> None:
     for layer in layers.values():
         restore_layer(layer)
     join_experts(model)
+    join(model)
+    switch_fast_paths(model, True)
     for module in model.modules():
         if hasattr(module, "daq_qkv_bias_separate"):
             module.qkv_bias_separate = module.daq_qkv_bias_separate
@@ -198,6 +204,7 @@ def pack_layers(model: nn.Module) -> None:
     check_calibrated(layers, "pack")
     for layer in _tied_first(layers):
         pack_layer(layer)
+    release(model)
     model.daq_config = config.replace(packed=True)
 
 
@@ -213,6 +220,7 @@ def unpack_layers(model: nn.Module) -> None:
                 "keep the checkpoint from before packing to train on"
             )
     model.daq_config = config = config.replace(packed=False)
+    allocate(model)
     for layer in reversed(_tied_first(layers)):
         if layer.owner is None:
             unpack_layer(layer, config)

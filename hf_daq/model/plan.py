@@ -11,8 +11,10 @@ from torch import nn
 
 from ..config import DaqConfig, did_you_mean, packed_bytes, pattern_matches
 from ..errors import ConfigError
+from ..nn.attention import Projection, projections
 from ..nn.layers import CONVOLUTIONS, LAYER_TYPES, TRANSPOSED
 from ..nn.scaled import know_embeddings
+from ..nn.subclasses import know_subclasses
 from ..text import add_row, as_text, bits_text, cell, plain_table, shape_text
 from .roles import (
     bypassed_layers,
@@ -121,7 +123,8 @@ def plan(model: nn.Module, config: DaqConfig | None = None, **kwargs: Any) -> Pl
     """
     config = config_from(config, kwargs)
     know_embeddings(model)
-    modules = dict(weight_modules(model))
+    know_subclasses(model)
+    modules = _layers_of(model)
     tied = tied_layers(model)
     refused = bypassed_layers(model) | refused_tables(model) | kept_computed_weights(model)
     owners = tied_tables(model, refused)
@@ -131,14 +134,39 @@ def plan(model: nn.Module, config: DaqConfig | None = None, **kwargs: Any) -> Pl
     else:
         _check_patterns(config, modules, refused, owners)
     outer, tables = outer_layers(model), _bits_of_tables(config, modules, owners)
+    outer |= {name: outer[of] for name in modules if (of := name.rpartition(".")[0]) in outer}
     layers = tuple(_plan_layer(name, module, config, outer, tied, refused, tables) for name, module in modules.items())
     layers = tuple(_following(row, owners, layers, config) for row in layers)
     if config.activation_scale == "token":
         _check_tokens(layers, modules)
+    _check_projections(layers, modules)
     float_bytes = sum(value.nbytes for value in saved_tensors(model))
     own = (row for row in layers if row.weight_bits is not None and row.tied_to is None)
     saved = sum(_saved_bytes(modules[row.name], row, config) for row in own)
     return Plan(layers, sum(value.numel() for value in model.parameters()), float_bytes, float_bytes - saved)
+
+
+def _layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """By name, with the projections of attentions in the place of these."""
+    found: dict[str, nn.Module] = {}
+    for name, module in weight_modules(model):
+        parts: dict[str, nn.Module] = {**projections(module)}
+        found |= {f"{name}.{part}".lstrip("."): layer for part, layer in parts.items()} or {name: module}
+    return found
+
+
+def _check_projections(layers: tuple[PlannedLayer, ...], modules: dict[str, nn.Module]) -> None:
+    """Files hold the projections of an attention in one tensor, or packed in none."""
+    found: dict[str, set[bool]] = {}
+    for row in layers:
+        if isinstance(modules[row.name], Projection):
+            found.setdefault(row.name.rpartition(".")[0], set()).add(row.weight_bits is None)
+    for name, kinds in found.items():
+        if len(kinds) > 1:
+            raise ConfigError(
+                f"the config quantizes a part of the projections of attention {name!r}, which are one parameter: let a pattern "
+                f"name the attention, {name!r}"
+            )
 
 
 def config_from(config: DaqConfig | None, kwargs: dict[str, Any]) -> DaqConfig:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..nn.attention import DaqMultiheadAttention, has_switch, projections
 from ..nn.experts import ExpertsLinear, SplitExperts, fused_experts
 from ..nn.layers import CONVOLUTIONS, LAYER_TYPES, TRANSPOSED
 from ..nn.packed import PackedLayer
@@ -37,6 +38,8 @@ def weight_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         if issubclass(type(module), tuple(LAYER_TYPES)) and parametrize.is_parametrized(module, "weight"):
             yield name, module
+            continue
+        if isinstance(module, DaqMultiheadAttention):  # whose projections are layers
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim >= 2 and (
@@ -234,6 +237,8 @@ def _call_to_undo(module: nn.Module, key: str) -> str | None:
 
 def _read_directly(module: nn.Module) -> frozenset[str]:
     if hasattr(module, "qkv_bias_separate"):  # timm's BEiT, EVA and Swin-v2, which `patch` tells to call the layer
+        return frozenset()
+    if projections(module) or has_switch(module):  # which get projections as layers, and lose their fast path
         return frozenset()
     if getattr(module, "pretraining_tp", None) == 1:  # Bloom slices its weights only to repeat a parallel training
         return frozenset()

@@ -158,6 +158,8 @@ def _packed_class(quantized_class: Any) -> type[PackedLayer]:
     float_class = quantized_class.float_class
     base = PackedTable if issubclass(float_class, nn.Embedding) else PackedLayer
     names = ["float_class", "forward", "compute", "stored", "standardizes", "same_pad"]
+    if "__reduce_ex__" in vars(quantized_class):
+        names.append("__reduce_ex__")
     if base is PackedTable:
         names += ["scaled", "scale_attribute", "scale_cast", "__reduce_ex__"]
     taken = {name: getattr(quantized_class, name) for name in names}
@@ -213,7 +215,7 @@ def pack_layer(layer: Any, values: bool = True) -> None:
         size = packed_size(math.prod(shape), stored_bits(bits, quantizer.grid))
         codes = torch.zeros(size, dtype=torch.uint8, device=device)
         scale = torch.full(quantizer.scale.shape, torch.nan, dtype=torch.float32, device=device)
-    bias, holds_bias = layer.quantized_bias(), "bias" in layer._parameters
+    bias, holds_bias = layer.quantized_bias(), "bias" in layer._parameters or hasattr(layer, "attentions")
     if own:
         bias = (
             None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
@@ -224,7 +226,7 @@ def pack_layer(layer: Any, values: bool = True) -> None:
         layer.__dict__.pop(name, None)
     change_class(layer, PACKED_TYPES[type(layer)])
     if holds_bias:
-        layer.register_parameter("bias", bias)
+        layer._parameters["bias"] = bias
     if own:
         layer.register_buffer("weight_codes", codes)
         layer.register_buffer("weight_scale", scale)

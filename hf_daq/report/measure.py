@@ -288,6 +288,9 @@ def _counting(name: str, macs: dict[str, int]) -> Callable[..., None]:
             macs[name] = 0
         elif isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
             macs[name] = macs.get(name, 0) + layer_input(args[:1], {} if args else named).numel() * math.prod(shape[1:])
+        elif isinstance(module, nn.MultiheadAttention):
+            read = [value for value in (*args, *named.values()) if isinstance(value, Tensor)][:3]
+            macs[name] = macs.get(name, 0) + sum(value.numel() for value in read) * module.embed_dim
         elif isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | Conv1D):
             columns = shape[0] if isinstance(module, Conv1D) else math.prod(shape[1:])
             macs[name] = macs.get(name, 0) + output.numel() * columns

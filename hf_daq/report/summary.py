@@ -16,6 +16,7 @@ from torch import nn
 from ..errors import CalibrationError, ModelError
 from ..model.roles import largest_weight, saved_tensors
 from ..model.unchanged import check_unchanged
+from ..nn.attention import parameters_of_attention
 from ..nn.layers import LAYER_TYPES
 from ..nn.packed import daq_layers
 from ..nn.quantizers import wide
@@ -222,6 +223,7 @@ def _totals(
     in_float = {id(value): value for module in modules for value in module.parameters(recurse=False) if value.ndim >= 2}
     weights["float"] = sum(value.numel() for value in in_float.values())
     inside = {id(value) for found in measured for value in saved_tensors(found.layer)}
+    inside |= {id(value) for found in measured for value in parameters_of_attention(found.layer)}
     outside = [value for value in saved_tensors(model) if id(value) not in inside]
     other = sum(value.numel() for value in model.parameters() if id(value) not in inside | in_float.keys())
     other += sum(found.shape[0] for found in measured if found.layer.has_bias)
@@ -251,7 +253,8 @@ def _sizes(found: Measurement) -> tuple[int, int]:
     bias = found.shape[0] * found.dtype.itemsize if corrected else 0
     own = found.a_quant is not None and layer.input_owner is None
     bounds = _size(saved_tensors(found.a_quant)) if own else 0
-    return _size(layer.parameters(recurse=False)), found.bytes + bias + bounds
+    values = layer.float_values() if hasattr(layer, "float_values") else layer.parameters(recurse=False)
+    return _size(values), found.bytes + bias + bounds
 
 
 def _size(tensors: Any) -> int:

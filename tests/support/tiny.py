@@ -512,13 +512,8 @@ ARCHITECTURES: dict[str, Tiny] = {
     "siglip": Tiny(
         lambda: tf.SiglipModel(tf.SiglipConfig(text_config={**CLIP_TEXT, "projection_size": 32}, vision_config=VIT)),
         "image+text",
-        27,
-        {
-            "embedding": 3,
-            "first layer": 1,
-            _no_form("MultiheadAttention"): 1,
-            _no_form("NonDynamicallyQuantizableLinear"): 1,
-        },
+        31,
+        {"embedding": 3, "first layer": 1},
     ),
     "whisper": Tiny(
         of(
