@@ -134,7 +134,9 @@ def test_layer_types_without_a_quantized_form_are_reported():
             "attention": nn.MultiheadAttention(4, 2),
             "lstm": nn.LSTM(4, 4),
             "embedding": nn.Embedding(4, 4),
-            "custom": type("MyLinear", (nn.Linear,), {})(4, 4),
+            "custom": type(
+                "MyLinear", (nn.Linear,), {"forward": lambda self, x: super(type(self), self).forward(x).relu()}
+            )(4, 4),
             "linear": nn.Linear(4, 4),
             "head": nn.Linear(4, 4),
         }
