@@ -21,10 +21,11 @@ from .model.recording import Recorder
 from .model.roles import tied_layers
 from .model.walk import Walk
 from .nn.base import check_calibrated
+from .nn.bounds import fit_input_bounds, has_own_bounds
 from .nn.experts import ExpertsLinear
-from .nn.fitting import fit_layer
+from .nn.fitting import fit_layer, whole_or_not
 from .nn.layers import QuantizedLayer, evaluating, quantized_layers, replaced_forwards
-from .nn.moments import Moments
+from .nn.moments import Moments, Sample
 from .nn.observers import all_reduce
 from .nn.packed import packed_layers
 from .nn.quantizers import is_shard
@@ -46,12 +47,13 @@ def reconstruct(
 
     Some hundred inputs without labels and a minute or two, instead of training or before it. Layers come one after the
     other, as they run. Of each, the inputs in the network as it is quantized so far and in the float network give second
-    moments, and these give, without a gradient: weights that turn the quantized inputs into the float output (least squares,
-    damped as held-out examples want it), the distance of their codes, the codes, column by column, where the error of
-    each is made good by those that follow (GPTQ, Frantar et al. 2023), and the scale and the shift of the output. The new
+    moments, and these give, without a gradient: the bounds of the inputs that serve the output, the weights that turn the
+    quantized inputs into the float output (least squares, damped as held-out examples want it), the distance of their
+    codes, the codes, column by column, where the error of each is made good by those that follow (GPTQ, Frantar et al.
+    2023), and the scale and the shift of the output. The new
     weight stays a float weight inside the cell of its code, so that training can go on from here.
 
-    Everything runs in evaluation mode; bounds of layer inputs stay as they are. Padding tokens, which a 2-dimensional
+    Everything runs in evaluation mode. Padding tokens, which a 2-dimensional
     `attention_mask` names, do not count. Layers that standardize their weight only get a new scale and shift. A layer
     that runs more than once in a forward, shares its weight or never runs stays as it was calibrated, which is logged; so do
     embeddings, whose rows have no inputs, and experts that share one parameter.
@@ -256,16 +258,26 @@ class _Sweep:
         return found[0] if found else None  # type: ignore[return-value]
 
     def _reconstruct(self, layer: QuantizedLayer, chunks: list[_Chunk]) -> None:
-        moments = self._moments(layer, chunks)
-        if not bool(moments.quantized.isfinite().all() and moments.mixed.isfinite().all()):
-            raise CalibrationError(f"the inputs of layer {layer.daq_name!r} have NaN or infinite values")
-        if moments.count > 0:
-            self.float_weights[layer] = layer.float_weight().clone()
-            fit_layer(layer, moments)
+        there = [chunk for chunk in chunks if chunk.quantized.layer is layer]
+        with whole_or_not(layer):
+            if has_own_bounds(layer):
+                fit_input_bounds(layer, self._sample(layer, there))
+            moments = self._moments(layer, there)
+            if not bool(moments.quantized.isfinite().all() and moments.mixed.isfinite().all()):
+                raise CalibrationError(f"the inputs of layer {layer.daq_name!r} have NaN or infinite values")
+            if moments.count > 0:
+                self.float_weights[layer] = layer.float_weight().clone()
+                fit_layer(layer, moments)
         del self.todo[layer]
 
-    def _moments(self, layer: QuantizedLayer, chunks: list[_Chunk]) -> Moments:
-        there = [chunk for chunk in chunks if chunk.quantized.layer is layer]
+    def _sample(self, layer: QuantizedLayer, there: list[_Chunk]) -> Sample:
+        sample = Sample(layer, layer.weight_shape())
+        for number, chunk in enumerate(there):
+            for half, x, exact in chunk.inputs(layer, number % 2):
+                sample.add(half, x, exact, sample.limit // (2 * len(there)) + 1)
+        return sample
+
+    def _moments(self, layer: QuantizedLayer, there: list[_Chunk]) -> Moments:
         moments = Moments(layer, layer.weight_shape())
         for number, chunk in enumerate(there):
             for half, x, exact in chunk.inputs(layer, number % 2):

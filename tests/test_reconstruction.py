@@ -18,10 +18,11 @@ import hf_daq
 from hf_daq import DaqConfig
 from hf_daq.errors import CalibrationError, ModelError
 from hf_daq.model.batch import joined, run
+from hf_daq.nn.bounds import fit_input_bounds, has_own_bounds
 from hf_daq.nn.fitting import fit_layer
 from hf_daq.nn.init import Grid
 from hf_daq.nn.layers import quantized_layers
-from hf_daq.nn.moments import Moments
+from hf_daq.nn.moments import Moments, Sample
 from hf_daq.nn.rounding import best_steps, centered, improve_codes, refit, round_columns
 
 # ------------------------------------------------------------------------------------------------- the mathematics
@@ -40,7 +41,7 @@ def moments_of(quantized, in_float, center=False):
         return torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
 
     q, f = with_ones(quantized), with_ones(in_float)
-    return centered(q.mT @ q, f.mT @ q, center)
+    return centered(q.mT @ q, f.mT @ q, in_float.square().sum(1), center)._replace(firmness=torch.ones(1))
 
 
 def random_weight(*shape, seed=1):
@@ -200,7 +201,7 @@ def test_moments_give_the_mean_and_the_squares_of_the_output(kind):
     found = Moments(layer, layer.weight_shape())
     found.add(0, one[:4], other[:4], 10**6)
     found.add(1, one[4:], other[4:], 10**6)
-    got = centered(found.quantized.sum(0), found.mixed.sum(0), False)
+    got = centered(found.quantized.sum(0), found.mixed.sum(0), found.in_float.sum(0), False)
     weight = layer.float_weight().detach()
     rows = weight.double().reshape(found.groups, -1, found.columns)
     y_one, y_other = (
@@ -288,6 +289,70 @@ def test_a_layer_whose_inputs_are_all_the_same_or_zero():
         fit_layer(layer, moments)
         assert layer.calibrated
         torch.testing.assert_close(layer(x), LAYERS["linear"]()(x), rtol=1e-4, atol=1e-4)
+
+
+def outliers():
+    """Inputs of which one column is 0 or about 40: what bounds clip of it, its weight can make good."""
+    torch.manual_seed(0)
+    x = torch.randn(400, 12)
+    x[:, 3] = torch.where(torch.rand(400) < 0.1, 40 + 0.01 * x[:, 3], 0.0)
+    return x
+
+
+def sampled(layer, x, in_float=None):
+    sample = Sample(layer, layer.weight_shape())
+    for half, part in enumerate((slice(0, None, 2), slice(1, None, 2))):
+        sample.add(half, x[part], (x if in_float is None else in_float)[part], 10**6)
+    return sample
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@torch.no_grad()
+def test_bounds_of_inputs_are_those_that_serve_the_output(sign):
+    layer, exact = quantized_layer(LAYERS["linear"](), weight_bits=8, activation_bits=8), LAYERS["linear"]()
+    x = sign * outliers()
+    layer.a_quant.lower.fill_(min(x.min().item(), -3.0))
+    layer.a_quant.upper.fill_(max(x.max().item(), 3.0))
+    span, before = layer.a_quant.span.item(), layer.w_quant(layer.weight) / layer.a_quant.span
+    fit_input_bounds(layer, sampled(layer, x))
+    assert layer.a_quant.span < 0.5 * span
+    assert layer.a_quant.lower < -1.5
+    assert layer.a_quant.upper > 1.5
+    torch.testing.assert_close(layer.w_quant(layer.weight) / layer.a_quant.span, before)
+    moments = Moments(layer, layer.weight_shape())
+    for half, part in enumerate((slice(0, None, 2), slice(1, None, 2))):
+        moments.add(half, layer.a_quant(x[part]) * layer.a_quant.span, x[part], 10**6)
+    fit_layer(layer, moments)
+    noise = (span / 255) ** 2 / 12 * exact.weight.square().sum(1).mean()  # of the bounds that clip nothing
+    assert (layer(x) - exact(x)).square().mean() < 0.5 * noise
+
+
+@torch.no_grad()
+def test_bounds_of_inputs_stay_where_nothing_is_gained():
+    for x in (torch.zeros(40, 12), torch.full((40, 12), torch.nan), torch.rand(400, 12), torch.rand(1, 12)):
+        layer = quantized_layer(LAYERS["linear"](), weight_bits=4, activation_bits=4)
+        layer.a_quant.lower.fill_(-0.01)
+        layer.a_quant.upper.fill_(1.0)
+        before = {name: value.clone() for name, value in layer.state_dict().items()}
+        fit_input_bounds(layer, sampled(layer, x))
+        assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+def test_a_sample_has_the_error_that_the_definition_gives():
+    layer = quantized_layer(LAYERS["grouped"](), weight_bits=4)
+    one, other = inputs_of(layer), inputs_of(layer, seed=1)
+    sample, moments = Sample(layer, layer.weight_shape()), Moments(layer, layer.weight_shape())
+    weight = layer.float_weight().detach().reshape(2, -1, 27)
+    for half, part in enumerate((slice(0, 3), slice(3, 6))):
+        sample.add(half, one[part], other[part], 10**6)
+        moments.add(half, one[part], other[part], 10**6)
+    halves = [centered(*sums, True) for sums in zip(moments.quantized, moments.mixed, moments.in_float, strict=True)]
+    wanted = 0.0
+    for fit, part in ((halves[0], slice(3, 6)), (halves[1], slice(0, 3))):
+        found = refit(weight.double(), fit, 0.3).float().reshape(layer.weight.shape)
+        y = layer.compute(other[part], layer.weight, None) - layer.compute(one[part], found, None)
+        wanted += y.var((0, 2, 3), correction=0).sum().item()
+    assert sample.error(lambda x: x, weight, 0.3, True) == pytest.approx(wanted, rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------ the whole network
@@ -387,16 +452,22 @@ def test_layers_are_fitted_in_the_quantized_prefix_one_after_the_other(family):
     assert len(order) == len(quantized_layers(slow))
     for name in order:
         layer = slow.get_submodule(name)
-        moments = Moments(layer, layer.weight_shape())
+        moments, sample = Moments(layer, layer.weight_shape()), Sample(layer, layer.weight_shape())
+        parts = []
         for one in batches:
             x, f = inputs(slow, name, one), inputs(exact, name, one)
-            x = layer.a_quant(x).detach() * layer.a_quant.span.detach()
             for half, part in enumerate((slice(0, 4), slice(4, 8))):
                 q, r = x[part], f[part]
                 if isinstance(one, dict) and x.ndim == 3:
                     q, r = (value[one["attention_mask"][part] > 0] for value in (q, r))
-                moments.add(half, q, r, 10**6)
+                parts.append((half, q, r))
         with torch.no_grad():
+            for half, q, r in parts:
+                sample.add(half, q, r, sample.limit // 6 + 1)
+            if has_own_bounds(layer):
+                fit_input_bounds(layer, sample)
+            for half, q, r in parts:
+                moments.add(half, layer.a_quant(q) * layer.a_quant.span, r, 10**6)
             fit_layer(layer, moments)
     for name, value in slow.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value, msg=name)
@@ -443,8 +514,8 @@ def test_everything_else_is_left_as_it_was(tmp_path):
     layers = quantized_layers(model)
     for name, value in model.state_dict().items():
         owner = name.rpartition(".")[0].removesuffix(".w_quant")
-        changed = owner in layers and not name.endswith("bias") and ".a_quant." not in name
-        assert torch.equal(value, before[name]) != changed, name
+        changed = owner in layers and not name.endswith("bias")
+        assert ".a_quant." in name or torch.equal(value, before[name]) != changed, name
     assert all(module.training for module in model.modules())
     assert all(dict(model.named_parameters())[name] is value for name, value in weights.items())
     assert not any("forward" in vars(module) or module._forward_pre_hooks for module in model.modules())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -26,22 +28,23 @@ _WIDE = 512  # columns from which float32 serves: it is twice as fast
 _MARGIN = 0.02  # codes between a weight and the end of its cell
 
 
-@torch.no_grad()
-def fit_layer(layer: QuantizedLayer, moments: Moments) -> None:
-    """Write to the layer what gives the float output with the least squared error. If that is interrupted, the layer stays
-    as it was."""
+@contextmanager
+def whole_or_not(layer: QuantizedLayer) -> Iterator[None]:
+    """A layer whose changes inside are interrupted is as it was."""
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     try:
-        _fit(layer, moments)
+        yield
     except BaseException:
         layer.load_state_dict(before)
         raise
 
 
-def _fit(layer: QuantizedLayer, moments: Moments) -> None:
+@torch.no_grad()
+def fit_layer(layer: QuantizedLayer, moments: Moments) -> None:
+    """Write to the layer what gives the float output with the least squared error."""
     quantizer = layer.w_quant
     center = quantizer.shift is not None
-    both = centered(moments.quantized.sum(0), moments.mixed.sum(0), center)
+    both = centered(moments.quantized.sum(0), moments.mixed.sum(0), moments.in_float.sum(0), center)
     if moments.columns >= _WIDE:
         both = Centered(*(value.float() for value in both))
     weight = wide(layer.float_weight().detach()).to(both.quantized.dtype)
@@ -50,7 +53,9 @@ def _fit(layer: QuantizedLayer, moments: Moments) -> None:
     kept = (quantizer(layer.float_weight()) / span).to(target.dtype).reshape(target.shape)
     output = _output(quantizer, target, kept, both)
     if not layer.standardizes:
-        one, other = (centered(q, f, center) for q, f in zip(moments.quantized, moments.mixed, strict=True))
+        one, other = (
+            centered(*sums, center) for sums in zip(moments.quantized, moments.mixed, moments.in_float, strict=True)
+        )
         wanted = refit(target, both, best_damping(target, (one, other)))
         grid = Grid(quantizer.levels, quantizer.center)
         steps = best_steps(wanted, both, quantizer)

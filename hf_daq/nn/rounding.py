@@ -16,31 +16,40 @@ from .init import Grid
 from .quantizers import WeightQuantizer
 
 DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-_NARROW = 512
+NARROW = 512
 ROUNDING_DAMPING = 0.1
 _BLOCK = 128
 _CANDIDATES = 40
 
 
 class Centered(NamedTuple):
-    """Covariances of the quantized inputs, and of float with quantized ones, around the means; or products around zero."""
+    """Covariances of the quantized inputs, and of float with quantized ones, around the means; or products around zero.
+
+    firmness: how firmly the weights of each column stay where they are when the others are fitted, 0 to 1, shape (groups,
+        columns): less where inputs are further from the float ones than usual, as those that the bounds clip.
+    """
 
     quantized: Tensor
     mixed: Tensor
     quantized_mean: Tensor
     float_mean: Tensor
+    firmness: Tensor
 
 
-def centered(quantized: Tensor, mixed: Tensor, center: bool) -> Centered:
+def centered(quantized: Tensor, mixed: Tensor, in_float: Tensor, center: bool) -> Centered:
     """Of sums as in `Moments`, shape (groups, columns + 1, columns + 1)."""
     count = quantized[:1, -1:, -1:].clamp_min(1)
-    quantized, mixed = quantized / count, mixed / count
+    quantized, mixed, in_float = quantized / count, mixed / count, in_float / count[:, 0]
     q_mean, f_mean = quantized[:, :-1, -1], mixed[:, :-1, -1]
     quantized, mixed = quantized[:, :-1, :-1], mixed[:, :-1, :-1]
     if center:
         quantized = quantized - q_mean[:, :, None] * q_mean[:, None]
         mixed = mixed - f_mean[:, :, None] * q_mean[:, None]
-    return Centered(quantized, mixed, q_mean, f_mean)
+        in_float = in_float - f_mean.square()
+    energy, crossed = (value.diagonal(dim1=1, dim2=2) for value in (quantized, mixed))
+    noise = ((in_float - 2 * crossed + energy) / energy.clamp_min(1e-20)).clamp(1e-8, 1e8)
+    usual = noise.median(1, keepdim=True).values
+    return Centered(quantized, mixed, q_mean, f_mean, (usual / noise).clamp_max(1.0))
 
 
 def _ridge(moments: Centered, damping: float) -> Tensor:
@@ -64,7 +73,7 @@ def _factor(matrix: Tensor) -> Tensor:
 
 def refit(weight: Tensor, moments: Centered, damping: float) -> Tensor:
     """The weight that gives the float output from quantized inputs with the least squared error: `W (C + D) (H + D)^-1`."""
-    ridge = _ridge(moments, damping)
+    ridge = _ridge(moments, damping) * moments.firmness
     factor = _factor(moments.quantized + ridge.diag_embed())
     right = weight @ moments.mixed + weight * ridge[:, None]
     return torch.cholesky_solve(right.mT, factor).mT
@@ -76,7 +85,7 @@ def best_damping(weight: Tensor, halves: tuple[Centered, Centered]) -> float:
         return 1.0
     weight = weight.float()
     one, other = (Centered(*(value.float() for value in half)) for half in halves)
-    pairs = ((one, other), (other, one)) if weight.shape[2] <= _NARROW else ((one, other),)
+    pairs = ((one, other), (other, one)) if weight.shape[2] <= NARROW else ((one, other),)
     targets = [weight @ rest.mixed for _, rest in pairs]
 
     @cache
