@@ -22,6 +22,7 @@ from ranks import (
     targets,
     train,
     trained_by_trainer,
+    trained_experts,
     vit,
 )
 from text_models import logits, tiny_bert
@@ -132,6 +133,14 @@ def test_a_state_loads_into_a_sharded_model(ended):
     twin.load_state_dict(first["state"])
     for rank in (first, second):
         torch.testing.assert_close(rank["logits"], twin(batches(0)), rtol=1e-5, atol=1e-5)
+
+
+def test_experts_end_where_one_process_would_also_where_their_weights_are_sharded(ended):
+    first, second = ended[1]["experts"]
+    want = trained_experts(0, 1, lambda model: model).state_dict()
+    equal(first["state"], second["state"])
+    for kind in ("state", "sharded"):  # what was gathered is on the first rank
+        close(first[kind], want)
 
 
 @pytest.mark.parametrize("scenario", ["ddp", "fsdp"])

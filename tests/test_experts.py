@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+import transformers as tf
 from scan_transformers import quiet
 from torch import nn
 
@@ -114,10 +115,11 @@ def gradients(layers, key, like):
     )
 
 
-@pytest.mark.parametrize(
-    "config", [*CONFIGS, CONFIG.replace(activation_bits=None)], ids=["tensor", "channel", "group", "weights"]
-)
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+WEIGHTS = CONFIG.replace(activation_bits=None)
+PAIRS = [(name, config) for name in ("mixtral", "gpt_oss") for config in (*CONFIGS, WEIGHTS)]
+
+
+@pytest.mark.parametrize(("name", "config"), [*PAIRS, ("qwen3_moe", CONFIG), ("deepseek_v3", CONFIG)])
 def test_loss_and_gradients_are_those_of_linear_layers(name, config):
     fused = calibrated(name, config).train()
     # In float64, or sums in another order would move an input of 8 bits across a threshold now and then.
@@ -144,7 +146,7 @@ def test_loss_and_gradients_are_those_of_linear_layers(name, config):
                 assert wanted.abs().max() > 0
                 torch.testing.assert_close(one, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
                 compared += 1
-    assert compared >= 2 * 2 * 4
+    assert compared >= 8 * len(experts_of(fused))
     own = dict(other.named_parameters())
     for key, parameter in fused.named_parameters():
         if "experts" not in key and parameter.grad is not None:
@@ -293,3 +295,32 @@ def test_reconstruct_leaves_experts_as_they_are(caplog):
     changed = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
     assert any("self_attn" in key for key in changed)
     assert not any("experts" in key for key in changed)
+
+
+def test_biases_of_experts_do_not_decay():
+    model = hf_daq.apply_daq(tiny.build("gpt_oss"), WEIGHTS)
+    groups = {group["name"]: group["params"] for group in hf_daq.param_groups(model, lr=1e-3, weight_decay=0.1)}
+    bias = experts_of(model)[0].gate_up_proj_bias
+    assert any(parameter is bias for parameter in groups["no_decay"])
+
+
+def wide(model_class, **config):
+    sizes = {"vocab_size": 99, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32}
+    with torch.device("meta"):
+        return model_class(model_class.config_class(**sizes, num_experts_per_tok=2, **config))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        wide(tf.Qwen3MoeForCausalLM, num_experts=16, moe_intermediate_size=128),
+        wide(tf.MixtralForCausalLM, num_local_experts=16, intermediate_size=128),
+        wide(tf.DeepseekV3ForCausalLM, n_routed_experts=16, moe_intermediate_size=128, first_k_dense_replace=1),
+        wide(tf.GptOssForCausalLM, num_local_experts=16, intermediate_size=128),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_nearly_all_parameters_are_quantized(model):
+    for least, config in ((0.9, CONFIG), (0.98, CONFIG.replace(embedding_bits=4))):
+        totals = hf_daq.plan(model, config).totals
+        assert totals["weights_quantized"] > least * totals["parameters"]

@@ -54,7 +54,7 @@ def param_groups(model: Any, lr: float, quantizer_lr: float = 1e-3, weight_decay
             continue
         if id(parameter) in quantizer:
             groups["quantizer"].append(parameter)
-        elif parameter.ndim <= 1 or name.endswith(".bias") or name in undecayed:
+        elif parameter.ndim <= 1 or name.endswith("bias") or name in undecayed:
             groups["no_decay"].append(parameter)
         else:
             groups["decay"].append(parameter)

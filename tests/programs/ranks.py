@@ -15,11 +15,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+import tiny
 from models import images, small_net, small_timm
 from text_models import tiny_bert, tokens
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from trainers import arguments, trainer_of
 
 import hf_daq
@@ -236,6 +238,36 @@ def fsdp_of_a_transformers_model(rank: int, world: int, folder: Path) -> dict:
     return {"state": state}
 
 
+def trained_experts(rank: int, world: int, wrapped: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """A mixture of experts, of which each rank's tokens reach some."""
+    model = hf_daq.apply_daq(tiny.build("mixtral"), WEIGHTS_ONLY)
+    ids = torch.randint(3, tiny.VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(0))
+    with hf_daq.calibrate(model):
+        model(input_ids=share(ids, rank, world))
+    model = wrapped(model)
+    optimizer = optimizer_of(model)
+    for _ in range(2):
+        own = share(ids, rank, world)
+        model(input_ids=own, labels=own).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def _with_sharded_blocks(model: nn.Module) -> nn.Module:
+    for block in model.model.layers:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def experts(rank: int, world: int) -> dict:
+    model = trained_experts(rank, world, DistributedDataParallel)
+    return {
+        "state": model.module.state_dict(),
+        "sharded": full_state(trained_experts(rank, world, _with_sharded_blocks)),
+    }
+
+
 def trained_by_trainer(folder: Path, batch_size: int) -> nn.Module:
     model = hf_daq.apply_daq(tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), WEIGHTS_ONLY)
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -308,6 +340,7 @@ SCENARIOS = [
     fsdp,
     fsdp_in_bf16,
     fsdp_of_a_transformers_model,
+    experts,
     trainer,
     mistakes,
 ]
