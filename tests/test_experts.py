@@ -149,7 +149,8 @@ def test_loss_and_gradients_are_those_of_linear_layers(name, config):
     assert compared >= 8 * len(experts_of(fused))
     own = dict(other.named_parameters())
     for key, parameter in fused.named_parameters():
-        if "experts" not in key and parameter.grad is not None:
+        # Calibration has joined input quantizers of sibling layers of the one model.
+        if "experts" not in key and "a_quant" not in key and parameter.grad is not None:
             scale = float(own[key].grad.abs().max())
             torch.testing.assert_close(parameter.grad, own[key].grad, rtol=1e-4, atol=1e-5 * max(scale, 1e-3))
 
