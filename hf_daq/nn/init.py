@@ -12,7 +12,7 @@ from .quantizers import WeightQuantizer
 from .search import TOLERANCE, in_native, native_bounds, shares, sums, widest_bound
 
 _SAMPLES = 2**16
-_CHUNK = 2**17  # weights whose candidates are tried together; of other devices 256 times as many
+_CHUNK = 2**18  # weights whose candidates are tried together; of other devices 256 times as many
 _TOP = 16  # the share of a sample that goes to the largest values
 
 

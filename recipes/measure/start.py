@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as temporary:
         source, place = args.folder or Path(temporary, "source"), Path(temporary)
         if args.folder is None:
-            write_random(source)
+            write_random(source, 32000)
         library()  # compiled once, and kept
         for step in args.steps:
             row = measured(step, source, place, args)
