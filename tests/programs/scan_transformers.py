@@ -326,7 +326,7 @@ def check_train(case: Case) -> Iterator[str]:
     names = different(train(case, model).state_dict(), train(case, loaded).state_dict())
     if names:
         yield f"a step after reloading differs: {names[:5]}"
-    fresh = hf_daq.apply_daq(tiny.build(case.name), CONFIG)
+    fresh = hf_daq.apply_daq(tiny.build(case.name), model.daq_config)  # which names the layers that share a quantizer
     _, unknown = fresh.load_state_dict(load_file(path / "model.safetensors"), strict=False)
     _, float_unknown = case.new().load_state_dict(load_file(case.folder / "float" / "model.safetensors"), strict=False)
     if float_unknown:  # transformers renames these when it saves
