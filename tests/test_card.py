@@ -174,6 +174,7 @@ def test_cards_of_transformers_models(tmp_path, monkeypatch, packed, without):
     assert "with weights of a few bits (W2: bits of weights (W); inputs stay in float)" in text
     assert "A32" not in text
     assert "belongs into the folder" in text
+    assert ("On a CPU, linear layers with inputs in float compute from the codes where" in text) == packed
     load, run = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     scope = {}
     exec(load, scope)
@@ -244,7 +245,9 @@ def test_a_generated_card_is_written_anew(model, tmp_path):
     hf_daq.save_pretrained(model, tmp_path)
     assert not is_edited((tmp_path / "README.md").read_text())
     hf_daq.save_pretrained(model, tmp_path, packed=True)
-    assert "for inference" in (tmp_path / "README.md").read_text()
+    text = (tmp_path / "README.md").read_text()
+    assert "for inference" in text
+    assert "On a CPU, layers with quantized inputs compute in integers where processor" in text
     assert is_edited("# anything")
 
 

@@ -311,12 +311,18 @@ def test_summary_says_how_packed_layers_compute():
     with hf_daq.calibrate(hf_daq.apply_daq(model, bits=4, first_last_bits=8), check=False):
         model(x)
     assert "path" not in hf_daq.summary(model, x).to_text(wide=True)
+    assert "packed: " not in str(hf_daq.health(model, x))
+    assert hf_daq.health(model, x).paths == {}
     hf_daq.pack(model)
     model[0].weight_grid, model[0].group_size = "odd", 6  # one layer that cannot go this way
     found = hf_daq.summary(model, x)
     assert [layer.path for layer in found.layers] == ["unpacked", "integers", "integers"]
     assert found.layers[0].path_error == 0
     assert 0 < max(layer.path_error for layer in found.layers) < 1e-6
-    assert "runs in integers: 2 of 3 layers, error " in str(found)
+    assert "\npacked: 2 layers in integers, 1 unpacked; largest error of a layer " in str(found)
     assert "integers" in found.to_text(wide=True).split("W: weights")[0]
-    assert "runs" not in str(hf_daq.summary(model))
+    assert "packed: " not in str(hf_daq.summary(model))
+    well = hf_daq.health(model, x)
+    assert well.to_dict().items() >= {"paths": {"unpacked": 1, "integers": 2}, "path_error": well.path_error}.items()
+    assert well.path_error == max(layer.path_error for layer in found.layers)
+    assert str(found).splitlines()[-1] == str(well).splitlines()[-2]

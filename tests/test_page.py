@@ -241,16 +241,17 @@ def test_outputs_that_are_no_answers(tmp_path):
 def test_a_packed_model_and_what_is_there_already(tmp_path, monkeypatch):
     model, reference = timm_pair()
     batch = images(12, 64, seed=3)
-    compared, health = hf_daq.compare(model, reference, [batch]), hf_daq.health(model, batch)
+    compared, model = hf_daq.compare(model, reference, [batch]), hf_daq.pack(model)
+    health = hf_daq.health(model, batch)
     for name in ("compare", "examine"):
         monkeypatch.setitem(hf_daq.report.__globals__, name, None)
-    model = hf_daq.pack(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     path = tmp_path / "report.html"
     page = Page(hf_daq.report(model, reference, [batch], path, comparison=compared, health=health, title="Mine"))
     assert "Mine, W1A1" in page.text
     assert "Some layers" in page.text
     assert "Packed: weights are codes of a few bits" in page.text
+    assert "As packed: " in page.text
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

@@ -185,12 +185,25 @@ def _loading(inspection: Inspection, repo_id: str | None) -> list[str]:
         lines = f'import hf_daq\n\nmodel = hf_daq.from_pretrained("{where}", model=model)  # the float model'
         without = "there is nothing that reads the file"
     kind = (
-        "Weights are codes of a few bits, for inference; `hf_daq.unpack(model)` makes them trainable."
+        f"Weights are codes of a few bits, for inference; `hf_daq.unpack(model)` makes them trainable. {_running_packed(inspection)}"
         if inspection.packed
         else "The model can be evaluated, or trained on; its float weights are quantized in every forward."
     )
     install = "pip install -e .  # in a clone of the repository of hf_daq"
     return [f"```bash\n{install}\n```\n\n```python\n{lines}\n```", f"Without `import hf_daq` {without}.", kind]
+
+
+def _running_packed(inspection: Inspection) -> str:
+    with_inputs = {layer.activation_bits is not None for layer in inspection.layers}
+    ways = {
+        "layers with quantized inputs compute in integers": True in with_inputs,
+        "linear layers with inputs in float compute from the codes": False in with_inputs,
+    }
+    ways_text = " and ".join(way for way, found in ways.items() if found)
+    return (
+        f"On a CPU, {ways_text} where processor, shape and granularity allow it; otherwise weights are unpacked in every "
+        "forward. `print(hf_daq.summary(model, batch))` counts the layers that go each way, and tells their largest error."
+    )
 
 
 def _quantized_rows(inspection: Inspection) -> list[tuple[Any, ...]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Group
@@ -15,7 +15,7 @@ from ..config import DaqConfig
 from ..model.batch import examples_in
 from ..text import COLUMNS, as_text, cell, plain
 from .findings import findings_of
-from .measure import Measurement, check_quantized, measure
+from .measure import Measurement, check_quantized, measure, paths_taken, paths_text
 from .network import network_sqnr
 
 # Networks calibrated at 15 dB or more (EfficientNet-Lite0, MiniLM) were as accurate as in float; at 10 dB they had lost 3 to 4
@@ -53,12 +53,16 @@ class Health:
         examples; None if there is nothing to compare, as in a packed model. `reconstruct` and training at few bits move
         float weights away from a good float network, so that afterwards a low figure says nothing.
     settings: arguments of `apply_daq` that bring a model that was only calibrated nearer to float, of those not in use.
+    paths, path_error: of a packed model: how many layers compute this batch in "integers", from "codes" or "unpacked", and the
+        largest error of a layer, as in `summary`.
     """
 
     findings: list[Finding]
     layers: int
     network_sqnr: float | None = None
     settings: tuple[str, ...] = ()
+    paths: dict[str, int] = field(default_factory=dict)
+    path_error: float | None = None
 
     @property
     def fine(self) -> bool:
@@ -81,6 +85,8 @@ class Health:
 
     def __rich__(self) -> Group | Text:
         parts: list[Any] = [Padding(cell(f"network: {self.as_a_whole()}"), 0, expand=False)]
+        if self.paths:
+            parts += [Padding(cell(self.as_packed()), 0, expand=False)]
         if not self.findings:
             return Group(*parts, Text(f"no findings in {self.layers} quantized layers"))
         parts += [Text()]
@@ -102,6 +108,10 @@ class Health:
         tries = "; ".join([*self.settings, "hf_daq.reconstruct(model, batches)", "training"])
         judged = f"{_FINE_NETWORK:.0f} dB would be fine after calibration; reconstruct and training move these weights"
         return f"{text}, {judged}, and accuracy tells then. Try: {tries}"
+
+    def as_packed(self) -> str:
+        """What `paths` and `path_error` mean, in words; empty for a model that is not packed."""
+        return paths_text(self.paths, self.path_error) if self.paths else ""
 
     def __str__(self) -> str:
         return as_text(self, COLUMNS)
@@ -136,7 +146,8 @@ def examine(model: nn.Module, batch: Any, calibrated_now: bool = False) -> Healt
     findings = [Finding(*found) for found in findings_of(measured, calibrated_now)]
     sqnr = network_sqnr(model, batch, measured)
     config: DaqConfig | None = vars(model).get("daq_config")
-    return Health(findings, len(measured), sqnr, _settings(config, measured) if config and sqnr is not None else ())
+    settings = _settings(config, measured) if config and sqnr is not None else ()
+    return Health(findings, len(measured), sqnr, settings, *paths_taken(measured))
 
 
 def _settings(config: DaqConfig, measured: list[Measurement]) -> tuple[str, ...]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -218,6 +219,22 @@ class Measurement:
 def bits_name(weight_bits: int, input_bits: int | None) -> str:
     """The field's short form."""
     return f"W{weight_bits}" if input_bits is None else f"W{weight_bits}A{input_bits}"
+
+
+def paths_taken(layers: Iterable[Any]) -> tuple[dict[str, int], float | None]:
+    """How many packed layers took each path, and the largest error of one; nothing and None without packed layers."""
+    taken = [layer for layer in layers if layer.path is not None]
+    return dict(Counter(layer.path for layer in taken)), max((layer.path_error for layer in taken), default=None)
+
+
+def paths_text(paths: dict[str, int], error: float | None) -> str:
+    """What `paths_taken` found, in words."""
+    words = {"integers": "in integers", "codes": "from codes", "unpacked": "unpacked"}
+    counts = [f"{paths[path]} {word}" for path, word in words.items() if path in paths]
+    first, *others = counts
+    layers = "layer" if first.startswith("1 ") else "layers"
+    text = ", ".join([first.replace(" ", f" {layers} ", 1), *others])
+    return f"packed: {text}; largest error of a layer {f'{error:.0e}' if error else 0}"
 
 
 def usable(layer: Any) -> bool:

@@ -21,7 +21,7 @@ from ..nn.layers import LAYER_TYPES
 from ..nn.packed import daq_layers
 from ..nn.quantizers import wide
 from ..text import COLUMNS, Name, as_text, bits_text, cell, plain, shape_text
-from .measure import Measurement, bits_name, check_quantized, kept_modules, measure, usable
+from .measure import Measurement, bits_name, check_quantized, kept_modules, measure, paths_taken, paths_text, usable
 
 
 @dataclass(frozen=True)
@@ -362,13 +362,8 @@ def _totals_text(totals: dict[str, Any], wide: bool) -> Text:
 
 
 def _paths_text(layers: list[LayerSummary]) -> list[Text]:
-    """How packed layers compute, where it is not by unpacking weights."""
-    lines = []
-    for path, words in (("integers", "in integers"), ("codes", "from codes")):
-        errors = [layer.path_error or 0.0 for layer in layers if layer.path == path]
-        if errors:
-            lines.append(Text(f"runs {words}: {len(errors)} of {len(layers)} layers, error {max(errors):.0e}"))
-    return lines
+    paths, error = paths_taken(layers)
+    return [Text(paths_text(paths, error))] if paths else []
 
 
 def _cell(value: float | None, form: str, factor: float = 1) -> str:
