@@ -85,6 +85,22 @@ def test_options_that_torch_refuses_are_refused():
         model(*tensors("plain"), is_causal=True)
 
 
+def test_the_output_alone_can_be_quantized(tmp_path):
+    rule = {"pattern": r"re:attention\.[qkv]_proj", "skip": True}
+    model, before = built("plain", bits=4, rules=[rule])
+    arguments = tensors("plain")
+    assert list(daq_layers(model)) == ["attention.out_proj"]
+    expected = model(*arguments)
+    assert not torch.allclose(expected[0], before(*arguments)[0])
+    for packed in (False, True):
+        hf_daq.save_pretrained(model, tmp_path, packed=packed)
+        opened = hf_daq.from_pretrained(tmp_path, model=Attention()).eval()
+        torch.testing.assert_close(opened(*arguments), expected)
+    plain = hf_daq.remove_daq(opened, weights="quantized")
+    assert type(plain.attention) is nn.MultiheadAttention
+    assert plain.state_dict().keys() == before.state_dict().keys()
+
+
 @pytest.mark.parametrize("name", ["plain", "no_bias", "widths"])
 def test_all_forms_are_the_same(name, tmp_path):
     model, _ = built(name, bits=4)

@@ -350,3 +350,46 @@ def test_refusals(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="pip install -U compressed-tensors"):
         export_compressed_tensors(calibrated(), out)
     assert not out.exists()
+
+
+def test_attentions_of_torch_are_refused_and_stay_where_they_are_in_full_precision(tmp_path):
+    x = tiny.inputs("siglip")
+
+    def quantized(**config):
+        model = hf_daq.apply_daq(tiny.build("siglip"), DaqConfig(bits=8, **config))
+        with hf_daq.calibrate(model):
+            model(**x)
+        return model
+
+    message = (
+        "'vision_model.head.attention.q_proj' belongs to a MultiheadAttention.*_convert=.'vision_model.head.attention'"
+    )
+    for model in (quantized(), hf_daq.pack(quantized())):
+        with pytest.raises(ExportError, match=message):
+            export_compressed_tensors(model, tmp_path)
+    alone = quantized(rules=[{"pattern": r"re:.*head\.attention\.[qkv]_proj", "skip": True}])
+    with pytest.raises(ExportError, match="'vision_model.head.attention.out_proj' belongs to a MultiheadAttention"):
+        export_compressed_tensors(alone, tmp_path)
+    assert not list(tmp_path.iterdir())
+    model = quantized(modules_to_not_convert=["vision_model.head.attention"])
+    assert export_compressed_tensors(model, tmp_path, x).layer_error < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda model: setattr(model, "lm_head", torch.nn.Identity()),
+            "does not find 'lm_head.weight' in the exported",
+        ),
+        (
+            lambda model: setattr(model, "more", torch.nn.LayerNorm(4)),
+            "does not know what to do with 'more.bias' of the",
+        ),
+    ],
+)
+def test_a_folder_that_is_not_the_whole_model_is_refused(change, message, tmp_path):
+    model = calibrated()
+    change(model)
+    with pytest.raises(ExportError, match=message):
+        export_compressed_tensors(model, tmp_path)

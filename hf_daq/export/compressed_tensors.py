@@ -24,6 +24,7 @@ from ..files.atomic import temporary_folder
 from ..files.weights_file import weights_size
 from ..model.roles import is_transformers_model
 from ..model.unchanged import check_unchanged
+from ..nn.attention import DaqMultiheadAttention
 from ..nn.base import check_calibrated
 from ..nn.integers import Integers, integers
 from ..nn.packed import daq_layers, shared_copy
@@ -165,6 +166,13 @@ def _check(model: nn.Module) -> None:
         )
     layers = layers_to_export(model)
     for name, layer in layers.items():
+        attention = name.rpartition(".")[0]
+        if isinstance(model.get_submodule(attention), DaqMultiheadAttention):
+            raise ExportError(
+                f"layer {name!r} belongs to a MultiheadAttention, which other libraries compute from float weights; leave it in "
+                f"full precision, DaqConfig(..., modules_to_not_convert=[{attention!r}, ...]), or write "
+                "hf_daq.save_pretrained(model, directory)"
+            )
         if not isinstance(layer, nn.Linear | nn.Embedding):
             kind = layer.float_class.__name__
             raise ExportError(
@@ -307,7 +315,7 @@ def _pattern(name: str, base: str, linear: Mapping[str, Container | None]) -> st
 
 
 def _open(model: Any, folder: Path) -> Any:
-    """What transformers makes of the folder, with nothing missing."""
+    """What transformers makes of the folder, with nothing missing and nothing left over."""
     try:
         opened, found = type(model).from_pretrained(folder, output_loading_info=True)
     except Exception as error:
@@ -315,8 +323,10 @@ def _open(model: Any, folder: Path) -> Any:
             f"transformers does not open {type(model).__name__} from compressed-tensors: {type(error).__name__}: {error}; "
             "write hf_daq.save_pretrained(model, directory)"
         ) from error
-    if found["missing_keys"]:
-        raise ExportError(f"transformers does not find {sorted(found['missing_keys'])[0]!r} in the exported folder")
+    for kind, what in (("missing_keys", "find {} in"), ("unexpected_keys", "know what to do with {} of")):
+        if found[kind]:
+            key = repr(sorted(found[kind])[0])
+            raise ExportError(f"transformers does not {what.format(key)} the exported folder")
     return opened.to(model.device).eval()
 
 

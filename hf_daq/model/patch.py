@@ -48,7 +48,7 @@ def patch(model: nn.Module, config: DaqConfig) -> None:
     holders = _holders(model, planned.quantized)
     _check_forwards(holders)
     split_experts(holders.values())
-    split(holders.values())
+    split(model.get_submodule(name.rpartition(".")[0]) for name in planned.quantized)
     for name, row in planned.quantized.items():
         assert row.weight_bits is not None
         layer: Any = model.get_submodule(name)

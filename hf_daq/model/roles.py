@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..nn.attention import DaqMultiheadAttention, has_switch, projections
+from ..nn.base import DaqLayer
 from ..nn.experts import ExpertsLinear, SplitExperts, fused_experts
 from ..nn.layers import CONVOLUTIONS, LAYER_TYPES, TRANSPOSED
 from ..nn.packed import PackedLayer
@@ -39,7 +40,9 @@ def weight_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if issubclass(type(module), tuple(LAYER_TYPES)) and parametrize.is_parametrized(module, "weight"):
             yield name, module
             continue
-        if isinstance(module, DaqMultiheadAttention):  # whose projections are layers
+        if isinstance(module, DaqMultiheadAttention) and isinstance(
+            module.q_proj, DaqLayer
+        ):  # the projections are layers
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim >= 2 and (
