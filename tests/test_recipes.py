@@ -829,11 +829,12 @@ def test_speed_of_a_text_network_with_a_small_vocabulary(tiny_bert, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_speed_is_measured_in_all_runtimes():
+def test_speed_is_measured_in_all_runtimes(capsys):
     rows = deploy.main(["--speed", "test_resnet", "--threads", "1", "--compiled"])["speed"]
     assert [(row["runtime"], row["batch"]) for row in rows] == [
         (runtime, batch) for runtime in ("onnxruntime", "openvino", "PyTorch", "PyTorch, compiled") for batch in (1, 8)
     ]
     assert all(row["exact"] > 0 for row in rows)
     assert all(row["int8_outputs"] > 0 for row in rows[:-4])
-    assert 0 < rows[-1]["error"] < 1e-5
+    assert 0 < rows[-1]["error of a layer"] < 1e-5
+    assert capsys.readouterr().out.count("| runtime |") == 2, "one table of files, one of PyTorch"

@@ -23,7 +23,9 @@ Runtime: exact and with `int8_inputs=True` against float, one row and 128.
 
 `--speed` measures inference of float and quantized files in the same runtime, and of the packed network in PyTorch (images in
 channels_last; `--compiled`: with torch.compile too), random weights for names of timm, as ratios of medians taken in turn.
-`--runtimes pytorch` leaves out the files.
+`--runtimes pytorch` leaves out the files. "error of a layer" is the largest relative error of the outputs of a packed layer to those
+of the quantized one, both on the inputs that the packed network gives it. Outputs of a random network as a whole tell less: one input
+that float32 rounds to the other side of a threshold changes everything behind it.
 """
 
 import argparse
@@ -212,6 +214,7 @@ def files(
     simulated = outputs(double, few)
     with hf_daq.integer_arithmetic(double):
         row["integers, float64"] = ((outputs(double, few) - simulated).abs().max() / simulated.abs().max()).item()
+    row |= dict.fromkeys(("onnx int8", "onnx int4"))
     containers = ("int8", "int4") if row_bits(model) <= 3 else ("int8",)
     for weights in containers:
         # The table shows what verification would refuse: a network that hesitates between classes changes its mind easily.
@@ -227,6 +230,8 @@ def files(
         found = hf_daq.export_compressed_tensors(model, folder / "compressed", test)
         row["compressed-tensors"] = found.size / 1e6
         row["compressed error"] = found.relative_error
+    if kind == "next token":
+        row |= dict.fromkeys(("GGUF", "GGUF error"))
     if kind == "next token" and row_bits(model) >= 3:
         written = hf_daq.export_gguf(model, folder / "model.gguf")
         row["GGUF"], row["GGUF error"] = written.size / 1e6, written.error
@@ -311,10 +316,11 @@ def file_speed(
 def packed_speed(
     network: nn.Module, model: nn.Module, inputs: dict[str, Tensor], compiled: bool
 ) -> Iterator[dict[str, Any]]:
-    """Times of the float network and the packed one in PyTorch, and the error to the outputs of the quantized one."""
-    few = {key: value[:8] for key, value in inputs.items()}
-    expected = outputs(model, few)
+    """Times of the float network and the packed one in PyTorch, and the largest error of one of its layers."""
     models = {"float": network, "exact": hf_daq.pack(model)}
+    few = {key: value[:8] for key, value in inputs.items()}
+    layers = hf_daq.summary(model, few.get("x", few)).layers
+    largest = max(layer.path_error for layer in layers)
     if "x" in inputs:
         models = {label: found.to(memory_format=torch.channels_last) for label, found in models.items()}
     for way in ("PyTorch", "PyTorch, compiled")[: 1 + compiled]:
@@ -325,8 +331,7 @@ def packed_speed(
             if "x" in feed:
                 feed["x"] = feed["x"].contiguous(memory_format=torch.channels_last)
             sessions = {label: partial(inferred, found) for label, found in models.items()}
-            found = ratios(sessions, feed)
-            yield {"runtime": way, "batch": count, **found, "error": error(outputs(models["exact"], few), expected)}
+            yield {"runtime": way, "batch": count, **ratios(sessions, feed), "error of a layer": largest}
 
 
 def inferred(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -397,12 +402,12 @@ def decoder(bits: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------------------ main
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """A Markdown table."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    for row in rows:
-        print("| " + " | ".join(cell(column, row.get(column)) for column in columns) + " |")
+def add(row: dict[str, Any], table: list[dict[str, Any]]) -> None:
+    """Print a row of a Markdown table, below the names of its columns where they are others than before."""
+    if not table or list(table[-1]) != list(row):
+        print("\n| " + " | ".join(row) + " |\n|" + "---|" * len(row))
+    print("| " + " | ".join(cell(column, value) for column, value in row.items()) + " |", flush=True)
+    table.append(row)
 
 
 def cell(column: str, value: Any) -> str:
@@ -421,16 +426,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     try:
         for entry in args.models:
             name, _, data = entry.partition("=")
-            tables["sizes"].extend(measure(name, data, args))
+            for row in measure(name, data, args):
+                add(row, tables["sizes"])
         for name in args.speed:
             for bits in args.speed_bits:
-                tables["speed"].extend(speed(name, bits, args))
+                for row in speed(name, bits, args):
+                    add(row, tables["speed"])
         for bits in args.decoder:
-            tables["decoder"].extend(decoder(bits, args))
+            for row in decoder(bits, args):
+                add(row, tables["decoder"])
     finally:
-        for rows in tables.values():
-            if rows:
-                show(rows)
         if args.output:
             args.output.write_text(json.dumps(tables | {"settings": vars(args)}, indent=2, default=str) + "\n")
     return tables
