@@ -20,7 +20,7 @@ from huggingface_hub import hf_hub_download
 from models import images, small_net, small_timm
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from text_models import calibrated, tiny_bert, tokens
+from text_models import calibrated, tiny_bert, tiny_llama, tokens
 from typer.testing import CliRunner
 
 import hf_daq
@@ -252,6 +252,8 @@ def test_plan_of_an_endless_model(folders, tmp_path, monkeypatch):
         (["card", "absent"], "does not exist"),
         (["export", ".", "out", "--to", "tflite"], "--to"),
         (["export", ".", "out", "--to", "compressed-tensors", "--runtime", "openvino"], "--runtime is for --to onnx"),
+        (["export", ".", "out", "--to", "gguf", "--cache"], "--cache is for --to onnx"),
+        (["export", ".", "out", "--to", "compressed-tensors", "--int8-inputs"], "--int8-inputs is for --to onnx"),
         (
             ["export", ".", "out", "--to", "gguf", "--inputs", __file__],
             "--inputs is for --to onnx and compressed-tensors",
@@ -645,6 +647,34 @@ def test_export_onnx(folders, tmp_path):
     assert "--inputs FILE" not in text
     assert "sizes in numbers are fixed" in text
     assert (tmp_path / "ov.onnx").read_bytes() != (tmp_path / "model.onnx").read_bytes()
+
+
+def test_export_a_decoder_with_its_cache(tmp_path, monkeypatch):
+    """And the lines of the card that its file gets run."""
+    pytest.importorskip("onnxruntime")
+    model, folder = hf_daq.apply_daq(tiny_llama(), weight_bits=4).eval(), tmp_path / "PATH"
+    hf_daq.save_pretrained(model, folder)
+    vocabulary = {f"<{number}>": number for number in range(model.config.vocab_size - 2)}
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel(vocabulary | {"A": len(vocabulary), "sentence": len(vocabulary) + 1}, "<0>")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<0>").save_pretrained(folder)
+    save_file({"input_ids": tokens(4, 9)}, tmp_path / "texts.safetensors")
+    more = ("--to", "onnx", "--cache", "--int8-inputs", "--inputs", tmp_path / "texts.safetensors")
+    found = run_json("export", folder, folder / "model.onnx", *more)
+    assert found["int8_inputs"] is True
+    assert found["inputs"]["past_key_values.0.key"][2] == "past_sequence"
+    hf_daq.export_onnx(model, folder / "model.onnx", {"input_ids": tokens(4, 9)}, cache=True, verify=False)
+    *_, code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(folder)
+    scope = {"__builtins__": __builtins__}
+    exec(code.replace('"PATH"', '"."'), scope)
+    prompt = torch.tensor([[len(vocabulary), len(vocabulary) + 1]])
+    expected = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False, eos_token_id=None
+    )
+    assert (scope["ids"] == expected.numpy()).all()
 
 
 def test_commands_do_not_compile_and_say_nothing_but_their_result(folders, tmp_path):

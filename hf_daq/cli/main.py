@@ -326,6 +326,16 @@ def export_command(
     runtime: Annotated[
         Runtime | None, typer.Option(help="Runtime that the ONNX file is written for; default: onnxruntime.")
     ] = None,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="ONNX decoders with keys and values as inputs and outputs, to generate.")
+    ] = False,
+    int8_inputs: Annotated[
+        bool,
+        typer.Option(
+            "--int8-inputs",
+            help="Faster and not exact: ONNX Runtime rounds inputs of linear layers with weights alone to 8 bits.",
+        ),
+    ] = False,
     inputs: Inputs = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -340,12 +350,15 @@ def export_command(
     \b
     hf-daq export trained model.onnx --to onnx --inputs images.safetensors
     hf-daq export trained model.onnx --to onnx --runtime openvino
+    hf-daq export decoder model.onnx --to onnx --cache --inputs texts.safetensors
     hf-daq export trained folder --to compressed-tensors --inputs batch.safetensors
     hf-daq export trained model.gguf --to gguf
     """
     _refuse_same(folder, out)
-    if runtime and to != "onnx":
-        raise typer.BadParameter("--runtime is for --to onnx")
+    options = {"runtime": runtime, "cache": cache, "int8_inputs": int8_inputs}
+    options = {name: value for name, value in options.items() if value}
+    for name in options if to != "onnx" else ():
+        raise typer.BadParameter(f"--{name.replace('_', '-')} is for --to onnx")
     if inputs and to == "gguf":
         raise typer.BadParameter(
             "--inputs is for --to onnx and compressed-tensors: a GGUF file is compared tensor by tensor"
@@ -355,7 +368,7 @@ def export_command(
     if not out.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {out.parent}")
     with working(f"exporting {folder} to {out}"):
-        report, source = _exported(folder, out, to, runtime, inputs)
+        report, source = _exported(folder, out, to, options, inputs)
     if as_json:
         show_json(plain(report) | ({} if to == "gguf" else {"compared_on": source}))
     else:
@@ -363,7 +376,7 @@ def export_command(
 
 
 def _exported(
-    folder: Path, out: Path, to: Target, runtime: Runtime | None, inputs: Path | None
+    folder: Path, out: Path, to: Target, options: dict[str, Any], inputs: Path | None
 ) -> tuple[Any, Path | None]:
     """The report, and the file of the inputs that were compared."""
     import hf_daq
@@ -387,7 +400,7 @@ def _exported(
         report: Any = hf_daq.export_compressed_tensors(model, out, batch)
         copy_companions(folder, out)
         return report, source
-    report = hf_daq.export_onnx(model, out, batch, runtime=runtime or "onnxruntime")
+    report = hf_daq.export_onnx(model, out, batch, **options)
     if out.parent.resolve() == folder.resolve():
         write_card(folder)  # says how the file is fed
     return report, source

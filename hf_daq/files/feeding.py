@@ -3,6 +3,7 @@ ONNX files beside it."""
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,24 @@ session = onnxruntime.InferenceSession("{name}")
 encoded = AutoTokenizer.from_pretrained("{where}")("{example}", return_tensors="np")
 logits = session.run(None, {{entry.name: encoded[entry.name] for entry in session.get_inputs()}})[0]"""
 
+_ONNX_CACHE = """\
+import numpy as np
+import onnxruntime
+from transformers import AutoTokenizer
+
+session = onnxruntime.InferenceSession("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{where}")
+takes = {{entry.name: entry.shape for entry in session.get_inputs()}}
+past = {{name: np.zeros((1, size[1], 0, size[3]), np.float32) for name, size in takes.items() if len(size) == 4}}
+ids = new = tokenizer("{example}", return_tensors="np")["input_ids"]
+for _ in range(20):
+    positions = np.arange(ids.shape[1])[None, -new.shape[1] :]
+    fed = {{"input_ids": new, "attention_mask": np.ones_like(ids), "position_ids": positions}}
+    logits, *present = session.run(None, {{name: fed[name] for name in fed if name in takes}} | past)
+    new, past = logits[:, -1:].argmax(-1), dict(zip(past, present))
+    ids = np.concatenate([ids, new], 1)
+print(tokenizer.decode(ids[0]))"""
+
 _TEXT_TASKS = {
     "text-classification": "A sentence.",
     "token-classification": "A sentence.",
@@ -65,7 +84,7 @@ def running(inspection: Inspection, task: str | None, repo_id: str | None) -> li
         task: of the Hub's pipelines.
     """
     folder = Path(inspection.source)
-    onnx = [printable(path.name) for path in sorted(folder.glob("*.onnx"))]
+    onnx = {printable(path.name): path for path in sorted(folder.glob("*.onnx"))}
     if inspection.library == "timm":
         description = read_description(folder)
         image = image_facts(description.get("pretrained_cfg")) | _only_labels(description)
@@ -81,7 +100,19 @@ def running(inspection: Inspection, task: str | None, repo_id: str | None) -> li
         return []
     given = {"auto": "AutoTokenizer", "argument": "tokenizer", "example": _TEXT_TASKS[task]}
     parts = ["## Run it on a sentence", *sources, _python(_PIPELINE.format(task=task, where=where, **given))]
-    return [*parts, *(_onnx(_ONNX_TEXT.format(name=one, where=where, example=given["example"])) for one in onnx)]
+    for name, path in onnx.items():
+        lines = _ONNX_CACHE if _takes_cache(path) else _ONNX_TEXT
+        parts.append(_onnx(lines.format(name=name, where=where, example=given["example"])))
+    return parts
+
+
+def _takes_cache(path: Path) -> bool:
+    """Whether an ONNX file is that of a decoder with its cache: the names of inputs are behind the weights."""
+    with path.open("rb") as file:
+        if path.stat().st_size == 0:
+            return False
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.rfind(b"past_key_values.0.key") >= 0
 
 
 def image_facts(config: Any) -> dict[str, Any]:
