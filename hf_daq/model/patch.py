@@ -23,8 +23,9 @@ from ..nn.siblings import groups_left, link, regroup, with_owners
 from ..nn.swap import hides_forward
 from ..nn.tied import tie_layer, unpack_tied
 from .guards import ORDER, refuse_wrapped, watch
-from .plan import plan
+from .plan import Plan, plan
 from .roles import computed_weights, kept_computed_weights
+from .shares import too_little
 from .unchanged import check_unchanged, quantized_parts
 
 _WRAPPERS = (
@@ -78,14 +79,23 @@ def patch(model: nn.Module, config: DaqConfig) -> None:
     }
     model.daq_config = config.replace(layers=bits)  # type: ignore[assignment]
     watch(model)
-    if planned.unsupported and config.layers is None:
+    if config.layers is None:
+        _warn(planned)
+
+
+def _warn(planned: Plan) -> None:
+    """One message of what stays in float although nothing asks for it."""
+    found, share = [], planned.totals["share_of_parameters"]
+    if planned.unsupported:
         kinds = {f"{row.kind}: {row.reason}" for row in planned.unsupported.values()}
-        logger.warning(
-            "%d modules with weights stay in full precision although nothing asks for it (%s); hf_daq.plan(model, ...) "
-            "lists them",
-            len(planned.unsupported),
-            "; ".join(sorted(kinds)),
+        found.append(
+            f"{len(planned.unsupported)} modules with weights stay in full precision although nothing asks for it "
+            f"({'; '.join(sorted(kinds))})"
         )
+    if too_little(planned.in_float, planned.parameters):
+        found.append(f"{share:.1%} of the parameters are quantized; the rest: {planned.rest}")
+    if found:
+        logger.warning("%s; hf_daq.plan(model, ...) lists them", ". ".join(found))
 
 
 def start_weights(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from ..nn.layers import CONVOLUTIONS, LAYER_TYPES, TRANSPOSED
 from ..nn.scaled import know_embeddings
 from ..nn.subclasses import know_subclasses
 from ..text import add_row, as_text, bits_text, cell, plain_table, shape_text
+from .macs import count_macs
 from .roles import (
     bypassed_layers,
     kept_computed_weights,
@@ -27,12 +28,14 @@ from .roles import (
     tied_tables,
     weight_modules,
 )
+from .shares import InFloat, in_float, rest_text, too_little
 
 
 @dataclass(frozen=True)
 class PlannedLayer:
     """One row of a plan. `weight_bits` is None for a layer that stays in full precision; `unsupported` if nobody asked for
-    that: it holds a weight which this library cannot quantize. `tied_to`: the embedding with whose codes it computes."""
+    that: it holds a weight which this library cannot quantize. `tied_to`: the embedding with whose codes it computes.
+    `macs`: multiply-accumulates for one example, None without inputs and where these do not reach it."""
 
     name: str
     kind: str
@@ -42,18 +45,21 @@ class PlannedLayer:
     reason: str
     unsupported: bool = False
     tied_to: str | None = None
+    macs: int | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
     """What `apply_daq` would do, layer by layer. `print(plan)` shows it as a table.
 
-    layers: all modules with weights. parameters: how many numbers the model has. float_bytes, packed_bytes: size of all
-    parameters and persistent buffers, as they are and after `pack`.
+    layers: all modules with weights. parameters: how many numbers the model has. in_float: those that stay in float, by what
+    holds them, the largest part first. float_bytes, packed_bytes: size of all parameters and persistent buffers, as they
+    are and after `pack`; layers that calibration finds to read one input save another 8 bytes each.
     """
 
     layers: tuple[PlannedLayer, ...]
     parameters: int
+    in_float: tuple[InFloat, ...]
     float_bytes: int
     packed_bytes: int
 
@@ -72,13 +78,19 @@ class Plan:
     @property
     def totals(self) -> dict[str, Any]:
         """Plain JSON types: numbers of layers and of parameters, and bytes of all parameters and persistent buffers, tied
-        ones once, of the float and of the packed model."""
+        ones once, of the float and of the packed model. `share_of_parameters` is quantized, and `share_of_macs` of all
+        multiply-accumulates of layers, of which an example needs `macs`; both None without inputs."""
+        weights = sum(math.prod(row.shape) for row in self.quantized.values() if row.tied_to is None)
+        macs = sum(row.macs or 0 for row in self.layers) or None
         return {
             "layers_quantized": len(self.quantized),
             "layers_kept": len(self.kept),
             "layers_unsupported": len(self.unsupported),
-            "weights_quantized": sum(math.prod(row.shape) for row in self.quantized.values() if row.tied_to is None),
+            "weights_quantized": weights,
             "parameters": self.parameters,
+            "share_of_parameters": weights / max(self.parameters, 1),
+            "macs": macs,
+            "share_of_macs": macs and sum(row.macs or 0 for row in self.quantized.values()) / macs,
             "float_bytes": self.float_bytes,
             "packed_bytes": self.packed_bytes,
         }
@@ -98,16 +110,24 @@ class Plan:
 
     def _totals_text(self) -> str:
         totals = self.totals
-        share = totals["weights_quantized"] / max(totals["parameters"], 1)
         unsupported = f", {len(self.unsupported)} unsupported" if self.unsupported else ""
+        share = f"{totals['share_of_parameters']:.1%}"
+        if totals["macs"] is not None:
+            share += f", and {totals['share_of_macs']:.1%} of {totals['macs'] / 1e6:,.2f} million MACs"
         return (
             f"{len(self.quantized)} layers quantized, {len(self.kept)} kept in full precision{unsupported}; "
-            f"{totals['weights_quantized']:,} of {totals['parameters']:,} parameters quantized ({share:.1%}); "
-            f"{totals['float_bytes'] / 1e6:.2f} MB in float, {totals['packed_bytes'] / 1e6:.2f} MB packed"
+            f"{totals['float_bytes'] / 1e6:.2f} MB in float, {totals['packed_bytes'] / 1e6:.2f} MB packed; "
+            f"{totals['weights_quantized']:,} of {totals['parameters']:,} parameters quantized ({share})"
+            + (f"; the rest: {self.rest}" if too_little(self.in_float, self.parameters) else "")
         )
 
+    @property
+    def rest(self) -> str:
+        """What holds most of the parameters in float, each with its share of all, and what to write."""
+        return rest_text(self.in_float, self.parameters)
 
-def plan(model: nn.Module, config: DaqConfig | None = None, **kwargs: Any) -> Plan:
+
+def plan(model: nn.Module, config: DaqConfig | None = None, inputs: Any = None, **kwargs: Any) -> Plan:
     """What `apply_daq(model, config)` would do, without doing it.
 
         plan = hf_daq.plan(model, bits=3, first_last_bits=8)
@@ -116,6 +136,8 @@ def plan(model: nn.Module, config: DaqConfig | None = None, **kwargs: Any) -> Pl
     Args:
         model: a float model; may live on the meta device.
         config: a `DaqConfig`, or its arguments as keywords, e.g. `plan(model, bits=3)`.
+        inputs: a batch, to count multiply-accumulates: a tensor, a mapping or a tuple of what the model takes. It goes
+            through the model once, in evaluation mode.
 
     Raises:
         ConfigError: a rule or pattern matches nothing, a rule gives bits to nothing that has a quantized form, or a
@@ -140,10 +162,16 @@ def plan(model: nn.Module, config: DaqConfig | None = None, **kwargs: Any) -> Pl
     if config.activation_scale == "token":
         _check_tokens(layers, modules)
     _check_projections(layers, modules)
+    if inputs is not None:
+        macs = count_macs(model, modules, inputs)
+        layers = tuple(replace(row, macs=macs.get(row.name)) for row in layers)
     float_bytes = sum(value.nbytes for value in saved_tensors(model))
-    own = (row for row in layers if row.weight_bits is not None and row.tied_to is None)
+    own = [row for row in layers if row.weight_bits is not None and row.tied_to is None]
     saved = sum(_saved_bytes(modules[row.name], row, config) for row in own)
-    return Plan(layers, sum(value.numel() for value in model.parameters()), float_bytes, float_bytes - saved)
+    parameters = sum(value.numel() for value in model.parameters())
+    kept = [row for row in layers if row.weight_bits is None]
+    rest = in_float(kept, modules, parameters, sum(math.prod(row.shape) for row in own))
+    return Plan(layers, parameters, rest, float_bytes, float_bytes - saved)
 
 
 def _layers_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -270,11 +298,11 @@ def _bits_of_tables(
     for name in tables:
         pattern = next((one for one in config.modules_to_not_convert if pattern_matches(one, name)), None)
         rule = next((one for one in config.rules if _is_for_tables(one, name, config, modules, owners)), None)
-        if config.embedding_bits is not None and pattern is not None:
+        if pattern is not None:
             found[name] = None, f"modules_to_not_convert: {pattern}"
-        elif pattern is None and rule is not None:
+        elif rule is not None:
             found[name] = None if rule.get("skip") else _bits_of_table(rule, config), f"rule {rule['pattern']}"
-        elif pattern is None and config.embedding_bits is not None:
+        elif config.embedding_bits is not None:
             found[name] = config.embedding_bits, "embedding_bits"
     return found
 
@@ -299,11 +327,12 @@ def _saved_bytes(module: Any, row: PlannedLayer, config: DaqConfig) -> int:
     """By how many bytes a layer gets smaller when it is packed."""
     assert row.weight_bits is not None
     quantized_class = LAYER_TYPES[type(module)]
+    shared = "same_input_as" in (config.layers or {}).get(row.name, {})
     config = quantized_class.config_of(config, module)
     shape = quantized_class.weight_shape(module)
     scales = config.scale_count(shape)
     packed = packed_bytes(math.prod(shape), row.weight_bits, scales, config.grid(row.weight_bits))
-    if row.activation_bits is not None and config.activation_scale == "static":
+    if row.activation_bits is not None and config.activation_scale == "static" and not shared:
         packed += 8  # bounds of the inputs, both in float32
     if isinstance(module, CONVOLUTIONS + TRANSPOSED) and module.bias is None and config.bias_correction:
         packed += shape[0] * module.weight.itemsize

@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..config import packed_bytes
 from ..errors import ModelError
 from ..model.batch import examples_in, run
 from ..model.guards import ORDER
-from ..model.roles import largest_weight, weight_modules
+from ..model.macs import first_tensor, macs_of, macs_of_projections
+from ..model.roles import weight_modules
 from ..nn.base import layer_input
-from ..nn.experts import ExpertsLinear
 from ..nn.init import spread
 from ..nn.layers import CONVOLUTIONS, TRANSPOSED, QuantizedLayer, evaluating, replaced_forwards
 from ..nn.packed import daq_layers
@@ -150,12 +149,7 @@ class Measurement:
         self.outputs += output.numel()
         self.bad_inputs += bad
         self.bad_outputs += count_bad(output)
-        if issubclass(self.layer.float_class, TRANSPOSED):
-            self.macs += x.numel() * math.prod(self.shape) // self.layer.in_channels
-        elif isinstance(self.layer, ExpertsLinear):
-            self.macs += output.numel() * self.shape[-1]
-        elif not isinstance(self.layer, nn.Embedding):
-            self.macs += output.numel() * math.prod(self.shape[1:])
+        self.macs += macs_of(self.layer, x, output) or 0
         if bad or not self.usable:
             return
         if self.a_quant is not None:
@@ -300,17 +294,12 @@ def _observing(found: Measurement, calls: Iterator[int]) -> Callable[..., None]:
 
 def _counting(name: str, macs: dict[str, int]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        shape = tuple(largest_weight(module).shape)
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            macs[name] = 0
-        elif isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-            macs[name] = macs.get(name, 0) + layer_input(args[:1], {} if args else named).numel() * math.prod(shape[1:])
-        elif isinstance(module, nn.MultiheadAttention):
-            read = [value for value in (*args, *named.values()) if isinstance(value, Tensor)][:3]
-            macs[name] = macs.get(name, 0) + sum(value.numel() for value in read) * module.embed_dim
-        elif isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | Conv1D):
-            columns = shape[0] if isinstance(module, Conv1D) else math.prod(shape[1:])
-            macs[name] = macs.get(name, 0) + output.numel() * columns
+        if isinstance(module, nn.MultiheadAttention):
+            count: int | None = sum(macs_of_projections(module, args, named)[:3])
+        else:
+            count = macs_of(module, first_tensor(args, named), output)
+        if count is not None:
+            macs[name] = macs.get(name, 0) + count
 
     return hook
 
