@@ -4,6 +4,7 @@ import copy
 import pickle
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 import transformers as tf
@@ -161,6 +162,32 @@ def test_plans_with_embeddings():
     plan = hf_daq.plan(net, weight_bits=3, first_last_bits=8, embedding_bits=4)
     assert [layer.reason for layer in plan.layers] == ["embedding_bits"] * 2 + [plan.quantized["fc"].reason]
     assert plan.packed_bytes == -(-77 * 4 // 8) + 11 * 4 + -(-28 * 4 // 8) + 4 * 4 + 49 + 4 + 7 * 4
+
+
+HEADS = {"num_attention_heads": 4, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("build", "tables"),
+    [
+        (
+            lambda: tiny.build("t5"),
+            [f"{part}.block.0.layer.0.SelfAttention.relative_attention_bias" for part in ("encoder", "decoder")],
+        ),
+        (lambda: tf.MPNetModel(tf.MPNetConfig(**HEADS)), ["encoder.relative_attention_bias"]),
+        (lambda: tf.WavLMModel(tf.WavLMConfig(**HEADS)), ["encoder.layers.0.attention.rel_attn_embed"]),
+    ],
+    ids=["t5", "mpnet", "wavlm"],
+)
+def test_biases_of_attention_scores_stay_in_float(build, tables):
+    model = build()
+    plan = hf_daq.plan(model, weight_bits=3, embedding_bits=4)
+    assert [row.name for row in plan.kept.values() if row.reason == "table of biases"] == tables
+    assert all(row.weight_bits for row in plan.layers if row.kind == "Embedding" and row.name not in tables)
+    rules = [{"pattern": tables[0], "bits": 6}]
+    assert hf_daq.plan(model, weight_bits=3, rules=rules).quantized[tables[0]].weight_bits == 6
+    layers = {tables[0]: {"weight_bits": 5, "activation_bits": None}}
+    assert list(hf_daq.plan(model, DaqConfig(weight_bits=3, layers=layers)).quantized) == [tables[0]]
 
 
 @pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"sparse": True}, {"scale_grad_by_freq": True}])

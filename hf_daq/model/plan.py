@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..nn.subclasses import know_subclasses
 from ..text import add_row, as_text, bits_text, cell, plain_table, shape_text
 from .macs import count_macs
 from .roles import (
+    bias_tables,
     bypassed_layers,
     kept_computed_weights,
     largest_weight,
@@ -149,13 +150,13 @@ def plan(model: nn.Module, config: DaqConfig | None = None, inputs: Any = None, 
     modules = _layers_of(model)
     tied = tied_layers(model)
     refused = bypassed_layers(model) | refused_tables(model) | kept_computed_weights(model)
-    owners = tied_tables(model, refused)
+    owners, biases = tied_tables(model, refused), bias_tables(model)
     tied = {name: reason for name, reason in tied.items() if name not in owners}
     if config.layers is not None:
         _check_resolved(config.layers, modules, refused | tied, owners)
     else:
-        _check_patterns(config, modules, refused, owners)
-    outer, tables = outer_layers(model), _bits_of_tables(config, modules, owners)
+        _check_patterns(config, modules, refused, owners, biases)
+    outer, tables = outer_layers(model), _bits_of_tables(config, modules, owners, biases)
     outer |= {name: outer[of] for name in modules if (of := name.rpartition(".")[0]) in outer}
     layers = tuple(_plan_layer(name, module, config, outer, tied, refused, tables) for name, module in modules.items())
     layers = tuple(_following(row, owners, layers, config) for row in layers)
@@ -287,7 +288,7 @@ def _following(
 
 
 def _bits_of_tables(
-    config: DaqConfig, modules: dict[str, nn.Module], owners: dict[str, str]
+    config: DaqConfig, modules: dict[str, nn.Module], owners: dict[str, str], biases: Container[str]
 ) -> dict[str, tuple[int | None, str]]:
     """Embedding -> its bits, None for full precision, and the reason."""
     tables = {name: module for name, module in modules.items() if isinstance(module, nn.Embedding)}
@@ -302,6 +303,8 @@ def _bits_of_tables(
             found[name] = None, f"modules_to_not_convert: {pattern}"
         elif rule is not None:
             found[name] = None if rule.get("skip") else _bits_of_table(rule, config), f"rule {rule['pattern']}"
+        elif name in biases:
+            found[name] = None, "table of biases"
         elif config.embedding_bits is not None:
             found[name] = config.embedding_bits, "embedding_bits"
     return found
@@ -373,14 +376,18 @@ def _check_resolved(layers: Any, modules: dict[str, nn.Module], fixed: dict[str,
 
 
 def _check_patterns(
-    config: DaqConfig, modules: dict[str, nn.Module], refused: dict[str, str], owners: dict[str, str]
+    config: DaqConfig,
+    modules: dict[str, nn.Module],
+    refused: dict[str, str],
+    owners: dict[str, str],
+    biases: Container[str],
 ) -> None:
     names = list(modules)
     for pattern in [*config.modules_to_not_convert, *(rule["pattern"] for rule in config.rules)]:
         if not any(pattern_matches(pattern, name) for name in names):
             hint = did_you_mean(pattern, names) or f"; layers are named like {', '.join(map(repr, names[:3]))}"
             raise ConfigError(f"pattern {pattern!r} matches no layer of the model{hint}")
-    tables = _bits_of_tables(config, modules, owners)
+    tables = _bits_of_tables(config, modules, owners, biases)
     quantized = {name for name, (bits, _) in tables.items() if bits is not None and name not in refused}
     for rule in config.rules:
         if not rule.get("skip"):

@@ -160,6 +160,18 @@ def refused_tables(model: nn.Module) -> dict[str, str]:
     return found
 
 
+def bias_tables(model: nn.Module) -> set[str]:
+    """Names of embeddings whose rows are added to attention scores, or to outputs: small, and not to be rounded. T5, MPNet and
+    WavLM have a column for each head in them."""
+    found = set()
+    for name, module in model.named_modules():
+        for child, table in module.named_children():
+            heads = (getattr(module, key, None) for key in ("n_heads", "num_heads", "num_attention_heads"))
+            if isinstance(table, nn.Embedding) and ("bias" in child or table.embedding_dim in heads):
+                found.add(f"{name}.{child}".lstrip("."))
+    return found
+
+
 def tied_tables(model: nn.Module, refused: Container[str]) -> dict[str, str]:
     """Layers that share one weight, which can be quantized for all of them: name -> the first embedding among them.
 
