@@ -561,7 +561,7 @@ def test_sst2_configs_run(name, reviews, text_float, tmp_path):
     results = run_text(*args, "--output_dir", tmp_path, "--training.max_steps", 3)
     assert set(results) == {"float", "calibrated", "quantized", "quantized_last", "quantized_seconds"}
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "quantized")
-    bits = {tuple(layer.values()) for layer in model.daq_config.layers.values()}
+    bits = {(layer["weight_bits"], layer["activation_bits"]) for layer in model.daq_config.layers.values()}
     weight, activation = name.removesuffix(".yaml").split("_w")[1].split("a")
     assert bits == {(int(weight), int(activation))}
     assert model.config.id2label == {0: "0", 1: "1"}
@@ -682,7 +682,7 @@ def test_tinyshakespeare_configs_run(name, play, language_float, tmp_path):
     assert results["quantized_sample"].startswith("ROMEO:\n")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
     weight = int(name.removesuffix(".yaml").split("_w")[1])
-    assert {tuple(layer.values()) for layer in model.daq_config.layers.values()} == {(weight, None)}
+    assert {(layer["weight_bits"], layer["activation_bits"]) for layer in model.daq_config.layers.values()} == {(weight, None)}
     assert_card(tmp_path, "loss", results, "last 10% of train", dataset_name(str(play)))
 
 
