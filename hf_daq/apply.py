@@ -22,7 +22,7 @@ def apply_daq(model: nn.Module, config: DaqConfig | None = None, **kwargs: Any) 
 
     Float weights keep their Parameter objects and names; every quantized layer gains child modules `w_quant` and
     `a_quant` with the learnable bounds and scales. Those of the weights start from the float weights, those of the layer
-    inputs are set by `calibrate` or by loading a state dict. The resolved config is kept as `model.daq_config`. A
+    inputs are set by `calibrate` or by loading a state dict, with the `daq_config` of the model that it is from. The resolved config is kept as `model.daq_config`. A
     transformers model ends as `from_pretrained(..., quantization_config=config)` would have loaded it. Where the weight of
     a layer is frozen (`requires_grad=False`), so are its bounds and scales. On an error the model is left as it was.
 

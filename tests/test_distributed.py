@@ -162,7 +162,7 @@ def test_the_saved_file_is_what_one_process_would_save(ended, alone, scenario, t
 def test_a_sharded_transformers_model_saves_whole_tensors(ended):
     folder, results = ended
     model = AutoModelForSequenceClassification.from_pretrained(folder / "fsdp_of_a_transformers_model_saved")
-    twin = hf_daq.apply_daq(tiny_bert(), CONFIG)
+    twin = hf_daq.apply_daq(tiny_bert(), model.daq_config)
     twin.load_state_dict(results["fsdp_of_a_transformers_model"][0]["state"])
     equal(model.state_dict(), settled(twin))
     assert torch.equal(logits(model), logits(twin))

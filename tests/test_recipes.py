@@ -682,7 +682,9 @@ def test_tinyshakespeare_configs_run(name, play, language_float, tmp_path):
     assert results["quantized_sample"].startswith("ROMEO:\n")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
     weight = int(name.removesuffix(".yaml").split("_w")[1])
-    assert {(layer["weight_bits"], layer["activation_bits"]) for layer in model.daq_config.layers.values()} == {(weight, None)}
+    assert {(layer["weight_bits"], layer["activation_bits"]) for layer in model.daq_config.layers.values()} == {
+        (weight, None)
+    }
     assert_card(tmp_path, "loss", results, "last 10% of train", dataset_name(str(play)))
 
 

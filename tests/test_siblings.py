@@ -430,3 +430,17 @@ def test_once_is_what_layers_call(monkeypatch):
     model = network()
     monkeypatch.setattr(layers_module, "once", lambda _, x, compute: compute(x))
     assert calls(model, torch.randn(4, 8)) == len(quantized_layers(model)) == 4
+
+
+def test_a_state_dict_that_names_no_bounds_of_a_layer_says_which_config_it_needs():
+    saved = bert()
+    state, config = saved.state_dict(), saved.daq_config
+    with pytest.raises(
+        RuntimeError, match=r"key.a_quant.upper is missing: .* hf_daq.apply_daq\(model, saved.daq_config\)"
+    ):
+        hf_daq.apply_daq(text_model(BertForSequenceClassification, BERT), config.replace(layers=None)).load_state_dict(
+            state
+        )
+    twin = hf_daq.apply_daq(text_model(BertForSequenceClassification, BERT), config)
+    twin.load_state_dict(state)
+    assert torch.equal(twin(tokens()).logits, saved(tokens()).logits)

@@ -167,6 +167,18 @@ class QuantizedLayer(DaqLayer):
         self._sharded = is_shard(self.weight)  # whole weights of all layers would undo the sharding
         return super().train(mode)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        _, strict, _, _, errors = args
+        bounds = f"{prefix}a_quant.upper"
+        own = self.input_owner is None and isinstance(self.a_quant, ActivationQuantizer)
+        if strict and own and f"{prefix}w_quant.upper" in state_dict and bounds not in state_dict:
+            errors.append(
+                f"{bounds} is missing: where this state dict is from, layer {self.daq_name!r} shares the bounds of its input with "
+                "another one. Quantize with the config of that model: hf_daq.apply_daq(model, saved.daq_config), or open the "
+                "folder with hf_daq.from_pretrained"
+            )
+
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_kept", "_shared_result")}
 
