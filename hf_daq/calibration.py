@@ -22,7 +22,7 @@ from .model.batch import Calls
 from .model.guards import ORDER, refuse_wrapped
 from .model.recording import Recorder
 from .model.siblings import Readers, find_siblings
-from .nn.base import layer_input
+from .nn.base import layer_input, refuse_adapted_weights
 from .nn.experts import DaqExpertsLinear
 from .nn.init import activation_bounds, start_from_weight
 from .nn.layers import QuantizedLayer, evaluating, quantized_layers
@@ -82,6 +82,7 @@ def calibrate(model: nn.Module, *, check: bool = True) -> Iterator[nn.Module]:
             f"calibrate needs the model that apply_daq returned, not a float, wrapped or packed one; order: {ORDER}"
         )
     refuse_wrapped(model)
+    refuse_adapted_weights(model, "calibrated")
     if any(is_shard(layer.weight) for layer in layers.values()):
         raise ModelError(f"calibrate cannot see through a sharded model; the order is: {ORDER}")
     if any(layer.weight.is_meta for layer in layers.values()):

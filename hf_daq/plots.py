@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .config import check_bits, did_you_mean
 from .errors import CalibrationError, ConfigError, ModelError
+from .nn.base import refuse_adapted_weights
 from .nn.formula import levels
 from .nn.functional import quantize_activation
 from .nn.packed import daq_layers
@@ -56,6 +57,7 @@ def weight_histogram(model: nn.Module, layers: Iterable[str] | str | None = None
     Raises:
         ModelError: not quantized. CalibrationError: not calibrated. ConfigError: no such layer, or columns below 1.
     """
+    refuse_adapted_weights(model, "plotted")
     everything = daq_layers(model)
     names = _chosen(everything, layers, columns, "weight_histogram", "quantized layer")
     panels = [histogram_of_weights(name, everything[name]) for name in names]

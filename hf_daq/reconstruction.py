@@ -20,7 +20,7 @@ from .model.guards import ORDER, refuse_wrapped
 from .model.recording import Recorder
 from .model.roles import tied_layers
 from .model.walk import Walk
-from .nn.base import check_calibrated
+from .nn.base import check_calibrated, refuse_adapted_weights
 from .nn.bounds import fit_input_bounds, has_own_bounds
 from .nn.experts import ExpertsLinear
 from .nn.fitting import fit_layer, whole_or_not
@@ -88,6 +88,7 @@ def _checked(model: nn.Module, what: str) -> dict[str, QuantizedLayer]:
     if any(is_shard(layer.weight) for layer in layers.values()):
         raise ModelError(f"{what} needs whole weights, and the model is sharded; the order is: {ORDER}")
     check_calibrated(layers, what)
+    refuse_adapted_weights(model, "reconstructed")
     return layers
 
 

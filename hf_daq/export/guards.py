@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ExportError
-from ..nn.base import DaqLayer
+from ..nn.base import DaqLayer, refuse_adapted_weights
 from ..nn.experts import ExpertsLinear
 from ..nn.packed import daq_layers
 from ..nn.quantizers import is_shard
@@ -29,6 +29,7 @@ def layers_to_export(model: nn.Module) -> dict[str, DaqLayer]:
     if not layers:
         raise ExportError("there is no quantized layer; export the model that apply_daq or from_pretrained returned")
     refuse_experts(layers)
+    refuse_adapted_weights(model, "exported")
     return layers
 
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import DaqError, ExportError
 from ..model.batch import Inputs
 from ..model.unchanged import check_unchanged
-from ..nn.base import check_calibrated
+from ..nn.base import check_calibrated, refuse_adapted_weights
 from ..nn.layers import CONVOLUTIONS, TRANSPOSED, evaluating
 from ..nn.packed import daq_layers
 from .guards import refuse_experts
@@ -112,6 +112,7 @@ def export_onnx(
     """
     path, batch, layers = Path(path), Inputs(inputs), daq_layers(model)
     refuse_experts(layers)
+    refuse_adapted_weights(model, "exported")
     if not path.parent.is_dir() or path.is_dir():
         raise ExportError(f"path={str(path)!r}: name a file in a folder that exists")
     chosen = _chosen_runtimes(runtimes, runtime) if verify else ()

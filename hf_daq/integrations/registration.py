@@ -1,5 +1,5 @@
-"""timm hears of the architecture `hf_daq` when it is loaded, transformers of the quantizer `daq` when it loads its own, and
-neither of them before."""
+"""timm hears of the architecture `hf_daq` when it is loaded, transformers of the quantizer `daq` when it loads its own, PEFT
+of LoRA inside the quantizer when it loads its own, and none of them before."""
 
 from __future__ import annotations
 
@@ -78,10 +78,28 @@ def _guard_transformers() -> None:
     modeling_utils.PreTrainedModel.save_pretrained = save  # type: ignore[method-assign]
 
 
+def _register_with_peft() -> None:
+    """`LoraConfig(init_lora_weights="daq")` makes the LoRA layers of `integrations.peft`."""
+    from peft.tuners.lora.model import LoraModel
+
+    create: Any = LoraModel._create_new_module
+
+    @wraps(create)
+    def create_new_module(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
+        if lora_config.init_lora_weights not in ("daq", "daq_bounds"):
+            return create(lora_config, adapter_name, target, **kwargs)
+        from .peft import inside
+
+        return inside(lora_config, adapter_name, target, **kwargs)
+
+    LoraModel._create_new_module = staticmethod(create_new_module)  # type: ignore[method-assign]
+
+
 for _name, _register in (
     ("timm", _register_with_timm),
     ("transformers.quantizers.auto", _register_with_transformers),
     ("transformers.modeling_utils", _guard_transformers),
+    ("peft.tuners.lora.model", _register_with_peft),
 ):
     if _name in sys.modules:
         _register()

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..errors import CalibrationError, ModelError
 from ..nn.layers import quantized_layers
+from ..nn.quantizers import Quantizer
 
 
 def param_groups(model: Any, lr: float, quantizer_lr: float = 1e-3, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -43,8 +44,8 @@ def param_groups(model: Any, lr: float, quantizer_lr: float = 1e-3, weight_decay
             )
     quantizer = {
         id(parameter)
-        for layer in layers.values()
-        for module in layer.quantizers.values()
+        for module in model.modules()
+        if isinstance(module, Quantizer)  # an adapter may have one of its own
         for parameter in module.parameters()
     }
     undecayed = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, ModelError
 from .leaf import Leaf, traced
 from .quantizers import ActivationQuantizer, WeightQuantizer
 
@@ -124,3 +124,17 @@ def check_calibrated(layers: Mapping[str, DaqLayer], before: str) -> None:
     for name, layer in layers.items():
         if not layer.calibrated:
             raise CalibrationError(f"layer {name!r} is not calibrated; run hf_daq.calibrate(model) before {before}")
+
+
+def refuse_adapted_weights(model: nn.Module, what: str) -> None:
+    """Refuse a model whose layers compute with other weights than their own: those with adapters inside their quantizers.
+
+    Args:
+        what: that cannot be done, e.g. "exported".
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "adapts_weight", False) and not (module.merged or module.disable_adapters):
+            raise ModelError(
+                f"layer {name!r} has an adapter inside its quantizer, so the model cannot be {what} as it is; first write "
+                "model = model.merge_and_unload(), or model.merge_adapter() before it and model.unmerge_adapter() after it"
+            )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from .base import DaqLayer, check_calibrated
+from .base import DaqLayer, check_calibrated, refuse_adapted_weights
 from .formula import center, levels
 from .layers import CONVOLUTIONS, TRANSPOSED, replaced_forwards
 from .packed import daq_layers
@@ -118,6 +118,7 @@ def integer_arithmetic(model: nn.Module) -> Iterator[nn.Module]:
     if not layers:
         raise ModelError("integer_arithmetic needs a model after apply_daq and calibrate, or a packed one")
     check_calibrated(layers, "integer_arithmetic")
+    refuse_adapted_weights(model, "computed in integers")
     with replaced_forwards({layer: _IntegerForward(layer) for layer in layers.values()}):
         yield model
 

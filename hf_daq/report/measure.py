@@ -17,7 +17,7 @@ from ..model.batch import examples_in, run
 from ..model.guards import ORDER
 from ..model.macs import first_tensor, macs_of, macs_of_projections
 from ..model.roles import weight_modules
-from ..nn.base import layer_input
+from ..nn.base import layer_input, refuse_adapted_weights
 from ..nn.init import spread
 from ..nn.layers import CONVOLUTIONS, TRANSPOSED, QuantizedLayer, evaluating, replaced_forwards
 from ..nn.packed import daq_layers
@@ -32,6 +32,7 @@ def measure(model: nn.Module, batch: Any = None) -> tuple[list[Measurement], dic
     """Figures of all quantized layers from one pass of the batch, and the multiply-accumulates for one example of layers
     that stay in float. A layer without usable bounds computes in float, so that the layers behind it still get
     inputs. The model has passed `check_quantized`."""
+    refuse_adapted_weights(model, "measured")
     macs: dict[str, int] = {}
     with ExitStack() as stack:
         stack.enter_context(left_as_it_was(model))

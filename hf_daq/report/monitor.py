@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import CalibrationError, ConfigError, ModelError
+from ..nn.base import refuse_adapted_weights
 from ..nn.layers import QuantizedLayer, quantized_layers
 from ..nn.packed import packed_layers
 from ..nn.quantizers import is_shard
@@ -66,6 +67,7 @@ class Monitor:
             raise ConfigError(
                 f"every={every}: the {window} steps of a window and the one before it make every={window + 1} the least"
             )
+        refuse_adapted_weights(model, "monitored")
         self.every, self.window, self.per_layer = every, window, per_layer
         layers = quantized_layers(model).items()
         self.layers = {_plain(name): layer for name, layer in layers if layer.owner is None}

@@ -1,0 +1,215 @@
+"""LoRA inside the quantizer, for PEFT: `LoraConfig(init_lora_weights="daq")` makes a layer compute with `Q(W + s B A)`, and
+"daq_bounds" lets the bounds and scales of its weight learn too, which the adapter has then of its own.
+
+What is trained is then what is merged. The word is kept in `adapter_config.json`, so that an adapter that was trained this
+way opens this way; without hf_daq PEFT refuses it as an unknown initialization.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.lora import layer as lora
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import ModelError
+from ..nn.base import DaqLayer
+from ..nn.kept import Fingerprint
+
+INSIDE, WITH_BOUNDS = "daq", "daq_bounds"
+
+
+class InsideLora:
+    """Comes before a LoRA layer of PEFT: the adapted weight, `W + s B A` of all active adapters, is what the base layer
+    computes with, quantized or not. It has the dtype of W.
+
+    lora_w_quant: adapter -> weight quantizer of its own, for those with `init_lora_weights="daq_bounds"`.
+    """
+
+    adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, "lora_w_quant")
+    adapts_weight = True
+    base_layer: Any
+    _known: tuple[Fingerprint, Any, Tensor] | None = None
+
+    def update_layer(self: Any, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
+        _check_config(config, adapter_name)
+        if "lora_w_quant" not in self._modules:
+            self.lora_w_quant = nn.ModuleDict()
+            self._unmerged: dict[str, Tensor] = {}
+        if config.init_lora_weights == WITH_BOUNDS and isinstance(self.base_layer, DaqLayer):
+            self.lora_w_quant[adapter_name] = copy.deepcopy(self.base_layer.w_quant)
+        config = copy.copy(config)
+        config.init_lora_weights = True
+        super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)  # type: ignore[misc]
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ModelError(
+                "adapter_names was passed, and an adapter inside the quantizer changes the weight for the whole batch; call "
+                "model.set_adapter(name) and pass the rows of one adapter at a time"
+            )
+        for key in lora.VARIANT_KWARG_KEYS:
+            kwargs.pop(key, None)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        parameters = {"weight": self._adapted_weight(names), **self._own_bounds(names)}
+        return functional_call(self.base_layer, parameters, (x, *args), kwargs, tie_weights=False)
+
+    def _adapted_weight(self: Any, names: list[str]) -> Tensor:
+        """`W + s B A`, with gradients; where nothing learns it is kept until one of its parts changes."""
+        parts = [self.base_layer.weight]
+        parts += [part[name].weight for name in names for part in (self.lora_A, self.lora_B)]
+        if self.training or torch.compiler.is_compiling() or not _may_keep(parts):
+            self._known = None
+            return self._sum(names)  # type: ignore[no-any-return]
+        options = names, [self.scaling[name] for name in names]
+        if self._known is None or self._known[1] != options or not self._known[0].fits(parts):
+            with torch.inference_mode(False), torch.no_grad():
+                self._known = Fingerprint(parts), options, self._sum(names)
+        return self._known[2]  # type: ignore[no-any-return]
+
+    def _sum(self: Any, names: list[str]) -> Tensor:
+        weight: Tensor = self.base_layer.weight
+        with torch.autocast(weight.device.type, enabled=False):  # what is merged is no product in bfloat16 either
+            for name in names:
+                weight = (weight + self.get_delta_weight(name)).to(weight.dtype)
+        return weight
+
+    def _own_bounds(self: Any, names: list[str]) -> dict[str, Tensor]:
+        """Parameters of the base layer's quantizer, by their names in the base layer, that an adapter has of its own."""
+        own = [name for name in names if name in self.lora_w_quant]
+        if len(own) > 1:
+            raise ModelError(
+                f'adapters {own} are active, and with init_lora_weights="{WITH_BOUNDS}" each has bounds of its own; activate '
+                "one of them: model.set_adapter(name)"
+            )
+        return {f"w_quant.{key}": value for name in own for key, value in self.lora_w_quant[name].named_parameters()}
+
+    def _load_from_state_dict(self: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if not self.lora_w_quant and any(key.startswith(f"{prefix}lora_w_quant.") for key in state_dict):
+            raise ModelError(
+                f"the adapter has bounds for layer {prefix.rstrip('.')!r}, which is not quantized here; quantize or open the "
+                "model as it was when the adapter was made"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+
+    @torch.no_grad()
+    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put what the base layer computes with into its parameters; what was there is kept for `unmerge`."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not names:
+            return
+        merged = {"weight": self._sum(names), **self._own_bounds([*self.merged_adapters, *names])}
+        if safe_merge and not all(value.isfinite().all() for value in merged.values()):
+            raise ModelError(f"adapters {names} of a layer were not merged: a merged value is not finite")
+        for key, value in merged.items():
+            parameter = self.base_layer.get_parameter(key)
+            self._unmerged.setdefault(key, parameter.data)
+            parameter.data = value.detach().clone()
+        self._known = None
+        self.merged_adapters.extend(names)
+
+    def unmerge(self: Any) -> None:
+        """Put back what the base layer had, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        for key, value in self._unmerged.items():
+            parameter = self.base_layer.get_parameter(key)
+            parameter.data = value.to(parameter.device, parameter.dtype)
+        self._unmerged.clear()
+        self.merged_adapters.clear()
+
+
+class InsideLinear(InsideLora, lora.Linear):
+    pass
+
+
+class InsideConv1d(InsideLora, lora.Conv1d):
+    pass
+
+
+class InsideConv2d(InsideLora, lora.Conv2d):
+    pass
+
+
+class InsideConv3d(InsideLora, lora.Conv3d):
+    pass
+
+
+_TYPES: dict[type[nn.Module], Any] = {
+    nn.Linear: InsideLinear,
+    Conv1D: InsideLinear,
+    nn.Conv1d: InsideConv1d,
+    nn.Conv2d: InsideConv2d,
+    nn.Conv3d: InsideConv3d,
+}
+
+
+def inside(config: Any, adapter_name: str, target: Any, **kwargs: Any) -> nn.Module:
+    """The LoRA layer for a layer of a model.
+
+    Raises:
+        ModelError: a layer or an option for which there is no `Q(W + s B A)`.
+    """
+    name = kwargs.get("target_name")
+    kind = next((made for base, made in _TYPES.items() if isinstance(target, base)), None)
+    if isinstance(target, DaqLayer) and target.w_quant is None:
+        raise ModelError(
+            f'layer {name!r} is packed and has no float weight for init_lora_weights="daq"; write hf_daq.unpack(model) first, '
+            "and the adapter after it"
+        )
+    if kwargs.get("parameter_name") is not None or isinstance(target, BaseTunerLayer) or kind is None:
+        what = kwargs.get("parameter_name") or type(target).__name__
+        problem = f"is a {what}; linear layers and convolutions can be adapted"
+    elif isinstance(target, DaqLayer) and target.owner is not None:
+        problem = f"computes with the weight of layer {target.owner.daq_name!r}"
+    elif isinstance(target, DaqLayer) and target.standardizes:
+        problem = "standardizes its weight in every forward"
+    elif getattr(target, "groups", 1) > 1:
+        problem = "is a convolution with groups"
+    else:
+        _check_config(config, adapter_name)
+        config = copy.copy(config)
+        config.fan_in_fan_out = isinstance(target, Conv1D)
+        made: nn.Module = kind(target, adapter_name, config=config, **kwargs)
+        return made
+    raise ModelError(
+        f'layer {name!r} {problem}: init_lora_weights="daq" cannot adapt it; leave it out: exclude_modules=[{name!r}]'
+    )
+
+
+def _check_config(config: Any, adapter_name: str) -> None:
+    if config.init_lora_weights not in (INSIDE, WITH_BOUNDS):
+        raise ModelError(
+            f"adapter {adapter_name!r} has init_lora_weights={config.init_lora_weights!r}, and the layers have an adapter "
+            f'inside their quantizers: write LoraConfig(..., init_lora_weights="{INSIDE}"), or give it a model of its own'
+        )
+    if config.lora_dropout:
+        raise ModelError(
+            f"lora_dropout={config.lora_dropout} leaves out inputs of the adapter, and an adapter inside the quantizer has "
+            "no inputs of its own: write lora_dropout=0.0"
+        )
+    variants = [field.name for field in dataclasses.fields(config) if field.metadata.get("is_lora_variant")]
+    for name in (*variants, "lora_bias"):
+        if getattr(config, name):
+            raise ModelError(
+                f'{name}={getattr(config, name)!r} does not go with init_lora_weights="{INSIDE}", which is plain LoRA: '
+                f"leave {name} out"
+            )
+
+
+def _may_keep(parts: list[Any]) -> bool:
+    if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+        return False
+    return all(type(part) is nn.Parameter and not part.is_inference() for part in parts)
