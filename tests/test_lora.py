@@ -297,6 +297,14 @@ def test_refused_layers():
             peft.get_peft_model(layers, lora([name]))
 
 
+def test_peft_alone_refuses_the_file(monkeypatch, tmp_path):
+    peft.get_peft_model(quantized(), lora()).save_pretrained(tmp_path)
+    alone = staticmethod(peft.LoraModel._create_new_module.__wrapped__)
+    monkeypatch.setattr(peft.LoraModel, "_create_new_module", alone)
+    with pytest.raises(ValueError, match="Unknown initialization"):
+        peft.PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
 def test_bounds_of_an_adapter_need_a_quantized_layer(tmp_path):
     peft.get_peft_model(quantized(), lora(init_lora_weights="daq_bounds")).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"bounds for layer .*q_proj', which is not quantized here"):
