@@ -320,6 +320,27 @@ def test_padding(options, tmp_path):
     assert "BatchNormalization" not in [node.op_type for node in onnx.load(tmp_path / "a.onnx").graph.node]
 
 
+def test_openvino_refuses_what_is_for_onnx_runtime_alone(tmp_path):
+    openvino = pytest.importorskip("openvino")
+    model, path = quantized(Convolutions("depthwise"), images(8)), tmp_path / "a.onnx"
+    check(model, path, images(8))
+    with pytest.raises(RuntimeError, match=r"operations: hf_daq\.WrittenForOnnxRuntimeAlone"):
+        openvino.Core().read_model(path)
+    with pytest.raises(ExportError, match=r"WrittenForOnnxRuntimeAlone[\s\S]*Write it for the other runtime"):
+        export_onnx(model, tmp_path / "b.onnx", images(8), runtimes=["openvino"])
+    assert not (tmp_path / "b.onnx").exists()
+    kinds = [node.op_type for node in optimized(path, tmp_path).graph.node]
+    assert not {"WrittenForOnnxRuntimeAlone", "Identity"} & set(kinds), "it costs nothing"
+
+
+def optimized(path, folder):
+    """The graph that ONNX Runtime computes."""
+    options = ort.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(folder / "optimized.onnx"), 3
+    ort.InferenceSession(path, options)
+    return onnx.load(folder / "optimized.onnx")
+
+
 def test_openvino_agrees(tmp_path):
     pytest.importorskip("openvino")
     model = quantized(Convolutions("plain"), images(8))
@@ -475,6 +496,7 @@ def test_a_report_without_verification(tmp_path):
     about = session(tmp_path / "a.onnx").get_modelmeta().custom_metadata_map
     assert about == {
         "hf_daq_version": hf_daq.__version__,
+        "runtime": "onnxruntime",
         "architecture": type(small_net()).__name__,
         "bits": "W4A4",
         "input_size": json.dumps(shape),
@@ -498,7 +520,7 @@ def about(model, *shape):
     """The metadata of a file with one input."""
     source = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["batch", *shape])
     proto = onnx.helper.make_model(onnx.helper.make_graph([], "graph", [source], []))
-    write_metadata(proto, model, {})
+    write_metadata(proto, model, {}, "openvino")
     return {entry.key: entry.value for entry in proto.metadata_props}
 
 
@@ -518,7 +540,7 @@ def test_metadata_of_a_model_of_timm():
 
 def test_metadata_of_a_model_of_transformers():
     model = tiny_bert()
-    assert about(model, "sequence").keys() == {"hf_daq_version", "architecture", "bits"}
+    assert about(model, "sequence").keys() == {"hf_daq_version", "runtime", "architecture", "bits"}
     model.config.id2label = {1: "good", 0: "bad"}
     model.config.name_or_path = "/home/user/bert"
     assert "tokenizer" not in about(model, "sequence")

@@ -80,9 +80,10 @@ def export_onnx(
         weights: "int8", or "int4": weights of up to 3 bits take half a byte in the file and run like int8.
         runtime: the one the file is for. "onnxruntime": convolutions without groups are written as products of gathered
             codes with a matrix, because ONNX Runtime has no fast integer convolution with a float output, and those with
-            groups as float ones of the codes; the height and width of images are fixed. OpenVINO opens such a file, unless
-            it has layers with weights alone, but is slower with it and not always right.
-            "openvino": convolutions stay what they are; exact in both, fast in OpenVINO.
+            groups as float ones of the codes; the height and width of images are fixed. OpenVINO computes something else
+            with these, and with the products of layers with weights alone, so it refuses the file: its error names
+            `hf_daq.WrittenForOnnxRuntimeAlone`. Other files are exact in both.
+            "openvino": convolutions stay what they are; exact in both, fast in OpenVINO with `INFERENCE_PRECISION_HINT` "f32".
         int8_outputs: convolutions stay what they are; outputs of convolutions that no quantizer follows are rounded to 8
             bits, 8-bit weights of convolutions to 255 values, and biases to int32. Not exact: expect some percent of
             other top-1 predictions. For ONNX Runtime.
@@ -132,7 +133,7 @@ def export_onnx(
             _rewrite(proto, batch, weights, int8_outputs, runtime)
         if cache:
             name_dimensions(proto)
-        write_metadata(proto, decoder, layers)
+        write_metadata(proto, decoder, layers, runtime)
         exact = not (int8_outputs or int8_inputs)
         report = Report(path, size_of(proto), weights, int8_outputs, int8_inputs, inputs=input_shapes(proto))
         if verify:
@@ -274,8 +275,8 @@ def _rewrite(proto: Any, batch: Inputs, weights: str, int8_outputs: bool, runtim
 
     from . import onnx_passes as passes
     from . import onnx_storage as storage
-    from .onnx_graph import Graph
-    from .onnx_products import convolutions_as_products, others_in_float
+    from .onnx_graph import Graph, quantized_convolutions
+    from .onnx_products import convolutions_as_products, others_in_float, refuse_others
 
     graph = Graph(proto)
     passes.name_values(graph)
@@ -291,9 +292,12 @@ def _rewrite(proto: Any, batch: Inputs, weights: str, int8_outputs: bool, runtim
         passes.drop_activations(graph)
         passes.integer_bias(graph)
     else:
+        alone = runtime == "onnxruntime" and bool(quantized_convolutions(graph) or graph.nodes("MatMulNBits"))
         if runtime == "onnxruntime":
             convolutions_as_products(graph)
             others_in_float(graph)
+        if alone:
+            refuse_others(graph)
         passes.add_offsets(graph)
         passes.separate_bias(graph)
     if weights == "int4":

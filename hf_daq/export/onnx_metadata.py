@@ -21,8 +21,8 @@ def input_shapes(proto: Any) -> dict[str, tuple[int | str, ...]]:
     }
 
 
-def write_metadata(proto: Any, model: nn.Module, layers: Mapping[str, Any]) -> None:
-    """Write hf_daq_version, architecture and bits, for images input_size (channels, height, width), mean, std, interpolation,
+def write_metadata(proto: Any, model: nn.Module, layers: Mapping[str, Any], runtime: str) -> None:
+    """Write hf_daq_version, the runtime that the file was written for, architecture and bits, for images input_size (channels, height, width), mean, std, interpolation,
     crop_pct, crop_mode and channel_order, labels, and the tokenizer: what is known. Lists are in JSON."""
     import onnx
 
@@ -30,6 +30,7 @@ def write_metadata(proto: Any, model: nn.Module, layers: Mapping[str, Any]) -> N
     widths = {(layer.weight_bits, layer.a_quant and layer.a_quant.bits) for layer in layers.values()}
     found: dict[str, Any] = {
         "hf_daq_version": __version__,
+        "runtime": runtime,
         "architecture": type(model).__name__,
         "bits": ", ".join(sorted(width_text(*width) for width in widths)),
     }

@@ -11,6 +11,8 @@ from onnx import TensorProto, helper
 
 from .onnx_graph import Graph, attribute, has_bias, input_node, note, quantized_convolutions, weight_node
 
+_MARK = "hf_daq", "WrittenForOnnxRuntimeAlone"
+
 
 def convolutions_as_products(graph: Graph) -> None:
     """Quantized convolutions without groups become matrix products of the codes under the kernel, gathered with the
@@ -37,6 +39,21 @@ def others_in_float(graph: Graph) -> None:
     }
     graph.rewrite(lambda node: _in_float(graph, node) if id(node) in wanted else (node,))
     graph.remove([node for node in graph.nodes("DequantizeLinear") if not graph.consumers[node.output[0]]])
+
+
+def refuse_others(graph: Graph) -> None:
+    """Let ONNX Runtime alone open the file: the first output passes through a function of the file that does nothing. ONNX
+    Runtime takes it apart when it loads the file, and OpenVINO, which has no functions, names it in its error."""
+    output = next(output.name for output in graph.graph.output if output.name in graph.producers)
+    before, last = f"{output}.value", graph.producers[output]
+    graph.redirect(output, before)
+    last.output[list(last.output).index(output)] = before
+    does_nothing = [helper.make_node("Identity", ["x"], ["y"])]
+    standard = [entry for entry in graph.model.opset_import if entry.domain == ""]
+    graph.model.functions.append(helper.make_function(*_MARK, ["x"], ["y"], does_nothing, standard))
+    graph.model.opset_import.append(helper.make_opsetid(_MARK[0], 1))
+    graph.graph.node.append(helper.make_node(_MARK[1], [before], [output], domain=_MARK[0]))
+    graph.index()
 
 
 def _in_float(graph: Graph, conv: Any) -> list[Any]:
