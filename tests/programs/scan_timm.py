@@ -281,7 +281,16 @@ def _learnables(layer: QuantizedLayer) -> Iterator[tuple[str, nn.Parameter]]:
 def main() -> int:
     parser = scanning.parser("Take timm models of every family through apply, train, save and reload.", ARCHITECTURES)
     torch.set_num_threads(1)
-    return scanning.report(parser.parse_args(), check_architecture)
+    arguments = parser.parse_args()
+    return scanning.report(arguments, lambda name: check_one(name, arguments))
+
+
+def check_one(name: str, arguments: Any) -> Result:
+    config = scanning.options(arguments, list(ARCHITECTURES).index(name))
+    config = {"weight_bits": 4, "activation_bits": 4} | config
+    if arguments.activation_scale is None:  # most have convolutions, which have no tokens
+        config["activation_scale"] = "static"
+    return check_architecture(name, **config)
 
 
 if __name__ == "__main__":

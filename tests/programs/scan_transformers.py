@@ -2,6 +2,7 @@
 dequantize, generate, remove.
 
     python tests/programs/scan_transformers.py [--names bert t5] [--checks plan load] [--output scan.json]
+        [--weight-grid ternary] [--activation-scale token] [--embedding-bits 8]
 
 Weights are random and nothing is downloaded. The exit code is 1 if a model fails.
 """
@@ -40,10 +41,6 @@ from hf_daq.nn.layers import LAYER_TYPES, quantized_layers
 from hf_daq.nn.packed import daq_layers, packed_layers
 from hf_daq.nn.paths import bit_for_bit
 
-CONFIG = DaqConfig(weight_bits=3, activation_bits=8)
-WEIGHTS_ONLY = DaqConfig(weight_bits=3)
-GROUPS = DaqConfig(weight_bits=3, group_size=16)
-OUTER_TOO = CONFIG.replace(first_last_bits=8)
 NEW_TOKENS = 5
 HEADS = ("classifier", "qa_outputs", "lm_head", "score", "router", "gate")
 
@@ -51,7 +48,12 @@ HEADS = ("classifier", "qa_outputs", "lm_head", "score", "router", "gate")
 class Case:
     """One architecture, with what its checks share: a float checkpoint and a calibrated one."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, embedding_bits: int = 4, **config: Any) -> None:
+        self.config = DaqConfig(**{"weight_bits": 3, "activation_bits": 8} | config)
+        self.weights_only = self.config.replace(activation_bits=None, activation_scale="static")
+        self.groups = self.weights_only.replace(group_size=16)
+        self.outer_too = self.config.replace(first_last_bits=8)
+        self.embedding_bits = embedding_bits
         self.name, self.folder = name, folder
         self.tiny = tiny.ARCHITECTURES[name]
         self.batch = tiny.inputs(name)
@@ -64,8 +66,9 @@ class Case:
         """The float checkpoint, opened with a config or without."""
         return self.model_class.from_pretrained(self.folder / "float", quantization_config=config, **kwargs)
 
-    def calibrated(self, config: DaqConfig = CONFIG) -> Any:
+    def calibrated(self, config: DaqConfig | None = None) -> Any:
         """A copy of the calibrated model, which is made once."""
+        config = config or self.config
         key = json.dumps(config.to_dict())
         if key not in self.models:
             self.models[key] = self.new(config)
@@ -74,7 +77,7 @@ class Case:
 
     @cached_property
     def saved(self) -> Path:
-        """A folder with the calibrated model of `CONFIG`."""
+        """A folder with the calibrated model of `config`."""
         self.calibrated().save_pretrained(self.folder / "saved")
         return self.folder / "saved"
 
@@ -148,7 +151,7 @@ def wide_quantizers(what: str, model: Any) -> Iterator[str]:
 
 def check_plan(case: Case) -> Iterator[str]:
     model = case.float_model
-    plan = hf_daq.plan(model, CONFIG)
+    plan = hf_daq.plan(model, case.config)
     reasons = dict(Counter(layer.reason for layer in plan.kept.values()))
     if len(plan.quantized) != case.tiny.quantized or reasons != case.tiny.kept:
         yield f"the plan quantizes {len(plan.quantized)} and keeps {reasons}"
@@ -175,7 +178,7 @@ def check_plan(case: Case) -> Iterator[str]:
 
 def check_load(case: Case) -> Iterator[str]:
     """`from_pretrained` with a config does what `apply_daq` does."""
-    for what, config in (("config", CONFIG), ("first and last too", OUTER_TOO)):
+    for what, config in (("config", case.config), ("first and last too", case.outer_too)):
         loaded, info = case.new(config, output_loading_info=True)
         yield from loading_problems(what, info)
         applied = hf_daq.apply_daq(case.new(), config)
@@ -184,7 +187,7 @@ def check_load(case: Case) -> Iterator[str]:
             yield f"{what}: the layers are not those of the plan"
         if loaded.training or not loaded.is_quantized:
             yield f"{what}: not in evaluation mode, or not marked as quantized"
-    if json.loads(case.new(CONFIG).config.to_json_string())["quantization_config"]["quant_method"] != "daq":
+    if json.loads(case.new(case.config).config.to_json_string())["quantization_config"]["quant_method"] != "daq":
         yield "the config says nothing of the quantization"
 
 
@@ -259,7 +262,7 @@ def check_packed(case: Case) -> Iterator[str]:
 
 def check_embeddings(case: Case) -> Iterator[str]:
     """Embeddings, and the layers that share their weight, come back from files as one, with the same outputs."""
-    config = WEIGHTS_ONLY.replace(embedding_bits=4)
+    config = case.weights_only.replace(embedding_bits=case.embedding_bits)
     if not any(isinstance(module, nn.Embedding) for module in case.float_model.modules()):
         return
     model, info = case.new(config, output_loading_info=True)
@@ -287,7 +290,10 @@ def check_embeddings(case: Case) -> Iterator[str]:
 
 
 def train(case: Case, model: Any) -> Any:
-    """One step. Returns the model, with its gradients."""
+    """One step. Returns the model, with its gradients. What transformers does not save stays (Marian's sinusoids, which are
+    trainable in a model that was opened)."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name not in (model._keys_to_ignore_on_save or ()))
     torch.manual_seed(0)
     model.train()
     optimizer = torch.optim.AdamW(hf_daq.param_groups(model, lr=1e-2, quantizer_lr=1e-3), weight_decay=0.0)
@@ -342,9 +348,9 @@ def check_dequantize(case: Case) -> Iterator[str]:
     """Both ways to a plain model. The shift of a convolution without a bias becomes one, and a model that is built from
     config.json does not read it: without `bias_correction` it is the same model."""
     for what, config in (
-        ("weights only", WEIGHTS_ONLY),
-        ("activations too", CONFIG),
-        ("no shift", WEIGHTS_ONLY.replace(bias_correction=False)),
+        ("weights only", case.weights_only),
+        ("activations too", case.config),
+        ("no shift", case.weights_only.replace(bias_correction=False)),
     ):
         model = case.calibrated(config)
         expected = case.outputs(model)
@@ -388,7 +394,7 @@ def dequantized_problems(what: str, model: Any) -> Iterator[str]:
 
 def check_groups(case: Case) -> Iterator[str]:
     """Weights only need no calibration."""
-    model = case.new(GROUPS)
+    model = case.new(case.groups)
     expected = case.outputs(model)
     if not expected.isfinite().all():
         yield "groups: outputs are not finite"
@@ -412,9 +418,9 @@ def check_bfloat16(case: Case) -> Iterator[str]:
     plain = case.model_class.from_pretrained(path, dtype="auto")
     tiny.outputs(plain, batch)  # some change their types in the forward
     models = [
-        case.new(CONFIG, dtype=torch.bfloat16),
-        case.model_class.from_pretrained(path, dtype="auto", quantization_config=CONFIG),
-        hf_daq.apply_daq(case.model_class.from_pretrained(path, dtype="auto"), CONFIG),
+        case.new(case.config, dtype=torch.bfloat16),
+        case.model_class.from_pretrained(path, dtype="auto", quantization_config=case.config),
+        hf_daq.apply_daq(case.model_class.from_pretrained(path, dtype="auto"), case.config),
     ]
     for model in models[1:]:
         yield from unlike("bfloat16", models[0], model)
@@ -509,8 +515,8 @@ def check_remove(case: Case) -> Iterator[str]:
     model.save_pretrained(case.folder / "removed")
     if "quantization_config" in json.loads((case.folder / "removed" / "config.json").read_text()):
         yield "removed: config.json has a quantization_config"
-    again = hf_daq.apply_daq(model, CONFIG)
-    yield from unlike("removed and applied again", again, case.new(CONFIG), near=True)
+    again = hf_daq.apply_daq(model, case.config)
+    yield from unlike("removed and applied again", again, case.new(case.config), near=True)
 
 
 def check_base(case: Case) -> Iterator[str]:
@@ -518,7 +524,7 @@ def check_base(case: Case) -> Iterator[str]:
     base_class = case.tiny.base
     if base_class is None:
         return
-    for what, config in (("base", CONFIG), ("base, first and last too", OUTER_TOO)):
+    for what, config in (("base", case.config), ("base, first and last too", case.outer_too)):
         model = case.calibrated(config)
         path, base_path = case.folder / what / "head", case.folder / what / "base"
         model.save_pretrained(path)
@@ -584,14 +590,14 @@ CHECKS: dict[str, Callable[[Case], Iterator[str]]] = {
 }
 
 
-def check_architecture(name: str, checks: Any = CHECKS, trace: bool = False) -> Result:
+def check_architecture(name: str, checks: Any = CHECKS, trace: bool = False, **config: Any) -> Result:
     """Take one architecture through the checks; nothing raises, all that is wrong goes to `problems`."""
     started = time.process_time()
     result = Result(name)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        case = Case(name, Path(folder))
-        plan = hf_daq.plan(case.float_model, CONFIG)
+        case = Case(name, Path(folder), **config)
+        plan = hf_daq.plan(case.float_model, case.config)
         result.quantized, result.unsupported = len(plan.quantized), len(plan.unsupported)
         result.kept = dict(Counter(layer.reason for layer in plan.kept.values()))
         for check in checks:
@@ -614,7 +620,15 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with quiet():
-        return scanning.report(arguments, lambda name: check_architecture(name, arguments.checks, arguments.trace))
+        return scanning.report(arguments, lambda name: check_one(name, arguments))
+
+
+def check_one(name: str, arguments: Any) -> Result:
+    config = scanning.options(arguments, list(tiny.ARCHITECTURES).index(name))
+    convolutions = any(isinstance(module, nn.modules.conv._ConvNd) for module in tiny.build(name).modules())
+    if convolutions and arguments.activation_scale is None:  # which have no tokens
+        config.pop("activation_scale", None)
+    return check_architecture(name, arguments.checks, arguments.trace, **config)
 
 
 @contextmanager

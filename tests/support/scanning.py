@@ -4,6 +4,9 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Callable, Iterable
+from typing import Any
+
+GRIDS, SCALES, EMBEDDING_BITS = ("odd", "integer", "ternary"), ("static", "token"), (4, 8, 2, 1)
 
 
 @dataclasses.dataclass
@@ -21,8 +24,22 @@ class Result:
 def parser(description: str, names: Iterable[str]) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=description)
     found.add_argument("--names", nargs="+", default=list(names), choices=list(names), metavar="NAME")
+    found.add_argument("--weight-grid", choices=GRIDS, help="for all; otherwise they take turns")
+    found.add_argument("--activation-scale", choices=SCALES, help="for all; otherwise they take turns")
+    found.add_argument("--embedding-bits", type=int, help="for all; otherwise they take turns")
     found.add_argument("--output", help="write the results to this JSON file")
     return found
+
+
+def options(arguments: argparse.Namespace, place: int) -> dict[str, Any]:
+    """What the architecture at this place in the list is quantized with."""
+    grid = arguments.weight_grid or GRIDS[place % len(GRIDS)]
+    return {
+        **({"weight_bits": 2} if grid == "ternary" else {}),
+        "weight_grid": grid,
+        "activation_scale": arguments.activation_scale or SCALES[place % len(SCALES)],
+        "embedding_bits": arguments.embedding_bits or EMBEDDING_BITS[place % len(EMBEDDING_BITS)],
+    }
 
 
 def report(arguments: argparse.Namespace, check: Callable[[str], Result]) -> int:

@@ -177,14 +177,14 @@ ARCHITECTURES: dict[str, Tiny] = {
         of(tf.T5ForConditionalGeneration, tf.T5Config, **T5),
         "seq2seq",
         32,
-        {"embedding": 3, "shares its weight with shared": 3},
+        {"embedding": 1, "table of biases": 2, "shares its weight with shared": 3},
         tf.T5Model,
     ),
     "t5_gated": Tiny(
         of(tf.T5ForConditionalGeneration, tf.T5Config, **T5, feed_forward_proj="gated-gelu"),
         "seq2seq",
         36,
-        {"embedding": 3, "shares its weight with shared": 3},
+        {"embedding": 1, "table of biases": 2, "shares its weight with shared": 3},
         tf.T5Model,
     ),
     "bart": Tiny(
@@ -395,7 +395,7 @@ ARCHITECTURES: dict[str, Tiny] = {
         ),
         "seq2seq",
         36,
-        {"embedding": 3, "router": 2, "shares its weight with shared": 3},
+        {"embedding": 1, "table of biases": 2, "router": 2, "shares its weight with shared": 3},
         tf.SwitchTransformersModel,
     ),
     "mamba": Tiny(
