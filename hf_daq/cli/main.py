@@ -465,4 +465,10 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks
-    app(prog_name="hf-daq")
+    try:
+        app(prog_name="hf-daq")
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # who reads has enough; Python would flush once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
