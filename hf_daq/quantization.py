@@ -16,10 +16,10 @@ from torch import nn
 from .apply import apply_daq, remove_daq
 from .calibration import calibrate
 from .config import DaqConfig
-from .integrations.examples import Examples, class_names, read_examples
+from .integrations.examples import Examples, read_examples
 from .model.batch import run
 from .reconstruction import reconstruct
-from .report.compare import Comparison, compare
+from .report.compare import Comparison, compare, without_labels
 from .report.health import Health, health
 from .report.page import report as write_report
 from .report.summary import summary
@@ -116,29 +116,30 @@ def quantize(
     """
     options = {"processor": processor, "length": length, "column": column, "subset": subset, "split": split}
     known, held_back = read_examples(model, data, (examples, examples), seed=seed, **options)
+    batches = [without_labels(batch)[0] for batch in known.batches]  # no loss is needed
+    first, _ = without_labels(held_back.batches[0])
     reference = copy.deepcopy(model).eval()
     apply_daq(model, config, **kwargs)
     seconds: dict[str, float] = {}
     try:
         with _timed("calibrate", seconds), calibrate(model, check=False):
-            for batch in known.batches:
+            for batch in batches:
                 run(model, batch)
         if max_minutes != 0:
             with _timed("reconstruct", seconds):
-                reconstruct(model, known.batches, max_minutes=max_minutes, progress=progress)
+                reconstruct(model, batches, max_minutes=max_minutes, progress=progress)
     except BaseException:
         remove_daq(model)
         model.load_state_dict(reference.state_dict())
         raise
     compared = compare(model, reference, held_back.batches, labels=held_back.labels, progress=progress)
-    checked = health(model, held_back.batches[0])
+    checked = health(model, first)
     if report is not None:
         write_report(
             model,
             reference,
             held_back.batches,
             report,
-            names=class_names(model),
             processor=held_back.processor,
             shown=held_back.shown,
             comparison=compared,
@@ -155,7 +156,7 @@ def quantize(
         float_bytes=totals["bytes_before"],
         bytes=totals["bytes_after"],
         seconds=seconds,
-        inputs=held_back.batches[0],
+        inputs=first,
         processor=held_back.processor,
     )
 

@@ -21,8 +21,9 @@ import hf_daq
 from hf_daq.cli.main import app
 from hf_daq.cli.options import minutes
 from hf_daq.errors import DataError, ModelError
-from hf_daq.integrations.examples import class_names, read_examples, shares
+from hf_daq.integrations.examples import read_examples, shares
 from hf_daq.nn.layers import quantized_layers
+from hf_daq.report.examples import class_names
 
 WORDS = [
     "the",

@@ -77,6 +77,7 @@ def _options(version: Version = False, debug: Debug = False) -> None:
 
 @app.command("plan")
 def plan_command(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="A timm model, a folder of a float model, or its repository.")],
     bits: Bits = None,
     weight_bits: WeightBits = None,
@@ -98,16 +99,7 @@ def plan_command(
     hf-daq plan resnet18 --bits 3
     hf-daq plan Qwen/Qwen3-0.6B --weight-bits 3 --group-size 64
     """
-    chosen = chosen_config(
-        config,
-        bits=bits,
-        weight_bits=weight_bits,
-        activation_bits=activation_bits,
-        first_last_bits=first_last_bits,
-        embedding_bits=embedding_bits,
-        weight_granularity=granularity,
-        group_size=group_size,
-    )
+    chosen = chosen_config(ctx)
     with working(f"building {model} without weights"):
         from ..integrations.build import skeleton
         from ..model.plan import plan

@@ -120,9 +120,17 @@ def minutes(text: str | None) -> float | None:
     return float(found[1]) * {"s": 1 / 60, "m": 1, "": 1, "h": 60}[found[2]]
 
 
-def chosen_config(path: Path | None, **options: Any) -> DaqConfig:
-    """The config that a command was given, in a file and as arguments of `DaqConfig`, None for what was not given."""
-    given = {key: value for key, value in options.items() if value is not None}
+_CONFIG = {
+    **{name: name for name in ("bits", "weight_bits", "activation_bits", "first_last_bits", "embedding_bits")},
+    **{"granularity": "weight_granularity", "group_size": "group_size"},
+}
+"""Option of a command -> argument of `DaqConfig`."""
+
+
+def chosen_config(ctx: typer.Context) -> DaqConfig:
+    """The config that a command was given, in a file (`config`) and as options."""
+    path = ctx.params["config"]
+    given = {key: ctx.params[name] for name, key in _CONFIG.items() if ctx.params[name] is not None}
     if "bits" in given and given.keys() & {"weight_bits", "activation_bits"}:
         raise typer.BadParameter("--bits sets both --weight-bits and --activation-bits; give it alone")
     if path is None and not given.keys() & {"bits", "weight_bits"}:

@@ -40,6 +40,7 @@ from .options import (
 
 
 def quantize_command(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="A timm model, a folder of a float model, or its repository.")],
     data: Data,
     output: Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="The folder to write.")],
@@ -88,16 +89,7 @@ def quantize_command(
     hf-daq quantize ./llama --data text.txt --weight-bits 4 --group-size 64 --to gguf -o small
     """
     limit = minutes(reconstruct)
-    chosen = chosen_config(
-        config,
-        bits=bits,
-        weight_bits=weight_bits,
-        activation_bits=activation_bits,
-        first_last_bits=first_last_bits,
-        embedding_bits=embedding_bits,
-        weight_granularity=granularity,
-        group_size=group_size,
-    )
+    chosen = chosen_config(ctx)
     if runtime and to != "onnx":
         raise typer.BadParameter("--runtime is for --to onnx")
     with working(f"reading {model}"):
@@ -161,7 +153,7 @@ def evaluate_command(
         import hf_daq
 
         from ..integrations.build import pretrained
-        from ..integrations.examples import class_names, read_examples
+        from ..integrations.examples import read_examples
         from ..nn.packed import daq_layers
         from .inputs import open_any
 
@@ -189,7 +181,6 @@ def evaluate_command(
             of_float,
             found.batches,
             report,
-            names=class_names(network),
             processor=found.processor,
             shown=found.shown,
             comparison=comparison,

@@ -339,21 +339,6 @@ def _class_names(model: Any) -> dict[str, int]:
     return {name: number for number, name in enumerate(names or ())}
 
 
-def class_names(model: Any) -> list[str] | None:
-    """Words for the classes of a classifier, by number; None where nothing names them."""
-    count = _class_count(model)
-    if count is None:
-        return None
-    if is_timm_model(model):
-        subset = timm.data.infer_imagenet_subset(model)
-        own = model.pretrained_cfg.get("label_names")
-        if own is None and subset is None:
-            return None
-        info = None if own is not None else timm.data.ImageNetInfo(subset)
-        return [str(own[i]) if info is None else info.index_to_description(i) for i in range(count)]
-    return [str(model.config.id2label.get(number, number)) for number in range(count)]
-
-
 # ------------------------------------------------------------------------------------------------------- text
 
 

@@ -46,6 +46,12 @@ def copied(values: Any) -> Any:
     return copies if isinstance(values, dict) else tuple(copies.values())
 
 
+def on_device_of(model: nn.Module, batch: Any) -> Any:
+    """A batch with its tensors where the model has its first parameter."""
+    device = next(model.parameters()).device
+    return pytree.tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, batch)
+
+
 def examples_in(batch: Any) -> int:
     """Length of the first tensor."""
     if not isinstance(batch, Tensor | Mapping | tuple):

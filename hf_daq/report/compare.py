@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,11 +15,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..model.batch import examples_in
+from ..model.batch import examples_in, on_device_of
 from ..text import COLUMNS, as_text, plain, progress_bar
 from .measure import left_as_it_was, measure
 from .network import attended, calls, float_network, prediction
 
+_Output = tuple[Tensor, bool]  # the answer of a model, and whether it is logits
 _IGNORED = -100  # label of what does not count
 _AT_ONCE = 2**22  # logits
 
@@ -124,28 +125,36 @@ def compare(
     examples = sum(map(examples_in, kept))
     if labels is not None and labels.shape != (examples,):
         raise ModelError(f"labels have the shape {tuple(labels.shape)}, and there are {examples} examples")
+    sums = _Sums()
+    with both(model, reference) as run, progress_bar(progress, len(kept)) as show:
+        for batch in kept:
+            show("comparing")
+            inputs, of_batch = without_labels(batch)
+            if of_batch is None and labels is not None:
+                of_batch = labels[sums.examples : sums.examples + examples_in(batch)]
+            sums.add(model, *run(inputs), inputs, of_batch, examples_in(batch))
+    return sums.comparison(alone=reference is model)
+
+
+@contextmanager
+def both(model: nn.Module, reference: nn.Module | None) -> Iterator[Callable[[Any], tuple[_Output, _Output]]]:
+    """Inside, a function from inputs to the outputs of the model and of the float one, as of `compare`."""
     layers = measure(model)[0] if reference is None else []
     if reference is None and float_network(layers) is None:
         raise ModelError(
             "compare without a reference needs a quantized, calibrated model with float weights of its own: pass the float "
             "model, hf_daq.compare(model, float_model, batches)"
         )
-    sums = _Sums()
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        for network in (model, reference or model):
-            stack.enter_context(left_as_it_was(network))
-        show = stack.enter_context(progress_bar(progress, len(kept)))
-        for batch in kept:
-            show("comparing")
-            inputs, of_batch = without_labels(batch)
-            if of_batch is None and labels is not None:
-                of_batch = labels[sums.examples : sums.examples + examples_in(batch)]
-            answer = output_of(model, inputs)
-            with float_network(layers) or nullcontext():
-                expected = answer if reference is model else output_of(reference or model, inputs)
-            sums.add(model, answer, expected, inputs, of_batch, examples_in(batch))
-    return sums.comparison(alone=reference is model)
+
+    def run(inputs: Any) -> tuple[_Output, _Output]:
+        answer = _output(model, inputs)
+        if reference is model:
+            return answer, answer
+        with float_network(layers) or nullcontext():
+            return answer, _output(reference or model, inputs)
+
+    with torch.no_grad(), left_as_it_was(model), left_as_it_was(reference or model):
+        yield run
 
 
 def without_labels(batch: Any) -> tuple[Any, Tensor | None]:
@@ -155,11 +164,9 @@ def without_labels(batch: Any) -> tuple[Any, Tensor | None]:
     return inputs, batch.get("labels")
 
 
-def output_of(model: nn.Module, inputs: Any) -> tuple[Tensor, bool]:
-    """The answer of a model, and whether it is logits."""
-    device = next(model.parameters()).device
-    ((_, args, kwargs),) = calls(model, inputs)
-    output = model(*_on(args, device), **_on(kwargs, device))
+def _output(model: nn.Module, inputs: Any) -> _Output:
+    ((_, args, kwargs),) = calls(model, on_device_of(model, inputs))
+    output = model(*args, **kwargs)
     found = prediction(output)
     if found is None:
         raise ModelError("the model gives no tensor of real numbers to compare")
@@ -167,12 +174,6 @@ def output_of(model: nn.Module, inputs: Any) -> tuple[Tensor, bool]:
     classes = found.shape[1] if found.ndim == 4 else found.shape[-1] if found.ndim in (2, 3) else 1
     features = getattr(model, "num_classes", None) == 0
     return found, classes > 1 and not features and (not named or found is output.get("logits"))
-
-
-def _on(values: Any, device: torch.device) -> Any:
-    if isinstance(values, dict):
-        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in values.items()}
-    return tuple(value.to(device) if isinstance(value, Tensor) else value for value in values)
 
 
 class _Sums:
@@ -189,8 +190,8 @@ class _Sums:
     def add(
         self,
         model: nn.Module,
-        answer: tuple[Tensor, bool],
-        expected: tuple[Tensor, bool],
+        answer: _Output,
+        expected: _Output,
         inputs: Any,
         labels: Tensor | None,
         examples: int,

@@ -71,7 +71,7 @@ class Words:
         processor: Any,
         shown: Sequence[Any] | None,
     ) -> None:
-        self.names = _known(model) if names is None else _given(names)
+        self.names = _given(class_names(model) or {} if names is None else names)
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.shown = shown
         self.tokens = getattr(getattr(model, "config", None), "vocab_size", None)
@@ -245,21 +245,22 @@ def _given(names: Sequence[str] | Mapping[int, str]) -> dict[int, str]:
     return {int(index): str(name) for index, name in items}
 
 
-def _known(model: nn.Module) -> dict[int, str]:
-    """What the model itself says: `id2label` of transformers, label names of timm, and those of ImageNet where timm's
-    description of the weights names it."""
+def class_names(model: nn.Module) -> list[str] | None:
+    """What the model itself says of its classes, by number: `id2label` of transformers, label names of timm, and those of
+    ImageNet where timm's description of the weights names it. None where nothing does."""
     labels = getattr(getattr(model, "config", None), "id2label", None)
     if labels:
-        return _given(labels)
+        known = _given(labels)
+        return [known.get(number, f"class {number}") for number in range(max(known) + 1)]
     config = _timm_config(model)
     if config.get("label_names"):
-        return _given(config["label_names"])
+        return [str(name) for name in config["label_names"]]
     classes = getattr(model, "num_classes", None)
     if classes is None or classes != config.get("num_classes") or "in1k" not in str(config.get("tag")):
-        return {}
+        return None
     from timm.data.imagenet_info import ImageNetInfo
 
-    return _given([text.split(",")[0] for text in ImageNetInfo().label_descriptions()])
+    return [text.split(",")[0] for text in ImageNetInfo().label_descriptions()]
 
 
 def _timm_config(model: nn.Module) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import math
 import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,21 +14,18 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ..errors import ConfigError, ModelError
-from ..model.batch import examples_in
+from ..model.batch import examples_in, on_device_of
 from ..nn.packed import daq_layers
 from ..text import bits_text, printable, shape_text
 from ..version import __version__
 from . import sentences
-from .compare import Comparison, compare, output_of, without_labels
+from .compare import Comparison, both, compare, without_labels
 from .drawings import HistogramDrawing, draw_depth, draw_histogram
 from .examples import Words, examples_that_differ
 from .health import Health, examine
 from .histograms import histogram_of_weights, histograms_of_inputs
-from .measure import left_as_it_was, measure
-from .network import float_network
 from .summary import LayerSummary, Summary
 from .summary import summary as summarize
 
@@ -84,11 +80,17 @@ def report(
     """
     path, kept = Path(path), _batches(batches, shown)
     inputs = [without_labels(batch)[0] for batch in kept]
-    first = _on_its_device(model, inputs[0])
+    first = on_device_of(model, inputs[0])
     found = summarize(model, first)
     compared = comparison or compare(model, reference, kept, labels=labels, progress=progress)
     words = Words(model, names, processor, shown)
-    examples = examples_that_differ(_both(model, reference), inputs, compared, words)
+    with both(model, reference) as run:
+
+        def outputs(inputs: Any) -> tuple[Tensor, Tensor]:
+            (answer, _), (expected, _) = run(inputs)
+            return answer.cpu(), expected.cpu()
+
+        examples = examples_that_differ(outputs, inputs, compared, words)
     page = {
         "title": f"{title or _name(model)}, {sentences.widths_of(found)}",
         "summary": found,
@@ -156,26 +158,6 @@ def _batches(batches: Iterable[Any], shown: Sequence[Any] | None) -> list[Any]:
     if shown and len(shown) != examples:
         raise ConfigError(f"shown has {len(shown)} entries, and there are {examples} examples: pass one for each")
     return kept
-
-
-def _on_its_device(model: nn.Module, batch: Any) -> Any:
-    device = next(model.parameters()).device
-    return pytree.tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, batch)
-
-
-def _both(model: nn.Module, reference: nn.Module | None) -> Any:
-    """Both outputs for the same inputs."""
-    layers = measure(model)[0] if reference is None else []
-
-    @torch.no_grad()
-    def run(inputs: Any) -> tuple[Tensor, Tensor]:
-        with left_as_it_was(model), left_as_it_was(reference or model):
-            answer, _ = output_of(model, inputs)
-            with float_network(layers) or nullcontext():
-                expected, _ = output_of(reference or model, inputs)
-        return answer.cpu(), expected.cpu()
-
-    return run
 
 
 def _versions() -> dict[str, str]:

@@ -108,9 +108,13 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
 def measured(folder: Path, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
     """The same, in a process of its own."""
     sizes = [f"--{name}={getattr(args, name)}" for name in ("prompt", "tokens", "threads")]
-    command = [sys.executable, __file__, str(folder), "--one", dtype, *sizes]
-    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
-    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return row_of(__file__, str(folder), "--one", dtype, *sizes, OMP_NUM_THREADS=str(args.threads))
+
+
+def row_of(script: str, *argv: str, **environment: str) -> dict[str, Any]:
+    """What a script prints as its last line, in JSON, run in a process of its own."""
+    command = [sys.executable, script, *argv]
+    done = subprocess.run(command, env=os.environ | environment, check=True, stdout=subprocess.PIPE, text=True)
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return row
 

@@ -15,8 +15,6 @@ FOLDER: a causal language model of transformers. Each step runs in a process of 
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -33,7 +31,7 @@ import hf_daq
 from hf_daq.nn.native import library
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from measure.decoding import write_random
+from measure.decoding import row_of, write_random
 
 STEPS = ("float", "quantize", "quantize, no compiler", "calibrate", "save", "pack and save", "open packed")
 
@@ -114,12 +112,9 @@ def measured(step: str, source: Path, place: Path, args: argparse.Namespace) -> 
     names = ("bits", "group_size", "batches", "batch_size", "length", "threads")
     settings = [f"--{name}={getattr(args, name)}" for name in names]
     settings += [] if args.activation_bits is None else [f"--activation_bits={args.activation_bits}"]
-    command = [sys.executable, __file__, str(source), "--one", step, "--place", str(place), *settings]
-    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
-    environment |= {"HF_DAQ_COMPILE": "0"} if step == "quantize, no compiler" else {}
-    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-    row: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return row
+    environment = {"HF_DAQ_COMPILE": "0"} if step == "quantize, no compiler" else {}
+    argv = str(source), "--one", step, "--place", str(place), *settings
+    return row_of(__file__, *argv, OMP_NUM_THREADS=str(args.threads), **environment)
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
