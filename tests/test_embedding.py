@@ -255,9 +255,9 @@ def test_the_monitor_sees_codes_change():
 
 
 class TiedNet(Net):
-    def __init__(self):
+    def __init__(self, head=nn.Linear):
         super().__init__()
-        self.head = nn.Linear(7, 11)
+        self.head = head(7, 11)
         self.head.weight = self.tokens.weight
 
 
@@ -340,9 +340,14 @@ def test_tied_layers_train_one_quantizer():
     torch.testing.assert_close(found, {name: parameter.grad for name, parameter in model.named_parameters()})
 
 
+class Head(nn.Linear):
+    pass
+
+
 @pytest.mark.parametrize("packed", [False, True])
-def test_tied_networks_of_no_library(packed, tmp_path):
-    model = quantized(TiedNet()).eval()
+@pytest.mark.parametrize("head", [nn.Linear, Head])
+def test_tied_networks_of_no_library(head, packed, tmp_path):
+    model = quantized(TiedNet(head)).eval()
     totals = hf_daq.summary(model, IDS).totals
     plan = hf_daq.plan(TiedNet(), weight_bits=3, embedding_bits=3)
     assert (totals["bytes_before"], totals["bytes_after"]) == (plan.float_bytes, plan.packed_bytes)
@@ -350,8 +355,9 @@ def test_tied_networks_of_no_library(packed, tmp_path):
     assert plan.totals["weights_quantized"] == 77 + 49
     expected = model(IDS)
     hf_daq.save_pretrained(model, tmp_path, packed=packed, probe=IDS)
-    opened = hf_daq.from_pretrained(tmp_path, TiedNet())
+    opened = hf_daq.from_pretrained(tmp_path, TiedNet(head))
     assert torch.equal(opened(IDS), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(copy.deepcopy(opened)))(IDS), expected)
     assert hf_daq.inspect(tmp_path).packed_bytes == plan.packed_bytes
     assert hf_daq.health(opened, IDS).ok
     assert hf_daq.summary(opened).totals["bytes_after"] == plan.packed_bytes

@@ -13,7 +13,6 @@ from ..config import DaqConfig, did_you_mean, packed_bytes, pattern_matches
 from ..errors import ConfigError
 from ..nn.attention import Projection, projections
 from ..nn.layers import CONVOLUTIONS, LAYER_TYPES, TRANSPOSED
-from ..nn.scaled import know_embeddings
 from ..nn.subclasses import know_subclasses
 from ..text import add_row, as_text, bits_text, cell, plain_table, shape_text
 from .macs import count_macs
@@ -145,7 +144,6 @@ def plan(model: nn.Module, config: DaqConfig | None = None, inputs: Any = None, 
         resolved layer is not in the model.
     """
     config = config_from(config, kwargs)
-    know_embeddings(model)
     know_subclasses(model)
     modules = _layers_of(model)
     tied = tied_layers(model)
