@@ -53,28 +53,57 @@ def _norm(rows: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 class Quantizer(nn.Module):
-    """Bounds `lower` < `upper` and what both sides share. Not used by itself."""
+    """What all quantizers share. Not used by itself."""
 
-    def __init__(
-        self, bits: int, size: int, rounding: str, gamma: float, sigma: float, temperature: float, device: Any
-    ) -> None:
+    calibrated: bool
+
+    def __init__(self, bits: int, rounding: str, gamma: float, sigma: float, temperature: float) -> None:
         super().__init__()
         self.bits = bits
         self.rounding = rounding
         self.gamma = gamma
         self.sigma = sigma
         self.temperature = temperature
-        self._calibrated = False
-        self.lower = nn.Parameter(torch.full((size,), torch.nan, device=device, dtype=torch.float32))
-        self.upper = nn.Parameter(torch.full((size,), torch.nan, device=device, dtype=torch.float32))
 
     @property
     def levels(self) -> int:
         """`R = 2**bits - 1`, the last code."""
         return levels(self.bits)
 
+    def result_dtype(self, x: Tensor) -> torch.dtype:
+        return result_dtype(x)
+
+    def _options(self, x: Tensor) -> dict[str, Any]:
+        """What the quantizing functions take besides tensors."""
+        # The soft quantizer trains one function and deploys another: rounding.
+        rounding = "ste" if self.rounding == "soft" and not self.training else self.rounding
+        return {
+            "bits": self.bits,
+            "rounding": rounding,
+            "gamma": self.gamma,
+            "sigma": self.sigma,
+            "temperature": self.temperature,
+            "dtype": self.result_dtype(x),
+        }
+
+    def extra_repr(self) -> str:
+        state = "" if self.calibrated else ", not calibrated"
+        return f"bits={self.bits}, rounding={self.rounding!r}{state}"
+
+
+class BoundedQuantizer(Quantizer):
+    """Bounds `lower` < `upper`, each of shape (size,). Not used by itself."""
+
+    def __init__(
+        self, bits: int, size: int, rounding: str, gamma: float, sigma: float, temperature: float, device: Any
+    ) -> None:
+        super().__init__(bits, rounding, gamma, sigma, temperature)
+        self._calibrated = False
+        self.lower = nn.Parameter(torch.full((size,), torch.nan, device=device, dtype=torch.float32))
+        self.upper = nn.Parameter(torch.full((size,), torch.nan, device=device, dtype=torch.float32))
+
     @property
-    def calibrated(self) -> bool:
+    def calibrated(self) -> bool:  # type: ignore[override]
         """True once the parameters have values; looks at them anew until they do."""
         if not self._calibrated:
             self.finish()
@@ -108,33 +137,13 @@ class Quantizer(nn.Module):
 
         return super()._apply(wide, recurse)  # type: ignore[no-untyped-call]
 
-    def result_dtype(self, x: Tensor) -> torch.dtype:
-        return result_dtype(x)
-
-    def _options(self, x: Tensor) -> dict[str, Any]:
-        """What the quantizing functions take besides tensors."""
-        # The soft quantizer trains one function and deploys another: rounding.
-        rounding = "ste" if self.rounding == "soft" and not self.training else self.rounding
-        return {
-            "bits": self.bits,
-            "rounding": rounding,
-            "gamma": self.gamma,
-            "sigma": self.sigma,
-            "temperature": self.temperature,
-            "dtype": self.result_dtype(x),
-        }
-
     def outside(self, positions: Tensor) -> Tensor:
         """Which values are clipped, from their `positions`; not those on a bound."""
         outside: Tensor = (positions < -_ON_A_BOUND) | (positions > self.levels + _ON_A_BOUND)
         return outside
 
-    def extra_repr(self) -> str:
-        state = "" if self.calibrated else ", not calibrated"
-        return f"bits={self.bits}, rounding={self.rounding!r}{state}"
 
-
-class WeightQuantizer(Quantizer):
+class WeightQuantizer(BoundedQuantizer):
     """Weights of shape (channels, ...) to `|scale| * (q - c) / c`. On the grid "odd" `c = R / 2`: 2**bits symmetric values
     without a zero (paper). On "integer" `c = 2**(bits - 1)`, which is the code of 0. On "ternary", 2 bits, `R = 2` and
     `c = 1`: -1, 0 and 1.
@@ -308,7 +317,7 @@ class WeightQuantizer(Quantizer):
         return self.unrows(quantized, weight.shape)
 
 
-class ActivationQuantizer(Quantizer):
+class ActivationQuantizer(BoundedQuantizer):
     """Layer inputs of any shape to `(q - zero_point) / R`.
 
     lower, upper: bounds, shape (1,). `lower` is exactly 0 and frozen where calibration saw no negative value (the

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .formula import constants_of, levels, token_positions, token_scale
+from .formula import constants_of, token_positions, token_scale
 from .functional import quantize_tokens
-from .quantizers import result_dtype, wide
+from .quantizers import Quantizer, wide
 
 
-class TokenQuantizer(nn.Module):
+class TokenQuantizer(Quantizer):
     """Layer inputs of shape (..., columns) to multiples of a scale for each row, `quantize_tokens`. It has no parameters and
     needs no calibration.
 
@@ -32,17 +32,7 @@ class TokenQuantizer(nn.Module):
         temperature: float = 4.0,
         device: Any = None,
     ) -> None:
-        super().__init__()
-        self.bits = bits
-        self.rounding = rounding
-        self.gamma = gamma
-        self.sigma = sigma
-        self.temperature = temperature
-
-    @property
-    def levels(self) -> int:
-        """`R = 2**bits - 1`, the last code."""
-        return levels(self.bits)
+        super().__init__(bits, rounding, gamma, sigma, temperature)
 
     @property
     def zero_point(self) -> int:
@@ -83,20 +73,5 @@ class TokenQuantizer(nn.Module):
         """Which values are clipped: none by more than half a step."""
         return torch.zeros_like(positions, dtype=torch.bool)
 
-    def result_dtype(self, x: Tensor) -> torch.dtype:
-        """As of `ActivationQuantizer`."""
-        return result_dtype(x)
-
     def forward(self, x: Tensor) -> Tensor:
-        return quantize_tokens(
-            x,
-            bits=self.bits,
-            rounding="ste" if self.rounding == "soft" and not self.training else self.rounding,
-            gamma=self.gamma,
-            sigma=self.sigma,
-            temperature=self.temperature,
-            dtype=self.result_dtype(x),
-        )
-
-    def extra_repr(self) -> str:
-        return f"bits={self.bits}, rounding={self.rounding!r}"
+        return quantize_tokens(x, **self._options(x))

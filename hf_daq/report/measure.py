@@ -21,7 +21,7 @@ from ..nn.base import layer_input, refuse_adapted_weights
 from ..nn.init import spread
 from ..nn.layers import CONVOLUTIONS, TRANSPOSED, QuantizedLayer, evaluating, replaced_forwards
 from ..nn.packed import daq_layers
-from ..nn.quantizers import Quantizer, is_shard, wide
+from ..nn.quantizers import is_shard, wide
 
 _SAMPLES = 2**16
 _EXACT = 1e-10  # of the energy of the output: -100 dB
@@ -234,7 +234,7 @@ def paths_text(paths: dict[str, int], error: float | None) -> str:
 
 def usable(layer: Any) -> bool:
     """Whether the layer has bounds and scales to compute with. Looks at the values, which training may have spoilt."""
-    quantizers: list[Quantizer] = list(layer.quantizers.values())
+    quantizers = list(layer.quantizers.values())
     values: list[Tensor] = [value for quantizer in quantizers for value in quantizer.parameters()]
     values += [layer.weight_scale] if layer.w_quant is None else []
     ordered = all(bool((part.lower < part.upper).all()) and part.calibrated for part in quantizers)
