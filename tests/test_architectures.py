@@ -1,7 +1,9 @@
-"""transformers models of many architectures, the whole way. `python tests/programs/scan_transformers.py` takes all of them."""
+"""transformers models of many architectures and plain modules, the whole way. `tests/programs/scan_transformers.py` and
+`scan_modules.py` take all of them."""
 
 import pytest
 import tiny
+from scan_modules import check_model
 from scan_transformers import CHECKS, check_architecture, quiet
 
 # One of each kind: an encoder with a head, encoders with a tied decoder, decoders with Conv1D, grouped queries, fused
@@ -29,3 +31,8 @@ def test_plan(name):
 @pytest.mark.parametrize("name", ["deberta_v2", "t5", "phi3", "clip"])
 def test_load_and_generate(name):
     assert check_architecture(name, ["load", "generate"]).problems == []
+
+
+@pytest.mark.parametrize("name", ["swin_t", "unet", "unet_3d", "speech", "translator"])
+def test_plain_modules(name):
+    assert check_model(name).problems == []

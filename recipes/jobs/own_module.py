@@ -1,4 +1,4 @@
-"""A module of your own, with Conv1d and Linear layers, trained in a plain loop: its Linear layers get 4-bit weights and inputs.
+"""A module of your own, with Conv1d and Linear layers, trained in a plain loop: 4-bit weights and inputs.
 
 python recipes/jobs/own_module.py    # the data are the handwritten digits of scikit-learn, as 8 signals of 8 values
 """
@@ -35,7 +35,7 @@ def main(epochs=10):
         print(f"{100 * (model(x[1400:]).argmax(1) == labels[1400:]).float().mean():.1f} %")
 
     train(torch.optim.AdamW(model.parameters(), lr=2e-3))
-    hf_daq.apply_daq(model, bits=4, modules_to_not_convert=["conv"])  # a Conv1d has no quantized form
+    hf_daq.apply_daq(model, bits=4)  # all but the first and the last layer
     with hf_daq.calibrate(model):
         model(x[:256])
     train(torch.optim.AdamW(hf_daq.param_groups(model, lr=5e-4)))
