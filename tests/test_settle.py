@@ -110,6 +110,37 @@ def test_files_hold_settled_weights_and_a_model_that_is_alone_equals_its_file(tm
     assert torch.equal(settled(model)["0.weight"], saved)  # nothing is moved twice
 
 
+@pytest.mark.parametrize("granularity", ["channel", "group"])
+def test_rows_are_settled_apart_as_they_would_be_together(granularity, monkeypatch):
+    model = planted(4, granularity, size=(64, 100))
+    layer = model[0]
+    with torch.no_grad():
+        layer.weight[5:40] = layer.weight[4]  # many rows in which nothing is near a threshold, or the same is
+        layer.weight[5:40] += 1e-3 * layer.weight[5:40].std()
+    together = settled(model, dict(model.state_dict()))["0.weight"]
+    monkeypatch.setattr("hf_daq.nn.settle._AT_ONCE", 100)
+    apart = settled(model, dict(model.state_dict()))["0.weight"]
+    assert torch.equal(together, apart)
+    assert not torch.equal(apart, layer.weight)
+
+
+def test_a_row_that_cannot_be_settled_keeps_no_other_from_it(monkeypatch):
+    model = planted(2, "channel")
+    layer, moved = model[0], hf_daq.nn.settle._moved
+    stuck = layer.weight[3].clone()
+
+    def losing(quantizer, weight, codes):  # the codes of this row
+        result = moved(quantizer, weight, codes)
+        return torch.where((weight == stuck).all(1, keepdim=True), -result, result)
+
+    monkeypatch.setattr("hf_daq.nn.settle._moved", losing)
+    monkeypatch.setattr("hf_daq.nn.settle._AT_ONCE", 1)
+    weight = settled(model, dict(model.state_dict()))["0.weight"]
+    changed = (weight != layer.weight).any(1)
+    assert not changed[3]
+    assert changed.sum() == len(weight) - 1
+
+
 def test_transformers_saves_them_too_and_a_checkpoint_to_resume_from_is_exact(tmp_path):
     model = hf_daq.apply_daq(tiny_llama(), weight_bits=2)
     layer = model.model.layers[0].self_attn.q_proj

@@ -7,8 +7,8 @@ depends on codes and scale alone: a weight a little further away on its own side
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from .quantizers import WeightQuantizer, processes
 
 _ULPS = 16  # of the outermost code in float32: nearer to a threshold a weight is moved, to twice the distance
 _ROUNDS = 3  # moving weights moves their statistics a little
+_AT_ONCE = 2**16  # weights that are looked at: few enough for the cache, and for quantizers that need not be compiled
 
 
 @torch.no_grad()
@@ -35,7 +36,7 @@ def settled(model: nn.Module, gathered: Mapping[str, Tensor] | None = None) -> M
         if layer.owner is not None or weight is None or weight.is_meta or not layer.calibrated:
             continue
         moved = _settled_weight(_with_tensors(layer, name, tensors))
-        if torch.equal(moved, weight):
+        if moved is None:
             continue
         if alone and not weight.is_inference():
             weight.copy_(moved)  # and so to the tensor of the state dict, without a second model in memory
@@ -55,43 +56,130 @@ def _with_tensors(layer: QuantizedLayer, name: str, tensors: Mapping[str, Tensor
     return copied
 
 
-def _settled_weight(layer: Any) -> Tensor:
+def _settled_weight(layer: Any) -> Tensor | None:
+    """The weight of a layer in which what was near a threshold has moved; None where nothing was."""
+    if layer.standardizes:
+        return _settled_parameter(layer)
+    whole = layer.float_weight()
+    quantizer, weight = _by_rows(layer.w_quant, whole)
+    result = None
+    for rows in _touched(quantizer, weight):
+        before, of_rows = weight[rows], _of_rows(quantizer, rows)
+        part, codes = before, of_rows.codes(before)
+        for _ in range(_ROUNDS):
+            before, part = part, _moved(of_rows, part, codes)
+            if part is before:
+                break
+        if torch.equal(of_rows.codes(part), codes):
+            result = weight.clone() if result is None else result
+            result[rows] = part
+    return None if result is None else layer.stored(result if weight is whole else result.view(whole.shape))
+
+
+def _settled_parameter(layer: Any) -> Tensor | None:
+    """The same where the weight is what standardizing made of the parameter: affine in each channel of it."""
     quantizer: WeightQuantizer = layer.w_quant
+    weight = original = layer.weight
     codes = quantizer.codes(layer.float_weight())
-    original: Tensor = layer.weight
-    weight = original
     for _ in range(_ROUNDS):
         before = layer.float_weight()
         moved = _moved(quantizer, before, codes)
-        if torch.equal(moved, before):
+        if moved is before:
             break
-        if layer.standardizes:  # affine in each channel of the parameter
-            factor = before.flatten(1).std(1) / weight.flatten(1).std(1)
-            weight = weight + (moved - before) / factor.view(-1, 1, 1, 1)
-        else:
-            weight = layer.stored(moved)
+        factor = before.flatten(1).std(1) / weight.flatten(1).std(1)
+        weight = weight + (moved - before) / factor.view(-1, 1, 1, 1)
         layer._parameters["weight"] = weight
     same = torch.equal(quantizer.codes(layer.float_weight()), codes)
-    return weight if same else original
+    return weight if same and weight is not original else None
+
+
+def _apart(quantizer: WeightQuantizer, weight: Tensor) -> bool:
+    """Whether rows by themselves have the codes that they have in the weight, bit for bit. Sums go by strides, and a compiled
+    kernel on a GPU rounds in its own way."""
+    return quantizer.granularity != "tensor" and weight.is_contiguous() and weight.device.type == "cpu"
+
+
+def _by_rows(quantizer: WeightQuantizer, weight: Tensor) -> tuple[WeightQuantizer, Tensor]:
+    """Both, with groups as the rows of the weight, where they all have as many columns."""
+    if quantizer.groups == 1 or quantizer.padding or not _apart(quantizer, weight):
+        return quantizer, weight
+    by_rows = copy.copy(quantizer)
+    by_rows.granularity, by_rows.groups = "channel", 1
+    return by_rows, weight.view(-1, quantizer.group_size)
+
+
+def _touched(quantizer: WeightQuantizer, weight: Tensor) -> Iterable[slice | Tensor]:
+    """Rows with a weight near a threshold, as many as are looked at together; all rows where none stands by itself."""
+    if not _apart(quantizer, weight):
+        return [slice(None)] if len(_near(quantizer, weight).steps) else []
+    size = max(_AT_ONCE * len(weight) // weight.numel(), 1)
+    parts = (slice(start, start + size) for start in range(0, len(weight), size))
+    found = [_near(_of_rows(quantizer, part), weight[part]).places[0] + part.start for part in parts]
+    rows: Tensor = torch.cat(found).unique()  # type: ignore[no-untyped-call]
+    return torch.split(rows, size) if len(rows) else []
+
+
+def _of_rows(quantizer: WeightQuantizer, rows: slice | Tensor) -> WeightQuantizer:
+    """The quantizer for these rows of its weight."""
+    if quantizer.granularity == "tensor":
+        return quantizer
+    part = copy.copy(quantizer)
+    values = quantizer.lower, quantizer.upper, quantizer.scale
+    lower, upper, scale = (value.view(-1, quantizer.groups)[rows].flatten() for value in values)
+    part._parameters = {"lower": lower, "upper": upper, "scale": scale, "shift": None}  # type: ignore[dict-item]
+    return part
+
+
+class _Near(NamedTuple):
+    """Weights near a threshold.
+
+    places: index into the weight, a tensor for each dimension.
+    positions, thresholds, steps: float64, shape (count,): where each lies between the codes, the threshold, and the distance
+        of two codes in units of the weight.
+    """
+
+    places: tuple[Tensor, ...]
+    positions: Tensor
+    thresholds: Tensor
+    steps: Tensor
+
+
+def _margin(quantizer: WeightQuantizer) -> float:
+    return _ULPS * quantizer.levels * torch.finfo(torch.float32).eps
+
+
+def _near(quantizer: WeightQuantizer, weight: Tensor) -> _Near:
+    exact = weight.double()
+    start, end = quantizer.bounds(exact)
+    positions = quantizer.rows(exact).sub(start).div_(end - start).mul_(quantizer.levels)
+    positions = quantizer.unrows(positions, weight.shape)
+    places = (positions.frac().sub_(0.5).abs_() < _margin(quantizer)).nonzero(as_tuple=True)
+    inside = (positions[places] > 0) & (positions[places] < quantizer.levels)
+    places = tuple(index[inside] for index in places)
+    column = torch.zeros_like(places[0])
+    for size, index in zip(weight.shape[1:], places[1:], strict=True):
+        column = column * size + index
+    rows = places[0] * quantizer.groups + column // quantizer.group_size
+    steps = ((end - start) / quantizer.levels).flatten()
+    found = positions[places]
+    return _Near(places, found, found.floor() + 0.5, steps[rows] if len(steps) > 1 else steps.expand_as(found))
 
 
 def _moved(quantizer: WeightQuantizer, weight: Tensor, codes: Tensor) -> Tensor:
-    """The weight, where it lies nearer to a threshold than the margin, moved to twice that on the side of its code."""
-    levels = quantizer.levels
-    margin = _ULPS * levels * torch.finfo(torch.float32).eps
-    positions = quantizer.positions(weight.double())
-    threshold = positions.floor() + 0.5
-    near = ((positions - threshold).abs() < margin) & (threshold > 0) & (threshold < levels)
-    if not near.any():
-        return weight
-    side = torch.where(codes > threshold, 1.0, -1.0)
-    start, end = quantizer.bounds(weight.double())
-    step = quantizer.unrows(((end - start) / levels).expand_as(quantizer.rows(weight)).contiguous(), weight.shape)
-    offset = (threshold + side * 2 * margin - positions) * step
-    wanted = weight.double() + offset
+    """The weight, where it lies nearer to a threshold than the margin, moved to twice that on the side of its code; itself
+    where nothing moves."""
+    margin = _margin(quantizer)
+    places, positions, threshold, step = _near(quantizer, weight)
+    before, code = weight[places], codes[places]
+    side = torch.where(code > threshold, 1.0, -1.0)
+    wanted = before.double() + (threshold + side * 2 * margin - positions) * step
     # A narrow dtype rounds: take the next value away from the threshold then.
     nearest = wanted.to(weight.dtype)
     further = (wanted + side * wanted.abs() * torch.finfo(weight.dtype).eps).to(weight.dtype)
     short = (nearest.double() - wanted) * side < -0.5 * margin * step
-    result = torch.where(near, torch.where(short, further, nearest), weight)
-    return torch.where(quantizer.codes(result) == codes, result, weight)
+    after = torch.where(short, further, nearest)
+    result = weight.clone()
+    result[places] = after
+    same = quantizer.codes(result)[places] == code
+    result[places] = torch.where(same, after, before)
+    return weight if torch.equal(result, weight) else result
