@@ -28,7 +28,7 @@ from .nn.init import activation_bounds, start_from_weight
 from .nn.layers import QuantizedLayer, evaluating, quantized_layers
 from .nn.leaf import ONLOAD
 from .nn.matching import OutputMatch, usual_weights
-from .nn.observers import InputSample, Statistics, all_reduce
+from .nn.observers import InputSample, Statistics, all_reduce, limit_together
 from .nn.quantizers import ActivationQuantizer, WeightQuantizer, is_shard, processes
 from .nn.siblings import regroup, with_owners
 from .nn.swap import change_class
@@ -55,7 +55,7 @@ def calibrate(model: nn.Module, *, check: bool = True) -> Iterator[nn.Module]:
     its output by a scale, and each output channel by a shift (`bias_correction`), where that lowers the squared error of
     the output over all positions and at the typical position; else they are left out. With `weight_init="3std"` the scale
     is the paper's: the mean absolute output is that of the float layer. Memory does not grow with the number of batches:
-    at most 2**22 inputs (or 1024 rows) of each layer are kept.
+    at most 2**22 inputs (or 1024 rows) of each layer are kept, and 2**28 of all (or 256 rows of each).
 
     Under `torch.distributed` all statistics are reduced, so every rank ends with the same values; a rank may bring no
     batch at all, if each layer is reached on some rank. If anything raises, the quantizers stay as they were. Quantizer
@@ -93,6 +93,7 @@ def calibrate(model: nn.Module, *, check: bool = True) -> Iterator[nn.Module]:
         for name, layer in layers.items()
         if layer.owner is None and not isinstance(layer, nn.Embedding)
     }
+    limit_together(sample for observer in observers.values() for sample in observer.samples)
     hooks = [layers[name].register_forward_pre_hook(observer, with_kwargs=True) for name, observer in observers.items()]
     # Experts read what their router gave to each.
     dense = {name: layers[name] for name in observers if not isinstance(layers[name], DaqExpertsLinear)}

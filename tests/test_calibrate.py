@@ -16,7 +16,7 @@ from hf_daq import DaqConfig
 from hf_daq.errors import CalibrationError, ModelError
 from hf_daq.model.recording import Recorder
 from hf_daq.nn.layers import quantized_layers
-from hf_daq.nn.observers import InputSample, Statistics
+from hf_daq.nn.observers import InputSample, Statistics, limit_together
 
 
 def quantizer_values(model):
@@ -312,6 +312,23 @@ def test_memory_does_not_grow_with_the_batches(width):
     assert sample.share == 12 * 2048 / len(sample.rows)
     counts = torch.bincount(sample.rows[:, 0].long(), minlength=12).double()
     assert (counts / counts.mean() - 1).abs().max() < 0.5
+
+
+def test_the_samples_of_many_layers_are_bounded_together(monkeypatch):
+    def limits(count):
+        widths = [64, 512] * (count // 2)
+        samples = [InputSample(nn.Linear(width, 8), (8, width)) for width in widths]
+        limit_together(samples)
+        return widths, [sample.limit for sample in samples]
+
+    widths, few = limits(8)
+    assert few == [2**22 // width for width in widths]
+    widths, many = limits(100)  # the longest are shortened
+    assert sum(limit * width for limit, width in zip(many, widths, strict=True)) < 2**28
+    assert many[0] < few[0]
+    assert many[1] == few[1]
+    monkeypatch.setattr("hf_daq.nn.observers._TOGETHER", 1)
+    assert set(limits(4)[1]) == {256}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from .quantizers import processes
 
 _BINS = 8192
 _SMALLEST_EXPONENT = -126
-_SAMPLE_VALUES, _SAMPLE_ROWS = 2**22, 1024
+_SAMPLE_VALUES, _SAMPLE_ROWS = 2**22, 1024  # of a layer
+_TOGETHER, _FEWEST_ROWS = 2**28, 256  # values of all layers, and rows that each may have in any case
 
 
 def all_reduce(tensor: Tensor, operation: Any) -> None:
@@ -107,14 +109,14 @@ class InputSample:
     patch under the kernel of a convolution. Memory is bounded whatever comes; few inputs are kept whole.
 
     rows: shape (positions, in) or (positions, in, size of the kernel...), in the dtype of the inputs. seen: of how
-        many positions.
+        many positions. width: values of a row. limit: rows that are kept.
     """
 
     def __init__(self, layer: Any, shape: tuple[int, ...]) -> None:
         self.layer, self.seen = layer, 0
         self.convolution = isinstance(layer, CONVOLUTIONS + TRANSPOSED)
-        width = layer.in_channels * math.prod(layer.kernel_size) if self.convolution else shape[1]
-        self.limit = max(_SAMPLE_ROWS, _SAMPLE_VALUES // max(width, shape[0]))
+        self.width = layer.in_channels * math.prod(layer.kernel_size) if self.convolution else shape[1]
+        self.limit = max(_SAMPLE_ROWS, _SAMPLE_VALUES // max(self.width, shape[0]))
         self.generator = torch.Generator().manual_seed(0)
         self.keys = torch.empty(0)
         kernel = layer.kernel_size if self.convolution else ()
@@ -159,6 +161,16 @@ class InputSample:
         function: Any = (F.conv1d, F.conv2d, F.conv3d)[rows.ndim - 3]
         output: Tensor = function(rows, weight, groups=self.layer.groups).flatten(1)
         return output
+
+
+def limit_together(samples: Iterable[InputSample]) -> None:
+    """Lower the limits of the longest samples, so that all together do not hold more than a model may cost beside itself."""
+    samples = list(samples)
+    rows = max((sample.limit for sample in samples), default=0)
+    while rows > _FEWEST_ROWS and sum(min(sample.limit, rows) * sample.width for sample in samples) > _TOGETHER:
+        rows = max(rows * 15 // 16, _FEWEST_ROWS)
+    for sample in samples:
+        sample.limit = min(sample.limit, rows)
 
 
 def grid(layer: Any, x: Tensor) -> tuple[int, ...]:
