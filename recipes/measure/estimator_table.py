@@ -1,0 +1,89 @@
+"""The table and the figure of estimators.py, from its rows: one run each, as read from its JSON lines."""
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from measure.plots import save
+
+Rows = list[dict[str, Any]]
+
+
+def by(rows: Rows, *names: str) -> dict[Any, Rows]:
+    """Rows with equal values of these keys, in the order of the file."""
+    groups: dict[Any, Rows] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
+def best(rows: Rows) -> tuple[float, Rows]:
+    """The learning rate with the best mean on held-out images, of those with the most seeds, and its rows."""
+    groups = by(rows, "lr")
+    most = max(map(len, groups.values()))
+    complete = {lr: group for (lr,), group in groups.items() if len(group) == most}
+    return max(complete.items(), key=lambda item: statistics.mean(row["heldout"] for row in item[1]))
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean, and its standard error (NaN of one value)."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.mean(values), error
+
+
+def table(rows: Rows) -> str:
+    lines = [
+        "| network | bits | optimizer | epochs | estimator | best rate (of) | held out | test | seeds | minus ste | gap |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for key, group in by(rows, "network", "bits", "optimizer", "epochs").items():
+        chosen = {name: (best(found), by(found, "lr")) for (name,), found in by(group, "estimator").items()}
+        for name, ((lr, found), rates) in chosen.items():
+            test = mean_and_error([row["test"] for row in found])
+            held_out = mean_and_error([row["heldout"] for row in found])
+            minus = "-"
+            if name not in ("ste", "float") and "ste" in chosen:
+                other = mean_and_error([row["test"] for row in chosen["ste"][0][1]])
+                minus = in_words((test[0] - other[0], math.hypot(test[1], other[1])), "+")
+            gap = f"{statistics.mean(row['gap'] for row in found):+.1f}" if "gap" in found[0] else "0"
+            cells = f"{lr:.3g} ({len(rates)})", in_words(held_out), in_words(test), str(len(found)), minus, gap
+            lines.append("| " + " | ".join([*map(str, key), name, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def in_words(value: tuple[float, float], sign: str = "") -> str:
+    mean, error = value
+    return f"{mean:{sign}.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
+
+
+def draw(rows: Rows, path: Path) -> None:
+    """For each number of bits: test accuracy against the learning rate (short runs, SGD), and below against epochs (the longest)."""
+    groups = by([row for row in rows if row["optimizer"] == "sgd" and row["bits"] != "float"], "bits")
+    figure, axes = plt.subplots(2, len(groups), figsize=(4.2 * len(groups), 6.4), squeeze=False, layout="constrained")
+    for ((bits,), group), (top, bottom) in zip(groups.items(), axes.T, strict=True):
+        shortest, longest = (choose(row["epochs"] for row in group) for choose in (min, max))
+        for (name,), found in by([row for row in group if row["epochs"] == shortest], "estimator").items():
+            rates = sorted(by(found, "lr").items())
+            points = [mean_and_error([row["test"] for row in same]) for _, same in rates]
+            errors = [0 if math.isnan(error) else error for _, error in points]
+            top.errorbar(
+                [lr for (lr,), _ in rates], [mean for mean, _ in points], errors, marker="o", capsize=3, label=name
+            )
+        for (name,), found in by([row for row in group if row["epochs"] == longest], "estimator").items():
+            curves = [[entry["heldout"] for entry in row["history"]] for row in best(found)[1]]
+            means = [statistics.mean(values) for values in zip(*curves, strict=True)]
+            bottom.plot(range(1, len(means) + 1), means, label=name)
+        top.set(
+            xscale="log",
+            title=f"W{bits.replace('/', 'A')}, {shortest} epochs",
+            xlabel="learning rate",
+            ylabel="test, %",
+        )
+        bottom.set(title=f"{longest} epochs, each at its best rate", xlabel="epoch", ylabel="held out, %")
+        top.legend(fontsize=8)
+        bottom.legend(fontsize=8)
+    save(figure, path)
+    plt.close(figure)
