@@ -21,7 +21,7 @@ from .model.recording import Recorder
 from .model.roles import tied_layers
 from .model.walk import Walk
 from .nn.base import check_calibrated, refuse_adapted_weights
-from .nn.bounds import fit_input_bounds, has_own_bounds
+from .nn.bounds import fit_input_bounds
 from .nn.experts import ExpertsLinear
 from .nn.fitting import fit_layer, whole_or_not
 from .nn.layers import QuantizedLayer, evaluating, quantized_layers, replaced_forwards
@@ -155,11 +155,13 @@ class _Sweep:
     def __init__(self, model: nn.Module, layers: dict[str, QuantizedLayer], batches: list[Any]) -> None:
         self.model, self.layers, self.batches = model, layers, batches
         self.todo: dict[nn.Module, int] = {}
+        self.places: dict[nn.Module, int] = {}
         self.float_weights: dict[nn.Module, Tensor] = {}
 
     def run(self, max_minutes: float | None, progress: bool | None) -> None:
         end = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
         self.todo = self._order()
+        self.places = dict(self.todo)
         self.recorder = Recorder(self.model, keep_calls=False)
         chunks = [_Chunk(lambda batch=batch: run(self.model, batch)) for batch in self.batches]  # type: ignore[misc]
         try:
@@ -260,9 +262,11 @@ class _Sweep:
 
     def _reconstruct(self, layer: QuantizedLayer, chunks: list[_Chunk]) -> None:
         there = [chunk for chunk in chunks if chunk.quantized.layer is layer]
+        readers = self._readers(layer)
+        if layer is readers[0] and all(reader in self.todo for reader in readers):
+            with whole_or_not(*readers):
+                fit_input_bounds(readers, [self._sample(reader, layer, there) for reader in readers])
         with whole_or_not(layer):
-            if has_own_bounds(layer):
-                fit_input_bounds(layer, self._sample(layer, there))
             moments = self._moments(layer, there)
             if not bool(moments.quantized.isfinite().all() and moments.mixed.isfinite().all()):
                 raise CalibrationError(f"the inputs of layer {layer.daq_name!r} have NaN or infinite values")
@@ -271,8 +275,17 @@ class _Sweep:
                 fit_layer(layer, moments)
         del self.todo[layer]
 
-    def _sample(self, layer: QuantizedLayer, there: list[_Chunk]) -> Sample:
-        sample = Sample(layer, layer.weight_shape())
+    def _readers(self, layer: QuantizedLayer) -> list[QuantizedLayer]:
+        """The layers that use the quantizer of this one's input, as they run."""
+        owner = layer.input_owner or layer
+        return sorted(
+            (other for other in self.layers.values() if (other.input_owner or other) is owner),
+            key=lambda other: self.places.get(other, _NEVER),
+        )
+
+    def _sample(self, reader: QuantizedLayer, layer: QuantizedLayer, there: list[_Chunk]) -> Sample:
+        """Of the inputs of a layer, for another one that reads the same."""
+        sample = Sample(reader, reader.weight_shape())
         for number, chunk in enumerate(there):
             for half, x, exact in chunk.inputs(layer, number % 2):
                 sample.add(half, x, exact, sample.limit // (2 * len(there)) + 1)

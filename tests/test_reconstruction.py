@@ -18,12 +18,13 @@ import hf_daq
 from hf_daq import DaqConfig
 from hf_daq.errors import CalibrationError, ModelError
 from hf_daq.model.batch import joined, run
-from hf_daq.nn.bounds import fit_input_bounds, has_own_bounds
+from hf_daq.nn.bounds import fit_input_bounds
 from hf_daq.nn.fitting import fit_layer
 from hf_daq.nn.init import Grid
 from hf_daq.nn.layers import quantized_layers
 from hf_daq.nn.moments import Moments, Sample
 from hf_daq.nn.rounding import best_steps, centered, improve_codes, refit, round_columns
+from hf_daq.nn.siblings import share_input
 
 # ------------------------------------------------------------------------------------------------- the mathematics
 
@@ -314,7 +315,7 @@ def test_bounds_of_inputs_are_those_that_serve_the_output(sign):
     layer.a_quant.lower.fill_(min(x.min().item(), -3.0))
     layer.a_quant.upper.fill_(max(x.max().item(), 3.0))
     span, before = layer.a_quant.span.item(), layer.w_quant(layer.weight) / layer.a_quant.span
-    fit_input_bounds(layer, sampled(layer, x))
+    fit_input_bounds([layer], [sampled(layer, x)])
     assert layer.a_quant.span < 0.5 * span
     assert layer.a_quant.lower < -1.5
     assert layer.a_quant.upper > 1.5
@@ -328,13 +329,36 @@ def test_bounds_of_inputs_are_those_that_serve_the_output(sign):
 
 
 @torch.no_grad()
+def test_shared_bounds_of_inputs_are_those_that_serve_all_their_readers():
+    """The first layer does not look at the column with the outliers, and would have them clipped; the other one needs it."""
+    found = {}
+    for needed in (False, True):
+        one, other = (quantized_layer(LAYERS["linear"](), weight_bits=8, activation_bits=8) for _ in range(2))
+        share_input(other, one)
+        x = outliers()
+        x[:, 3] *= torch.rand(400)  # what is clipped cannot be told
+        one.weight[:, 3] = 0
+        other.weight[:, 3] *= needed
+        one.a_quant.lower.fill_(x.min())
+        one.a_quant.upper.fill_(x.max())
+        span = one.a_quant.span.item()
+        before = [layer.w_quant(layer.weight) / layer.a_quant.span for layer in (one, other)]
+        fit_input_bounds([one, other], [sampled(layer, x) for layer in (one, other)])
+        found[needed] = one.a_quant.span.item() / span
+        for layer, weight in zip((one, other), before, strict=True):
+            torch.testing.assert_close(layer.w_quant(layer.weight) / layer.a_quant.span, weight)
+    assert found[False] < 0.4
+    assert found[True] > 0.6
+
+
+@torch.no_grad()
 def test_bounds_of_inputs_stay_where_nothing_is_gained():
     for x in (torch.zeros(40, 12), torch.full((40, 12), torch.nan), torch.rand(400, 12), torch.rand(1, 12)):
         layer = quantized_layer(LAYERS["linear"](), weight_bits=8, activation_bits=8)
         layer.a_quant.lower.fill_(0.0)
         layer.a_quant.upper.fill_(1.0)
         before = {name: value.clone() for name, value in layer.state_dict().items()}
-        fit_input_bounds(layer, sampled(layer, x))
+        fit_input_bounds([layer], [sampled(layer, x)])
         assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 
@@ -352,7 +376,7 @@ def test_a_sample_has_the_error_that_the_definition_gives():
         found = refit(weight.double(), fit, 0.3).float().reshape(layer.weight.shape)
         y = layer.compute(other[part], layer.weight, None) - layer.compute(one[part], found, None)
         wanted += y.var((0, 2, 3), correction=0).sum().item()
-    assert sample.error(lambda x: x, weight, 0.3, True) == pytest.approx(wanted, rel=1e-3)
+    assert sample.errors(lambda x: x, (1.0, 0.3))[1] == pytest.approx(wanted, rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------ the whole network
@@ -452,7 +476,9 @@ def test_layers_are_fitted_in_the_quantized_prefix_one_after_the_other(family):
     assert len(order) == len(quantized_layers(slow))
     for name in order:
         layer = slow.get_submodule(name)
-        moments, sample = Moments(layer, layer.weight_shape()), Sample(layer, layer.weight_shape())
+        moments = Moments(layer, layer.weight_shape())
+        readers = [other for at in order if (other := slow.get_submodule(at)).a_quant is layer.a_quant]
+        samples = [Sample(reader, reader.weight_shape()) for reader in readers]
         parts = []
         for one in batches:
             x, f = inputs(slow, name, one), inputs(exact, name, one)
@@ -462,10 +488,11 @@ def test_layers_are_fitted_in_the_quantized_prefix_one_after_the_other(family):
                     q, r = (value[one["attention_mask"][part] > 0] for value in (q, r))
                 parts.append((half, q, r))
         with torch.no_grad():
-            for half, q, r in parts:
-                sample.add(half, q, r, sample.limit // 6 + 1)
-            if has_own_bounds(layer):
-                fit_input_bounds(layer, sample)
+            if readers[0] is layer:
+                for half, q, r in parts:
+                    for sample in samples:
+                        sample.add(half, q, r, sample.limit // 6 + 1)
+                fit_input_bounds(readers, samples)
             for half, q, r in parts:
                 moments.add(half, layer.a_quant(q) * layer.a_quant.span, r, 10**6)
             fit_layer(layer, moments)
@@ -480,7 +507,10 @@ def test_padding_does_not_count():
     one, other = (calibrated(tiny_bert(), [short], config) for _ in range(2))
     hf_daq.reconstruct(one, [short])
     hf_daq.reconstruct(other, [padded])
-    assert (error(one, other, [short])) < 1e-6 * output(one, short).square().sum()
+    # Rounding errors move some codes; where padding counts it is a fifth of them.
+    pairs = zip(quantized_layers(one).values(), quantized_layers(other).values(), strict=True)
+    moved = torch.cat([(layer.codes() != twin.codes()).flatten() for layer, twin in pairs])
+    assert moved.float().mean() < 0.06
 
 
 def test_weights_only_in_groups():

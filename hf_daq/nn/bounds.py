@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -25,50 +25,49 @@ class _Place(NamedTuple):
     upper: int
 
 
-def has_own_bounds(layer: QuantizedLayer) -> bool:
-    """Whether the bounds of its inputs can move without another layer, and its weight with them."""
-    own = layer.input_owner is None and layer.input_readers == 1
-    return isinstance(layer.a_quant, ActivationQuantizer) and own and not layer.standardizes
-
-
 @torch.no_grad()
-def fit_input_bounds(layer: QuantizedLayer, sample: Sample) -> None:
-    """Move the bounds of the layer's inputs, step by step, for as long as the error of its output falls: that of the refit to one half of
-    the sample, on the other. The scale of the layer follows, so that the rest of it means what it meant."""
-    quantizer = layer.a_quant
-    if not isinstance(quantizer, ActivationQuantizer) or sample.lopsided():
+def fit_input_bounds(layers: Sequence[QuantizedLayer], samples: Sequence[Sample]) -> None:
+    """Move the bounds of what these layers read, which share one quantizer, step by step, for as long as the error of their outputs
+    falls: that of the refit to one half of the sample, on the other, the geometric mean over layers. Their scales follow, so that the
+    rest of each means what it meant."""
+    quantizer = layers[0].a_quant
+    if not isinstance(quantizer, ActivationQuantizer) or any(layer.standardizes for layer in layers):
+        return
+    if any(sample.lopsided() for sample in samples):
         return
     lower, upper = quantizer.lower.item(), quantizer.upper.item()
-    lowest, highest = sample.extremes()
+    lowest, highest = samples[0].extremes()
     if not math.isfinite(highest - lowest):
         return
-    weight = layer.float_weight().detach().float().reshape(sample.groups, -1, sample.columns)
-    center = layer.w_quant.shift is not None
 
     def at(place: _Place) -> tuple[float, float]:
         return lower * _STEP**place.lower, upper * _STEP**place.upper
 
-    def error_of(place: _Place, damping: float) -> float:
+    def errors_at(place: _Place, dampings: Sequence[Sequence[float]]) -> list[list[float]]:
         below, above = at(place)
         quantizer.lower.fill_(below)
         quantizer.upper.fill_(above)
-        return sample.error(lambda x: quantizer(x) * quantizer.span, weight, damping, center)
+        return [
+            sample.errors(lambda x: quantizer(x) * quantizer.span, of_layer)
+            for sample, of_layer in zip(samples, dampings, strict=True)
+        ]
 
     @cache
     def error(place: _Place) -> float:
-        return error_of(place, damping)
+        return _mean(found for (found,) in errors_at(place, best))
 
     def useful(place: _Place) -> bool:
         """One step beyond what was seen is as far as it may go."""
         below, above = at(place)
         return (place.lower >= 0 or below * _STEP > lowest) and (place.upper >= 0 or above * _STEP < highest)
 
-    # What rounding and clipping here add to the error is all that other bounds could take away.
-    damping, exact = 1.0, sample.error(lambda x: x, weight, 1.0, center)
     try:
-        if not exact < error_of(_Place(0, 0), damping) * (1 - _GAIN):
+        first = errors_at(_Place(0, 0), [_DAMPINGS] * len(samples))
+        # What rounding and clipping here add to the error is all that other bounds could take away.
+        exact = _mean(sample.errors(lambda x: x, (1.0,))[0] for sample in samples)
+        if not exact < _mean(found[_DAMPINGS.index(1.0)] for found in first) * (1 - _GAIN):
             return
-        damping = min(_DAMPINGS, key=lambda damping: error_of(_Place(0, 0), damping))
+        best = [(_DAMPINGS[found.index(min(found))],) for found in first]
         place = _descend(error, useful, signed=lower < 0)
     finally:
         quantizer.lower.fill_(lower)
@@ -76,7 +75,14 @@ def fit_input_bounds(layer: QuantizedLayer, sample: Sample) -> None:
     below, above = at(place)
     quantizer.lower.fill_(below)
     quantizer.upper.fill_(above)
-    layer.w_quant.scale.mul_((above - below) / (upper - lower))
+    for layer in layers:
+        layer.w_quant.scale.mul_((above - below) / (upper - lower))
+
+
+def _mean(errors: Iterable[float]) -> float:
+    """Geometric."""
+    logs = [math.log(max(error, 1e-30)) for error in errors]
+    return math.exp(sum(logs) / len(logs))
 
 
 def _descend(error: Callable[[_Place], float], useful: Callable[[_Place], bool], signed: bool) -> _Place:

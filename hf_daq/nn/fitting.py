@@ -29,13 +29,14 @@ _MARGIN = 0.02  # codes between a weight and the end of its cell
 
 
 @contextmanager
-def whole_or_not(layer: QuantizedLayer) -> Iterator[None]:
-    """A layer whose changes inside are interrupted is as it was."""
-    before = {name: value.clone() for name, value in layer.state_dict().items()}
+def whole_or_not(*layers: QuantizedLayer) -> Iterator[None]:
+    """Layers whose changes inside are interrupted are as they were."""
+    before = [{name: value.clone() for name, value in layer.state_dict().items()} for layer in layers]
     try:
         yield
     except BaseException:
-        layer.load_state_dict(before)
+        for layer, state in zip(layers, before, strict=True):
+            layer.load_state_dict(state)
         raise
 
 

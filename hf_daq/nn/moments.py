@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,14 +13,16 @@ from torch import Tensor
 from .init import spread
 from .layers import CONVOLUTIONS, TRANSPOSED
 from .matching import usual_weights
-from .observers import all_reduce, grid, padded, rows_at
+from .observers import all_reduce, depthwise_rows_at, grid, padded, rows_at
 from .rounding import NARROW, Centered, centered, refit
 
 _WIDE = 2048  # columns from which sums are float32, which is twice as fast and half as large
 _POSITIONS, _PER_COLUMN = 2**15, 16
-_SIZE = 2**27  # numbers in the rows of a layer
+_SIZE = 2**25  # numbers in the rows of a layer
 _SAMPLE, _SAMPLE_PER_COLUMN, _SAMPLE_SIZE = 2**12, 3, 2**23
-_CHUNK = 2**24  # numbers that are unfolded at once
+_CHUNK = (
+    2**21
+)  # numbers that are unfolded at once: memory of this size is used again, larger blocks come from the system anew
 
 
 class Moments:
@@ -45,10 +47,7 @@ class Moments:
     def add(self, half: int, quantized: Tensor, in_float: Tensor, limit: int) -> None:
         """At most `limit` positions of inputs: of images before padding, of tokens any shape that ends with the columns."""
         for q, f, root in _rows(self.layer, quantized, in_float, limit):
-            q, f = _with_ones(q) * root, _with_ones(f) * root
-            self.quantized[half] += q.mT @ q
-            self.mixed[half] += f.mT @ q
-            self.in_float[half] += f[:, :, :-1].square().sum(1)
+            _add_products(self.quantized[half], self.mixed[half], self.in_float[half], q, f, root)
 
     @property
     def limit(self) -> int:
@@ -68,21 +67,22 @@ class Moments:
 
 
 class Sample:
-    """Some positions of a layer's inputs in both networks, which are kept: moments for any way to quantize them.
+    """Some positions of a layer's inputs in both networks, which are kept: the error of its output for any way to quantize them.
 
-    groups, columns: as of `Moments`.
+    groups, columns: as of `Moments`. weight: of the float layer, float32, shape (groups, outputs, columns).
     """
 
     def __init__(self, layer: Any, shape: tuple[int, ...]) -> None:
-        self.layer = layer
+        self.layer, self.center = layer, layer.w_quant.shift is not None
         self.groups = layer.groups if isinstance(layer, CONVOLUTIONS + TRANSPOSED) else 1
         self.columns = math.prod(shape[1:])
-        self._parts: tuple[list[tuple[Tensor, ...]], ...] = [], []
+        self.weight = layer.float_weight().detach().float().reshape(self.groups, -1, self.columns)
+        self._parts: tuple[list[_Rows], list[_Rows]] = [], []
 
     def add(self, half: int, x: Tensor, in_float: Tensor, limit: int) -> None:
         """Arguments as of `Moments`, but not quantized yet."""
         self._parts[half].extend(
-            (x, _with_ones(f) * root, root) for x, f, root in _rows(self.layer, x, in_float, limit)
+            _Rows(x, f, root, f @ self.weight.mT) for x, f, root in _rows(self.layer, x, in_float, limit)
         )
 
     @property
@@ -92,54 +92,89 @@ class Sample:
 
     def extremes(self) -> tuple[float, float]:
         """The smallest and the largest input, over all ranks."""
-        found = torch.full((2,), -math.inf, device=self.layer.weight.device)
-        for x, _, _ in (*self._parts[0], *self._parts[1]):
-            low, high = x.aminmax()
+        found = torch.full((2,), -math.inf, device=self.weight.device)
+        for rows in (*self._parts[0], *self._parts[1]):
+            low, high = rows.x.aminmax()
             found = torch.maximum(found, torch.stack([-low, high]))
         all_reduce(found, dist.ReduceOp.MAX)
         return -float(found[0]), float(found[1])
 
     def lopsided(self) -> bool:
         """Whether a half is empty, over all ranks."""
-        counts = torch.tensor([sum(len(rows[0][0]) for rows in part) for part in self._parts])
-        counts = counts.to(self.layer.weight.device)
+        counts = torch.tensor([sum(rows.x.shape[1] for rows in part) for part in self._parts])
+        counts = counts.to(self.weight.device)
         all_reduce(counts, dist.ReduceOp.SUM)
         return bool((counts == 0).any())
 
-    def error(self, quantize: Callable[[Tensor], Tensor], weight: Tensor, damping: float, center: bool) -> float:
-        """The mean squared error of the output of the refit to one half, on the other. Of narrow layers the two take turns, and it
-        is the sum."""
-        total = 0.0
-        one, other = ([(f, _with_ones(quantize(x)) * root) for x, f, root in part] for part in self._parts)
+    def errors(self, quantize: Callable[[Tensor], Tensor], dampings: Sequence[float]) -> list[float]:
+        """For each damping the mean squared error of the output of the refit to one half, on the other. Of narrow layers the two
+        take turns, and it is the sum."""
+        totals = [0.0] * len(dampings)
+        one, other = ([rows._replace(x=quantize(rows.x)) for rows in part] for part in self._parts)
         for fit, rest in ((one, other), (other, one))[: 2 if self.columns <= NARROW else 1]:
-            found = refit(weight, self._centered(fit, center), damping)
-            total += self._missing(rest, weight, found, center)
-        return total
+            moments = self._centered(fit)
+            for place, damping in enumerate(dampings):
+                totals[place] += self._missing(rest, refit(self.weight, moments, damping))
+        return totals
 
-    def _missing(self, rows: list[tuple[Tensor, Tensor]], weight: Tensor, found: Tensor, center: bool) -> float:
+    def _missing(self, part: list[_Rows], weight: Tensor) -> float:
+        """The mean squared error of the output with this weight."""
         sums = torch.zeros(2 + weight[..., 0].numel(), device=weight.device, dtype=torch.float64)
-        for f, q in rows:
-            y = f[:, :, :-1] @ weight.mT - q[:, :, :-1] @ found.mT
-            root = f[:, :, -1:]
-            sums += torch.cat([y.square().sum().view(1), root[0].square().sum().view(1), (y * root).sum(1).flatten()])
+        for q, _, root, wanted in part:
+            away = wanted - q @ weight.mT
+            count, means = away.new_tensor(q.shape[1]), away.sum(1)
+            if root is not None:
+                away = away * root
+                count, means = root.square().sum(), (away * root).sum(1)
+            sums[0] += torch.linalg.vector_norm(away).square()
+            sums[1] += count
+            sums[2:] += means.flatten()
         all_reduce(sums, dist.ReduceOp.SUM)
         means = sums[2:] / sums[1]
-        return float(sums[0] / sums[1] - (means.square().sum() if center else 0))
+        return float(sums[0] / sums[1] - (means.square().sum() if self.center else 0))
 
-    def _centered(self, rows: list[tuple[Tensor, Tensor]], center: bool) -> Centered:
+    def _centered(self, part: list[_Rows]) -> Centered:
         size = self.columns + 1
-        quantized = torch.zeros(self.groups, size, size, device=self.layer.weight.device)
+        quantized = torch.zeros(self.groups, size, size, device=self.weight.device)
         mixed, in_float = torch.zeros_like(quantized), quantized.new_zeros(self.groups, self.columns)
-        for f, q in rows:
-            quantized += q.mT @ q
-            mixed += f.mT @ q
-            in_float += f[:, :, :-1].square().sum(1)
+        for q, f, root, _ in part:
+            _add_products(quantized, mixed, in_float, q, f, root)
         for total in (quantized, mixed, in_float):
             all_reduce(total, dist.ReduceOp.SUM)
-        return centered(quantized, mixed, in_float, center)
+        return centered(quantized, mixed, in_float, self.center)
 
 
-def _rows(layer: Any, quantized: Tensor, in_float: Tensor, limit: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+class _Rows(NamedTuple):
+    """At some positions: inputs in both networks, shape (groups, positions, columns), the roots of the positions' weights, shape
+    (positions, 1), None where all count alike, and the outputs of the float layer."""
+
+    x: Tensor
+    in_float: Tensor
+    root: Tensor | None
+    wanted: Tensor
+
+
+def _add_products(
+    quantized: Tensor, mixed: Tensor, in_float: Tensor, q: Tensor, f: Tensor, root: Tensor | None
+) -> None:
+    """Add the products of these rows to sums as `Moments` has them, as if the rows ended with a 1."""
+    ones = q.new_ones(1, q.shape[1], 1) if root is None else root[None]
+    if root is not None:
+        q, f = q * root, f * root
+    sums, count = q.mT @ ones, ones.square().sum()
+    quantized[:, :-1, :-1] += q.mT @ q
+    quantized[:, :-1, -1:] += sums
+    mixed[:, :-1, :-1] += f.mT @ q
+    mixed[:, :-1, -1:] += f.mT @ ones
+    for total in (quantized, mixed):
+        total[:, -1:, :-1] += sums.mT
+        total[:, -1, -1] += count
+    in_float += torch.linalg.vector_norm(f, dim=1).square()
+
+
+def _rows(
+    layer: Any, quantized: Tensor, in_float: Tensor, limit: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Rows at no more than `limit` positions, each of shape (groups, positions, columns), and the roots of their weights.
     Tokens are weighted by about the inverse energy of the float output. What comes after makes tokens alike by a
     normalization, and the few with massive activations would decide alone."""
@@ -151,16 +186,20 @@ def _rows(layer: Any, quantized: Tensor, in_float: Tensor, limit: int) -> Iterat
     columns = math.prod(layer.weight_shape()[1:])
     groups = layer.groups if convolution else 1
     chosen = spread(count, min(limit, count), quantized.device)
-    for part in torch.split(chosen, max(1, _CHUNK // (columns * groups))):
-        q, f = (
-            rows_at(layer, x, part).float().reshape(len(part), groups, columns).transpose(0, 1)
-            for x in (quantized, in_float)
-        )
-        root = q.new_ones(1, 1)
-        if not convolution:
-            root = usual_weights(f[0] @ layer.float_weight().float().mT, all_ranks=False).sqrt().to(q.dtype)[:, None]
-        yield q, f, root
+    roots = None if convolution else _roots(layer, in_float, chosen)
+    size = max(1, _CHUNK // (columns * groups))
+    for place, part in enumerate(torch.split(chosen, size)):
+        if convolution and groups == layer.in_channels > 1:
+            q, f = (depthwise_rows_at(layer, x, part).float().mT for x in (quantized, in_float))
+        else:
+            q, f = (
+                rows_at(layer, x, part).float().reshape(len(part), groups, columns).transpose(0, 1)
+                for x in (quantized, in_float)
+            )
+        yield q, f, None if roots is None else roots[place * size : (place + 1) * size]
 
 
-def _with_ones(rows: Tensor) -> Tensor:
-    return torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
+def _roots(layer: Any, in_float: Tensor, chosen: Tensor) -> Tensor:
+    """Of the weights of these tokens, shape (tokens, 1)."""
+    output = rows_at(layer, in_float, chosen).float() @ layer.float_weight().float().mT
+    return usual_weights(output, all_ranks=False).sqrt().float()[:, None]

@@ -186,18 +186,36 @@ def rows_at(layer: Any, x: Tensor, chosen: Tensor) -> Tensor:
     the patches under the kernel, shape (positions, in, size of the kernel...)."""
     if not isinstance(layer, CONVOLUTIONS + TRANSPOSED):
         return x.reshape(-1, x.shape[-1])[chosen]
-    image, *starts = torch.unravel_index(chosen, grid(layer, x))
-    dims = len(starts)
-    indices = []
-    for dim, (start, kernel, step, dilation) in enumerate(
-        zip(starts, layer.kernel_size, _steps(layer), layer.dilation, strict=True)
-    ):
-        places = (start * step)[:, None] + dilation * torch.arange(kernel, device=x.device)
-        if isinstance(layer, TRANSPOSED):  # whose kernel lies over what it gives, not over what it reads
-            places = places.flip(1)
-        indices.append(places.view(-1, *(kernel if dim == other else 1 for other in range(dims))))
+    image, places = _places(layer, x, chosen)
+    dims = len(places)
+    indices = [
+        place.view(-1, *(place.shape[1] if dim == other else 1 for other in range(dims)))
+        for dim, place in enumerate(places)
+    ]
     where: Any = (image.view(-1, *(1,) * dims), slice(None), *indices)
     return x[where].movedim(-1, 1)
+
+
+def depthwise_rows_at(layer: Any, x: Tensor, chosen: Tensor) -> Tensor:
+    """As `rows_at` of a convolution, each channel in one piece, which products over positions want: shape (in, size of the kernel,
+    positions)."""
+    image, places = _places(layer, x, chosen)
+    index = image[None]
+    for place, size in zip(places, x.shape[2:], strict=True):
+        index = (index[:, None] * size + place.mT).flatten(0, 1)
+    found = x.movedim(1, 0).reshape(x.shape[1], -1).index_select(1, index.flatten())
+    return found.view(x.shape[1], *index.shape)
+
+
+def _places(layer: Any, x: Tensor, chosen: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Which image, and where under the kernel in each dimension, shape (positions, size of the kernel there)."""
+    image, *starts = torch.unravel_index(chosen, grid(layer, x))
+    places = []
+    for start, kernel, step, dilation in zip(starts, layer.kernel_size, _steps(layer), layer.dilation, strict=True):
+        place = (start * step)[:, None] + dilation * torch.arange(kernel, device=x.device)
+        # A transposed one's kernel lies over what it gives, not over what it reads.
+        places.append(place.flip(1) if isinstance(layer, TRANSPOSED) else place)
+    return image, places
 
 
 def _steps(layer: Any) -> Any:
