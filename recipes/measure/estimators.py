@@ -116,14 +116,12 @@ def float_run(study: Study) -> Run:
 
 
 def runs_of(study: Study, grid: dict[str, Any], rows: list[dict[str, Any]]) -> Iterator[Run]:
-    """Seeds outermost, so that early results cover the whole grid. `lr: best` is the best of what is measured."""
-    for seed in grid["seeds"]:
-        for bits in grid["bits"]:
-            for name in grid["estimators"]:
-                for epochs in grid["epochs"]:
-                    run = Run(study.network, bits, name, study.estimators[name], grid["optimizer"], 0.0, epochs, seed)
-                    rates = [best_rate(run, rows)] if grid["lr"] == "best" else grid["lr"]
-                    yield from (dataclasses.replace(run, lr=lr) for lr in rates)
+    """Seeds outermost and estimators innermost, so that early results compare. `lr: best` is the best of what is measured."""
+    outer = grid["seeds"], grid["bits"], grid["epochs"], [None] if grid["lr"] == "best" else grid["lr"]
+    for seed, bits, epochs, lr in itertools.product(*outer):
+        for name in grid["estimators"]:
+            run = Run(study.network, bits, name, study.estimators[name], grid["optimizer"], lr or 0.0, epochs, seed)
+            yield run if lr else dataclasses.replace(run, lr=best_rate(run, rows))
 
 
 def best_rate(run: Run, rows: list[dict[str, Any]]) -> float:
@@ -253,7 +251,7 @@ class Trainer:
     images: Images
     work: Path
     prepared: dict[str, Any] = field(default_factory=dict)
-    """The last network, compiled, and where it starts: the next run may need the same."""
+    """Networks, their compiled losses, and where they start: the next run may need the same."""
 
     def float_state(self) -> dict[str, Tensor]:
         return torch.load(self.work / f"float-{self.study.network}.pt", weights_only=True)
@@ -261,18 +259,17 @@ class Trainer:
     def model(self, run: Run) -> tuple[nn.Module, Any]:
         """The network where the run starts, and its loss, compiled."""
         key = json.dumps([run.bits, run.settings])
-        if self.prepared.get("key") != key:
-            torch.compiler.reset()  # or else the eighth network would silently run uncompiled
+        if key not in self.prepared:
             if run.bits == "float":
                 model = new_model(self.study, self.images.classes)
             else:
                 model = quantized_model(self.study, run, self.images, self.float_state())
             loss = loss_of(model)
             loss = torch.compile(loss) if self.study.compile else loss
-            self.prepared = {"key": key, "model": model, "loss": loss, "start": copy.deepcopy(model.state_dict())}
-        model = self.prepared["model"]
-        model.load_state_dict(self.prepared["start"])
-        return model, self.prepared["loss"]
+            self.prepared[key] = model, loss, copy.deepcopy(model.state_dict())
+        model, loss, start = self.prepared[key]
+        model.load_state_dict(start)
+        return model, loss
 
     def __call__(self, run: Run) -> dict[str, Any]:
         began = time.process_time()
@@ -368,7 +365,7 @@ def once(trainer: Trainer, run: Run, results: Path) -> None:
         return
     row = trainer(run)
     if run.bits == "float":
-        write(network, trainer.prepared["model"].state_dict())
+        write(network, torch.load(checkpoint, weights_only=True)["model"])
     if not done:
         with results.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -386,6 +383,7 @@ def key_of(row: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     torch.set_num_threads(args.threads)
+    torch._dynamo.config.recompile_limit = 100  # or else the ninth network would silently run uncompiled
     if not args.table:
         carry_out(read_study(args.study), args)
     rows = read_rows(args.results)
