@@ -54,13 +54,16 @@ ROWS = [
 def test_the_table_chooses_on_held_out_images_and_reports_test(tmp_path, capsys):
     results = tmp_path / "results.jsonl"
     results.write_text("".join(json.dumps(entry) + "\n" for entry in ROWS))
-    picture = tmp_path / "estimators.png"
-    estimators.main(["--table", "--results", str(results), "--figure", str(picture)])
+    estimators.main(["--table", "--results", str(results), "--report", str(tmp_path / "report")])
     printed = capsys.readouterr().out
     assert "| n | 1/1 | sgd | 5 | daq | 0.1 (3) | 62.00 ± 2.00 | 52.00 ± 2.00 | 2 | +3.00 ± 2.00 | 0 |" in printed
     assert "| n | 1/1 | sgd | 5 | ste | 0.1 (1) | 50.00 ± 0.00 | 49.00 ± 0.00 | 2 | - | 0 |" in printed
     assert "| n | 1/1 | sgd | 5 | soft | 0.1 (1) | 70.00 | 60.00 | 1 | +11.00 | +2.5 |" in printed
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "report" / "estimators.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "report" / "estimators.md").read_text()
+    for line in printed.splitlines()[:5]:
+        assert line in page
+    assert "(estimators.png)" in page
 
 
 def test_the_standard_error_is_that_of_the_mean():
@@ -240,3 +243,16 @@ def test_ewgs_refuses_inputs_with_a_sign():
         model(torch.randn(8, 4))
     with pytest.raises(ValueError, match="never negative, such as those after a ReLU"):
         use_ewgs(model, 0.1)
+
+
+def test_ewgs_can_be_compiled():
+    model, x = layers(torch.float32)
+    use_ewgs(model, 0.5)
+    expected = gradients(model, x)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    model.zero_grad()
+    y = compiled(x)
+    y.square().sum().backward()
+    torch.testing.assert_close(y.detach(), expected[0])
+    for parameter, wanted in zip((p for p in model.parameters() if p.requires_grad), expected[1:], strict=True):
+        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-4, atol=1e-4)

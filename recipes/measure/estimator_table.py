@@ -59,9 +59,20 @@ def in_words(value: tuple[float, float], sign: str = "") -> str:
     return f"{mean:{sign}.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
 
 
+def report(rows: Rows, folder: Path) -> None:
+    """Write estimators.md, and estimators.png once there is a run with quantizers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = ["# What is measured so far", "Written by `recipes/measure/estimators.py`.", table(rows)]
+    drawn = [row for row in rows if row["optimizer"] == "sgd" and row["bits"] != "float"]
+    if drawn:
+        draw(drawn, folder / "estimators.png")
+        parts.append("![accuracy against learning rate and epochs](estimators.png)")
+    (folder / "estimators.md").write_text("\n\n".join(parts) + "\n")
+
+
 def draw(rows: Rows, path: Path) -> None:
-    """For each number of bits: test accuracy against the learning rate (short runs, SGD), and below against epochs (the longest)."""
-    groups = by([row for row in rows if row["optimizer"] == "sgd" and row["bits"] != "float"], "bits")
+    """For each number of bits: test accuracy against the learning rate (short runs), and below against epochs (the longest)."""
+    groups = by(rows, "bits")
     figure, axes = plt.subplots(2, len(groups), figsize=(4.2 * len(groups), 6.4), squeeze=False, layout="constrained")
     for ((bits,), group), (top, bottom) in zip(groups.items(), axes.T, strict=True):
         shortest, longest = (choose(row["epochs"] for row in group) for choose in (min, max))
@@ -78,11 +89,11 @@ def draw(rows: Rows, path: Path) -> None:
             bottom.plot(range(1, len(means) + 1), means, label=name)
         top.set(
             xscale="log",
-            title=f"W{bits.replace('/', 'A')}, {shortest} epochs",
+            title=f"W{bits.replace('/', 'A')}, epochs: {shortest}",
             xlabel="learning rate",
             ylabel="test, %",
         )
-        bottom.set(title=f"{longest} epochs, each at its best rate", xlabel="epoch", ylabel="held out, %")
+        bottom.set(title=f"epochs: {longest}, each at its best rate", xlabel="epoch", ylabel="held out, %")
         top.legend(fontsize=8)
         bottom.legend(fontsize=8)
     save(figure, path)

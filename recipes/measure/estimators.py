@@ -2,7 +2,7 @@
 
     python recipes/measure/estimators.py --dataset cifar10                      # the study, in its order: days of one core
     python recipes/measure/estimators.py --study my.yaml --dataset DIR_OR_ID    # another one
-    python recipes/measure/estimators.py --table --figure estimators.png        # what is measured so far
+    python recipes/measure/estimators.py --table --report recipes/results       # what is measured so far
 
 A study (configs/estimators.yaml) is a YAML file: the network, names of estimators with fields of `hf_daq.DaqConfig`, and grids of
 bits, estimators, optimizer, learning rates, epochs and seeds. One float network is trained once; all runs start from it, with
@@ -43,7 +43,7 @@ from hf_daq.nn.quantizers import Quantizer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import image_classification
 
-from measure.estimator_table import best, draw, table
+from measure.estimator_table import best, report, table
 from measure.ewgs import use_ewgs
 from shared.loop import EpochShuffle, cosine
 
@@ -61,7 +61,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--results", type=Path, default=RECIPES / "results" / "estimators.jsonl")
     add("--work", type=Path, default=Path("runs/estimators"), help="folder of the float network and of checkpoints")
     add("--table", action="store_true", help="print the table of what is there, and run nothing")
-    add("--figure", type=Path, help="PNG file")
+    add("--report", type=Path, help="folder for the table and the figure, estimators.md and .png")
     add("--threads", type=int, default=1)
     return parser.parse_args(argv)
 
@@ -388,8 +388,8 @@ def main(argv: list[str] | None = None) -> None:
         carry_out(read_study(args.study), args)
     rows = read_rows(args.results)
     print(table(rows))
-    if args.figure:
-        draw(rows, args.figure)
+    if args.report:
+        report(rows, args.report)
 
 
 if __name__ == "__main__":
