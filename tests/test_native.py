@@ -12,7 +12,7 @@ from hf_daq.nn import native
 from hf_daq.nn.kernels import compiler
 
 pytestmark = pytest.mark.skipif(compiler() is None or os.name == "nt", reason="no compiler of C++")
-SMALL = 'extern "C" { int daq_linear() { return 7; } int daq_weights() { return 7; } int daq_read_codes() { return 7; } int daq_write_codes() { return 7; } int daq_start() { return 7; } }'
+SMALL = 'extern "C" { int daq_linear() { return 7; } int daq_weights() { return 7; } int daq_read_codes() { return 7; } int daq_write_codes() { return 7; } int daq_start() { return 7; } int daq_block() { return 7; } int daq_whole() { return 7; } }'
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def compiled(monkeypatch, tmp_path):
         calls.extend(["compiled"] if str(source) in command else [])
         return run(command)
 
-    monkeypatch.setattr(native, "SOURCE", source)
+    monkeypatch.setattr(native, "SOURCES", (source,))
     monkeypatch.setattr(native, "_run", counted)
     monkeypatch.setattr(native, "available", lambda device: True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -48,7 +48,7 @@ def test_the_second_process_compiles_nothing_and_another_source_is_another_file(
     (path,) = files(tmp_path)
     assert path.stat().st_mode & 0o777 == path.parent.stat().st_mode & 0o777 == 0o700
     assert compiled == ["compiled"]
-    native.SOURCE.write_text(SMALL + "\n")
+    native.SOURCES[0].write_text(SMALL + "\n")
     load()
     assert len(files(tmp_path)) == 2
 
@@ -128,7 +128,7 @@ def test_many_that_compile_at_once_leave_one_whole_file(tmp_path):
 
 def test_a_source_or_a_compiler_that_fails_is_said_once(monkeypatch, caplog, tmp_path):
     monkeypatch.setattr("hf_daq.nn.kernels._said", [])
-    native.SOURCE.write_text("#error not for this machine")
+    native.SOURCES[0].write_text("#error not for this machine")
     assert native.library.__wrapped__() is None
     assert native.library.__wrapped__() is None
     found = [message for message in caplog.messages if "cannot be compiled" in message]

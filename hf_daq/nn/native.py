@@ -1,4 +1,4 @@
-"""The machine code of native.cpp: compiled when it is first needed, and kept in the user's folder of caches.
+"""The machine code of native.cpp and integers.cpp: compiled when it is first needed, and kept in the user's folder of caches.
 
 What is loaded runs with the rights of the user, so the folder and the file must be their own, and writable by nobody else;
 the file ends with a hash of what was written. Without such a folder a temporary one serves, and each process compiles.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .kernels import available, compiler, say
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "integers.cpp"))
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC")
 _MACHINE = (
     ("-march=native", "-fopenmp"),
@@ -35,13 +35,15 @@ _FUNCTIONS = {
     "daq_weights": (*_STREAM, *_SCALE, _whole, _whole, _whole, _whole, _address, _number, _number),
     "daq_read_codes": (*_STREAM, _address, _whole),
     "daq_write_codes": (_address, _number, _address, _whole),
+    "daq_block": (),
+    "daq_whole": (_address, _address),
     "daq_start": (_address, _number, *[_whole] * 4, _address, _address, *[_real] * 5, _address, _address, _number),
 }
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The functions of native.cpp; None where they cannot be compiled: on Windows, without a compiler, with
+    """The functions of both; None where they cannot be compiled: on Windows, without a compiler, with
     `HF_DAQ_COMPILE=0`."""
     found = compiler() if available("cpu") else None
     if found is None:
@@ -71,7 +73,12 @@ def _built(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL:
     """From the cache, or compiled. Raises what the compiler, the system or the loader says."""
     # The macros name the version of the compiler and all that this processor has.
     macros = _run([compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
-    name = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), macros, repr(flags).encode()])).hexdigest() + ".so"
+    name = (
+        hashlib.sha256(
+            b"\0".join([*(source.read_bytes() for source in SOURCES), macros, repr(flags).encode()])
+        ).hexdigest()
+        + ".so"
+    )
     folder = cache_folder()
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
@@ -91,7 +98,7 @@ def _compiled(compiler: str, flags: tuple[str, ...], folder: Path, name: str) ->
     handle, draft = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
     try:
-        _run([compiler, *flags, str(SOURCE), "-o", draft])
+        _run([compiler, *flags, *map(str, SOURCES), "-o", draft])
         with open(draft, "ab+") as file:
             file.seek(0)
             file.write(hashlib.sha256(file.read()).digest())

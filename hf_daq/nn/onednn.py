@@ -23,6 +23,7 @@ from timm.layers.padding import pad_same
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from . import whole as machine
 from .codes import in_memory
 from .formula import activation_rows, center, constants_of
 from .kernels import run_codes
@@ -37,12 +38,14 @@ class Prepared(NamedTuple):
     """What a layer computes with, made of its codes and bounds. It is kept beside them, and not saved.
 
     sources: tells whether these still are what it was made of.
+    arranged: for integers.cpp; None where oneDNN computes.
     weight: in oneDNN's layout; None where the layer cannot go this way. scale: shape (out,), of the sums.
     ones: for odd integers of 8 bits a weight of ones, in this layout, one output a group.
     rows: shape (4,), as of `kernels.run_codes`; None where each token has a scale.
     """
 
     sources: tuple[Any, ...]
+    arranged: machine.Arranged | None = None
     weight: Any = None
     scale: Any = None
     ones: Any = None
@@ -60,7 +63,8 @@ def serves(layer: Any, x: Tensor) -> bool:
     if torch.compiler.is_compiling():
         known: bool = _is_prepared(layer)
         return known
-    return prepared(layer).weight is not None
+    kept = prepared(layer)
+    return kept.arranged is not None or kept.weight is not None
 
 
 def _suits(layer: Any, x: Tensor) -> bool:
@@ -69,7 +73,7 @@ def _suits(layer: Any, x: Tensor) -> bool:
         return False
     if torch.is_grad_enabled():
         quantizer, bias = layer.a_quant, layer.bias
-        learned = [*quantizer.parameters(), *(() if bias is None else (bias,))]
+        learned = [*quantizer._parameters.values(), *(() if bias is None else (bias,))]
         if any(value.requires_grad for value in learned):
             return False
         if x.requires_grad and (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")):
@@ -82,16 +86,20 @@ def _suits(layer: Any, x: Tensor) -> bool:
 @torch._dynamo.assume_constant_result  # type: ignore[attr-defined]
 def _is_prepared(layer: Any) -> bool:
     """As `prepared`, once while a model is compiled; the graph then has what the layer keeps."""
-    return prepared(layer).weight is not None
+    return prepared(layer, graph=True).weight is not None
 
 
-def prepared(layer: Any) -> Prepared:
-    """What the layer keeps, made anew where something was written to codes, scale or bounds."""
+def prepared(layer: Any, graph: bool = False) -> Prepared:
+    """What the layer keeps, made anew where something was written to codes, scale or bounds.
+
+    Args:
+        graph: whether a graph needs it, which has oneDNN's operators.
+    """
     kept: Prepared | None = layer.__dict__.get("_prepared")
     sources = _sources(layer)
-    if kept is None or kept.sources != sources:
+    if kept is None or kept.sources != sources or (graph and kept.arranged is not None and kept.weight is None):
         with torch.inference_mode(False), torch.no_grad():
-            kept = layer._prepared = _made(layer, sources)
+            kept = layer._prepared = _made(layer, sources, graph)
     return kept
 
 
@@ -100,13 +108,13 @@ def _sources(layer: Any) -> tuple[Any, ...]:
     versions = (None if tensor.is_inference() else tensor._version for tensor in kept)
     places = (tensor.data_ptr() for tensor in kept)
     bits = layer.weight_bits, layer.weight_grid, quantizer.bits
-    return *bits, *(value.item() for value in quantizer.parameters()), *versions, *places
+    return *bits, *(value.item() for value in quantizer._parameters.values()), *versions, *places
 
 
 # ------------------------------------------------------------------------------------------------------------ preparing
 
 
-def _made(layer: Any, sources: tuple[Any, ...]) -> Prepared:
+def _made(layer: Any, sources: tuple[Any, ...], graph: bool) -> Prepared:
     if not _fits(layer):
         return Prepared(sources)
     quantizer, zero = layer.a_quant, center(layer.weight_bits, layer.weight_grid)
@@ -118,9 +126,15 @@ def _made(layer: Any, sources: tuple[Any, ...]) -> Prepared:
     if not isinstance(quantizer, TokenQuantizer):
         step = step / quantizer.levels
     scale = step.float().expand(len(whole)).contiguous()
+    rows = _rounding(quantizer)
+    if rows is not None and not graph:
+        rounding = rows[0].item(), rows[1].item(), quantizer.levels
+        arranged = machine.arrange(layer, whole, scale, halves, rounding, quantizer.zero_point)
+        if arranged is not None and _is_exact(layer, whole, halves):
+            return Prepared(sources, arranged)
     try:
         ones = _packed(layer, torch.ones_like(whole[: getattr(layer, "groups", 1)])) if halves else None
-        found = Prepared(sources, _packed(layer, whole), scale, ones, _rounding(quantizer), quantizer.zero_point)
+        found = Prepared(sources, None, _packed(layer, whole), scale, ones, rows, quantizer.zero_point)
         exact = _sums_are_exact(layer, found, whole)
     except Exception as error:  # whatever an operator of this build cannot do
         exact = False
@@ -159,14 +173,29 @@ def _packed(layer: Any, weight: Tensor) -> Tensor:
 
 
 def _sums_are_exact(layer: Any, found: Prepared, weight: Tensor) -> bool:
-    """Compares sums of the largest codes: everywhere, and in places chosen at random, so that what is cut off of positive
-    and of negative sums does not cancel out."""
-    shape = (2, weight.shape[1] * getattr(layer, "groups", 1), *(2 * size + 1 for size in weight.shape[2:]))
-    codes = torch.full(shape, layer.a_quant.levels, dtype=torch.uint8)
-    codes[1] *= torch.rand(shape[1:], generator=torch.Generator().manual_seed(0)) < 0.75
+    codes = _largest_codes(layer, weight)
     expected = layer.compute(codes.double() - found.zero_point, weight.double(), None)
     found = found._replace(scale=torch.ones_like(found.scale), ones=None)
     return torch.equal(_sums(layer, codes, found, None, torch.float32), expected.float())
+
+
+def _is_exact(layer: Any, weight: Tensor, halves: bool) -> bool:
+    """The same of integers.cpp."""
+    codes, zero_point, bias = _largest_codes(layer, weight), layer.a_quant.zero_point, torch.ones(len(weight))
+    expected = layer.compute(codes.double() - zero_point, weight.double() + halves / 2, bias.double())
+    rounding = 0.0, 1.0, layer.a_quant.levels
+    sample = machine.arrange(layer, weight, torch.ones(len(weight)), halves, rounding, zero_point)
+    found = sample and machine.output(layer, sample, codes.float(), bias, torch.float32)
+    return found is not None and (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+def _largest_codes(layer: Any, weight: Tensor) -> Tensor:
+    """Inputs of the largest codes: everywhere, and in places chosen at random, so that what is cut off of positive and of
+    negative sums does not cancel out."""
+    shape = (2, weight.shape[1] * getattr(layer, "groups", 1), *(2 * size + 1 for size in weight.shape[2:]))
+    codes = torch.full(shape, layer.a_quant.levels, dtype=torch.uint8)
+    codes[1] *= torch.rand(shape[1:], generator=torch.Generator().manual_seed(0)) < 0.75
+    return codes
 
 
 # ------------------------------------------------------------------------------------------------------------ computing
@@ -201,6 +230,8 @@ class _Integers(torch.autograd.Function):
 
 def _output(layer: Any, x: Tensor) -> Tensor:
     found: Prepared = layer._prepared
+    if found.arranged is not None and not torch.compiler.is_compiling():
+        return _output_of_machine(layer, x, found.arranged)
     if found.rows is None:
         return _output_of_tokens(layer, x, found)
     codes, has_nan = run_codes(x, found.rows)
@@ -214,6 +245,17 @@ def _output(layer: Any, x: Tensor) -> Tensor:
     if not isinstance(layer, nn.Conv2d):
         return output.view(*x.shape[:-1], -1)
     return output.contiguous() if x.is_contiguous() else output
+
+
+def _output_of_machine(layer: Any, x: Tensor, arranged: machine.Arranged) -> Tensor:
+    dtype, bias = layer.a_quant.result_dtype(x), layer.bias
+    bias = None if bias is None else bias.detach().float()
+    wide = x.float() if x.dtype == torch.float16 else x
+    result = machine.output(layer, arranged, wide, bias, torch.float32 if dtype == torch.float16 else dtype)
+    if result is None:
+        return layer.as_quantized(x)  # type: ignore[no-any-return]
+    last = x.ndim != 4 or not isinstance(layer, nn.Conv2d) or not x.is_contiguous()
+    return (result if last else result.contiguous()).to(dtype)
 
 
 def _output_of_tokens(layer: Any, x: Tensor, found: Prepared) -> Tensor:

@@ -1,0 +1,398 @@
+// Layers whose inputs and weights are whole numbers: inputs in float32 or bfloat16 are rounded to codes, then come products
+// and sums, exact in 32 bits, then a scale and a bias. whole.py arranges the weights and calls it. Images are channels last
+// inside; a linear layer is a convolution of images of one column.
+//
+// A task takes some rows of outputs: it rounds the rows of inputs that they need into a buffer that stays in the cache, with
+// the code of zero around the image, and computes from there.
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+#if (defined(__AVX512F__) && defined(__AVX512VNNI__)) || (!defined(__AVX512F__) && defined(__AVXVNNI__))
+#define ADDS_PRODUCTS 1  // four products of bytes are added to a sum of 32 bits
+#endif
+typedef float Floats __attribute__((vector_size(4 * W)));
+typedef int32_t Ints __attribute__((vector_size(4 * W)));
+
+#define INLINE inline __attribute__((always_inline))
+
+enum Kind { FLOAT32 = 0, BFLOAT16 = 1 };
+constexpr int64_t CACHE = 1 << 18;  // bytes of inputs in a buffer
+
+template <class V, class T> static INLINE V load(const T* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+static INLINE float from_bfloat16(uint16_t half) {
+  uint32_t bits = uint32_t(half) << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+static INLINE uint16_t to_bfloat16(float value) {  // to the nearest, ties to even
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return value != value ? 0x7FC0 : (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+}
+
+extern "C" {
+// As whole.py declares it. `channels`, `outputs`: of all groups. kernel, stride, dilation: rows, columns.
+struct Whole {
+  const void* weight;    // depthwise: float, (kernel, channels); else int8, (groups, blocks of W outputs, kernel, channels / 4, W, 4)
+  const int32_t* first;  // of each output in these blocks: where its sum starts
+  const float* scale;    // likewise, of its sum
+  int64_t channels, outputs, groups, kernel[2], stride[2], dilation[2];
+  int32_t depthwise, halves, zero;  // halves: to twice the sum that of the inputs is added
+  float start, inverse, levels;
+};
+struct Image {
+  const void* x;
+  const float* bias;
+  void* y;  // channels last
+  int64_t count, height, width, top, left, out_height, out_width;
+  int32_t channels_last, kind, out_kind, threads;
+};
+}
+
+// ------------------------------------------------------------------------------------------- inputs to codes
+
+struct Rounding {
+  float start, inverse, levels;
+  INLINE float one(float x, bool& bad) const {
+    bad |= x != x;
+    float v = (x - start) * inverse;
+    v = v > 0 ? v : 0;
+    return std::ceil((v < levels ? v : levels) - 0.5f);
+  }
+};
+
+static INLINE Floats floats_of(const float* p) { return load<Floats>(p); }
+static INLINE Floats floats_of(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#else
+  float f[W];
+  for (int i = 0; i < W; i++) f[i] = from_bfloat16(p[i]);
+  return load<Floats>(f);
+#endif
+}
+static INLINE float float_of(float value) { return value; }
+static INLINE float float_of(uint16_t value) { return from_bfloat16(value); }
+
+static INLINE Floats ceil_of(Floats v) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_roundscale_ps((__m512)v, 0x0A);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_ceil_ps((__m256)v);
+#else
+  for (int i = 0; i < W; i++) v[i] = std::ceil(v[i]);
+  return v;
+#endif
+}
+
+static INLINE void store(Floats v, float zero, float* out) {
+  v -= zero;
+  memcpy(out, &v, sizeof v);
+}
+static INLINE void store(Floats v, float, uint8_t* out) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8(_mm512_cvttps_epi32((__m512)v)));
+#else
+  Ints k = __builtin_convertvector(v, Ints);
+  for (int i = 0; i < W; i++) out[i] = uint8_t(k[i]);
+#endif
+}
+
+// uint8: codes. float: codes less that of zero. Returns whether one is NaN.
+template <class From, class To>
+static bool round_to_codes(const From* x, int64_t size, const Rounding& r, float zero, To* out) {
+  const Floats none = {}, most = none + r.levels;
+  Ints nan = {};
+  int64_t i = 0;
+  for (; i + W <= size; i += W) {
+    Floats f = floats_of(x + i), v = (f - r.start) * r.inverse;
+    nan |= f != f;
+    v = v > none ? v : none;
+    v = v < most ? v : most;
+    store(ceil_of(v - 0.5f), zero, out + i);
+  }
+  bool bad = false;
+  for (int j = 0; j < W; j++) bad |= nan[j] != 0;
+  for (; i < size; i++) out[i] = To(r.one(float_of(x[i]), bad) - (sizeof(To) == 4 ? zero : 0));
+  return bad;
+}
+
+// ------------------------------------------------------------------------------------------------- the buffer
+
+// Rows of images as a task has them: pixels of `pixel` values, of which each group has `padded` for its `channels`.
+template <class To> struct Buffer {
+  To* data;
+  int64_t columns, pixel, group, padded;
+  To outside;
+
+  template <class From> bool read(const Whole& a, const Image& b, int64_t n, int64_t first, int64_t rows) const {
+    const Rounding rounding{a.start, a.inverse, a.levels};
+    const int64_t left = b.left < columns ? b.left : columns, area = b.height * b.width;
+    const int64_t width = b.width < columns - left ? b.width : columns - left;  // the last columns may not be needed
+    const bool dense = group == padded && pixel == a.channels;
+    bool bad = false;
+    To* row = data;
+    if (dense && b.channels_last && !b.left && columns == b.width && first >= 0 && first + rows <= b.height)  // all at once
+      return round_to_codes((const From*)b.x + (n * area + first * b.width) * pixel, rows * columns * pixel, rounding,
+                            float(a.zero), row);
+    for (int64_t y = first; y < first + rows; y++, row += columns * pixel) {
+      if (y < 0 || y >= b.height || !dense) fill(row, columns);
+      if (y < 0 || y >= b.height) continue;
+      To* out = row + left * pixel;
+      fill(row, left), fill(out + width * pixel, columns - left - width);
+      if (!b.channels_last) {
+        bad |= transposed((const From*)b.x + n * a.channels * area + y * b.width, area, width, a, rounding, out);
+        continue;
+      }
+      const From* x = (const From*)b.x + (n * area + y * b.width) * a.channels;
+      if (dense)
+        bad |= round_to_codes(x, width * pixel, rounding, float(a.zero), out);
+      else
+        for (int64_t i = 0; i < width; i++, out += pixel)
+          for (int64_t c = 0; c < a.channels; c += group, x += group)
+            bad |= round_to_codes(x, group, rounding, float(a.zero), out + c / group * padded);
+    }
+    return bad;
+  }
+
+  void fill(To* out, int64_t count) const {
+    for (int64_t i = 0; i < count * pixel; i++) out[i] = outside;
+  }
+
+  // A row of images whose channels lie `area` apart.
+  template <class From>
+  bool transposed(const From* x, int64_t area, int64_t width, const Whole& a, const Rounding& rounding, To* out) const {
+    bool bad = false;
+    To block[32][64];
+    for (int64_t i = 0; i < width; i += 64)
+      for (int64_t c = 0; c < a.channels; c += 32) {
+        int64_t across = width - i < 64 ? width - i : 64, deep = a.channels - c < 32 ? a.channels - c : 32;
+        for (int64_t k = 0; k < deep; k++)
+          bad |= round_to_codes(x + (c + k) * area + i, across, rounding, float(a.zero), block[k]);
+        for (int64_t j = 0; j < across; j++) {
+          To* at = out + (i + j) * pixel;
+          if (group == padded || group == a.channels)
+            for (int64_t k = 0; k < deep; k++) at[c + k] = block[k][j];
+          else
+            for (int64_t k = 0; k < deep; k++) at[(c + k) / group * padded + (c + k) % group] = block[k][j];
+        }
+      }
+    return bad;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------- outputs
+
+// The first `size` of W outputs: scale * sum + bias.
+static INLINE void put(Floats sum, const float* scale, const float* bias, int64_t size, int kind, void* y, int64_t at) {
+  Floats v = sum * load<Floats>(scale);
+  if (size >= W && kind == FLOAT32) {
+    if (bias) v += load<Floats>(bias);
+    memcpy((float*)y + at, &v, sizeof v);
+    return;
+  }
+  float values[W];
+  memcpy(values, &v, sizeof v);
+  for (int64_t i = 0; i < size && i < W; i++) {
+    float value = bias ? values[i] + bias[i] : values[i];
+    if (kind == BFLOAT16)
+      ((uint16_t*)y)[at + i] = to_bfloat16(value);
+    else
+      ((float*)y)[at + i] = value;
+  }
+}
+
+// The largest of equal parts of what is left.
+static INLINE int part(int64_t left, int most) { return int((left + (left + most - 1) / most - 1) / ((left + most - 1) / most)); }
+
+// X pixels of a row, W channels.
+template <int X>
+static void strip(const Whole& a, const float* x, int64_t columns, int64_t pixel, const float* weight, Floats* result) {
+  Floats sum[X] = {};
+  for (int64_t ky = 0; ky < a.kernel[0]; ky++)
+    for (int64_t kx = 0; kx < a.kernel[1]; kx++, weight += pixel) {
+      const float* p = x + (ky * a.dilation[0] * columns + kx * a.dilation[1]) * pixel;
+      Floats w = load<Floats>(weight);
+      for (int i = 0; i < X; i++) sum[i] += w * load<Floats>(p + i * a.stride[1] * pixel);
+    }
+  for (int i = 0; i < X; i++) result[i] = sum[i];
+}
+
+static void depthwise(const Whole& a, const Image& b, const Buffer<float>& in, int64_t rows, int64_t at) {
+  constexpr decltype(&strip<1>) strips[] = {strip<1>, strip<2>, strip<3>, strip<4>, strip<5>, strip<6>, strip<7>, strip<8>};
+  for (int64_t y = 0; y < rows; y++)
+    for (int64_t x = 0, size; x < b.out_width; x += size) {
+      size = part(b.out_width - x, 8);
+      const float* from = in.data + (y * a.stride[0] * in.columns + x * a.stride[1]) * in.pixel;
+      for (int64_t c = 0; c < a.outputs; c += W) {
+        Floats sums[8];
+        strips[size - 1](a, from + c, in.columns, in.pixel, (const float*)a.weight + c, sums);
+        for (int i = 0; i < size; i++)
+          put(sums[i], a.scale + c, b.bias ? b.bias + c : nullptr, a.outputs - c, b.out_kind, b.y,
+              (at + y * b.out_width + x + i) * a.outputs + c);
+      }
+    }
+}
+
+#if ADDS_PRODUCTS
+static INLINE Ints add_products(Ints sum, Ints bytes, Ints weight) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)bytes, (__m512i)weight);
+#else
+  return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)bytes, (__m256i)weight);
+#endif
+}
+
+// Where the inputs of a pixel lie: `count` runs of `size` bytes that lie one after the other, the runs `row` or `column` apart.
+struct Runs {
+  int64_t rows, columns, size, row, column;
+};
+
+// P pixels, B blocks of W outputs each.
+template <int P, int B>
+static void tile(const Runs& runs, const uint8_t* const* pixels, const int8_t* weight, const int32_t* first, Ints* result) {
+  const int64_t block = runs.rows * runs.columns * runs.size * W;
+  Ints sum[P][B];
+  for (int j = 0; j < B; j++)
+    for (int i = 0; i < P; i++) sum[i][j] = load<Ints>(first + W * j);
+  for (int64_t ky = 0; ky < runs.rows; ky++)
+    for (int64_t kx = 0; kx < runs.columns; kx++) {
+      const uint8_t* x[P];
+      for (int i = 0; i < P; i++) x[i] = pixels[i] + ky * runs.row + kx * runs.column;
+      for (int64_t k = 0; k < runs.size; k += 4, weight += 4 * W) {
+        Ints w[B];
+        for (int j = 0; j < B; j++) w[j] = load<Ints>(weight + j * block);
+        for (int i = 0; i < P; i++) {
+          const Ints none = {};
+          Ints bytes = none + load<int32_t>(x[i] + k);
+          for (int j = 0; j < B; j++) sum[i][j] = add_products(sum[i][j], bytes, w[j]);
+        }
+      }
+    }
+  for (int i = 0; i < P; i++)
+    for (int j = 0; j < B; j++) result[i * B + j] = sum[i][j];
+}
+
+static int32_t sum_of_inputs(const Runs& runs, const uint8_t* pixel) {
+  int32_t sum = 0;
+  for (int64_t ky = 0; ky < runs.rows; ky++)
+    for (int64_t kx = 0; kx < runs.columns; kx++) {
+      const uint8_t* x = pixel + ky * runs.row + kx * runs.column;
+      for (int64_t k = 0; k < runs.size; k++) sum += x[k];
+    }
+  return sum;
+}
+
+typedef void (*Tile)(const Runs&, const uint8_t* const*, const int8_t*, const int32_t*, Ints*);
+#define TILES(P) {tile<P, 1>, tile<P, 2>, tile<P, 3>, tile<P, 4>}
+static const Tile TILE[6][4] = {TILES(1), TILES(2), TILES(3), TILES(4), TILES(5), TILES(6)};
+
+// Blocks `from` to `to` of the outputs of each group.
+static void dense(const Whole& a, const Image& b, const Buffer<uint8_t>& in, int64_t rows, int64_t at, int64_t from, int64_t to) {
+  const int64_t per_group = a.outputs / a.groups, blocks = (per_group + W - 1) / W, inputs = a.kernel[0] * a.kernel[1];
+  Runs runs{a.kernel[0], a.kernel[1], in.padded, a.dilation[0] * in.columns * in.pixel, a.dilation[1] * in.pixel};
+  if (a.groups == 1 && a.dilation[1] == 1) runs.size *= runs.columns, runs.columns = 1;
+  for (int64_t g = 0; g < a.groups; g++)
+    for (int64_t block = from, wide; block < to; block += wide) {
+      wide = part(to - block, 4);
+      const int64_t index = g * blocks + block;
+      const int8_t* weight = (const int8_t*)a.weight + index * inputs * in.padded * W;
+      for (int64_t p = 0, size; p < rows * b.out_width; p += size) {
+        size = part(rows * b.out_width - p, 6);
+        const uint8_t* pixels[6];
+        for (int64_t i = 0; i < size; i++) {
+          int64_t y = (p + i) / b.out_width, x = (p + i) % b.out_width;
+          pixels[i] = in.data + (y * a.stride[0] * in.columns + x * a.stride[1]) * in.pixel + g * in.padded;
+        }
+        Ints sums[24];
+        TILE[size - 1][wide - 1](runs, pixels, weight, a.first + index * W, sums);
+        for (int64_t i = 0; i < size; i++) {
+          int32_t half = a.halves ? sum_of_inputs(runs, pixels[i]) - a.zero * int32_t(inputs * in.padded) : 0;
+          for (int64_t j = 0; j < wide; j++) {
+            Ints sum = a.halves ? sums[i * wide + j] * 2 + half : sums[i * wide + j];
+            const int64_t o = (block + j) * W, channel = g * per_group + o;
+            put(__builtin_convertvector(sum, Floats), a.scale + (index + j) * W, b.bias ? b.bias + channel : nullptr,
+                per_group - o, b.out_kind, b.y, (at + p + i) * a.outputs + channel);
+          }
+        }
+      }
+    }
+}
+#else
+static void dense(const Whole&, const Image&, const Buffer<uint8_t>&, int64_t, int64_t, int64_t, int64_t) {}
+#endif
+
+// ------------------------------------------------------------------------------------------------------ tasks
+
+template <class To> static int run(const Whole& a, const Image& b) {
+  constexpr bool deep = sizeof(To) == 1;
+  const int64_t unit = deep ? 4 : W, groups = deep ? a.groups : 1;
+  const int64_t group = a.channels / groups, padded = (group + unit - 1) / unit * unit;
+  const int64_t reach = (a.kernel[0] - 1) * a.dilation[0] + 1;
+  const int64_t columns = (b.out_width - 1) * a.stride[1] + (a.kernel[1] - 1) * a.dilation[1] + 1;
+  const int64_t bytes = columns * groups * padded * sizeof(To);
+  int64_t rows = (CACHE / bytes - reach) / a.stride[0] + 1;  // of outputs, in a task
+  rows = rows < 1 ? 1 : rows < b.out_height ? rows : b.out_height;
+  int64_t chunks = (b.out_height + rows - 1) / rows, parts = 1, blocks = (a.outputs / a.groups + W - 1) / W;
+  if (chunks * b.count < b.threads) {  // then several take the same inputs, or fewer rows
+    if (deep && blocks > 1)
+      parts = (b.threads + chunks * b.count - 1) / (chunks * b.count), parts = parts < blocks ? parts : blocks;
+    else
+      chunks = b.threads < b.out_height ? b.threads : b.out_height;
+  }
+  int bad = 0, failed = 0;
+#pragma omp parallel for num_threads(b.threads) schedule(static) reduction(| : bad, failed) if (b.threads > 1)
+  for (int64_t task = 0; task < b.count * chunks * parts; task++) {
+    const int64_t n = task / parts / chunks, chunk = task / parts % chunks, part = task % parts;
+    const int64_t first = b.out_height * chunk / chunks, last = b.out_height * (chunk + 1) / chunks;
+    const int64_t needed = (last - first - 1) * a.stride[0] + reach;
+    Buffer<To> in{(To*)malloc(needed * bytes), columns, groups * padded, group, padded, To(deep ? a.zero : 0)};
+    if (!in.data) {
+      failed = 1;
+      continue;
+    }
+    const int64_t top = first * a.stride[0] - b.top, at = n * b.out_height * b.out_width + first * b.out_width;
+    bad |= b.kind == BFLOAT16 ? in.template read<uint16_t>(a, b, n, top, needed) : in.template read<float>(a, b, n, top, needed);
+    if constexpr (deep)
+      dense(a, b, in, last - first, at, blocks * part / parts, blocks * (part + 1) / parts);
+    else
+      depthwise(a, b, in, last - first, at);
+    free(in.data);
+  }
+  return failed ? 1 : bad ? 2 : 0;
+}
+
+extern "C" {
+
+// Outputs in a block; 0 where products are not added in 32 bits.
+int daq_block() {
+#if ADDS_PRODUCTS
+  return W;
+#else
+  return 0;
+#endif
+}
+
+// Returns 0, 1 where memory is short, 2 where an input is NaN, whose outputs mean nothing.
+int daq_whole(const Whole* a, const Image* b) { return a->depthwise ? run<float>(*a, *b) : run<uint8_t>(*a, *b); }
+}

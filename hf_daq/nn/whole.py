@@ -1,0 +1,179 @@
+"""Layers in whole numbers by integers.cpp: inputs to codes, products, sums, scale and bias in one call.
+
+    output[c] = scale[c] * sum_i (code_i - zero_point) * weight[c, i] + bias[c]
+
+as in onednn.py, where the processor adds products of bytes in 32 bits; depthwise convolutions anywhere, since floats hold
+their few sums exactly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import byref, c_float, c_int32, c_int64, c_void_p
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers.padding import get_same_padding
+from torch import Tensor, nn
+
+from .codes import threads
+from .native import library
+
+_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+_PAIR = c_int64 * 2
+_EXACT = 2**24  # up to here float32 has every whole number
+
+
+class _Whole(ctypes.Structure):
+    """`Whole` of integers.cpp."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("weight", "first", "scale")),
+        *((name, c_int64) for name in ("channels", "outputs", "groups")),
+        *((name, _PAIR) for name in ("kernel", "stride", "dilation")),
+        *((name, c_int32) for name in ("depthwise", "halves", "zero")),
+        *((name, c_float) for name in ("start", "inverse", "levels")),
+    )
+
+
+class _Image(ctypes.Structure):
+    """`Image` of integers.cpp."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "bias", "y")),
+        *((name, c_int64) for name in ("count", "height", "width", "top", "left", "out_height", "out_width")),
+        *((name, c_int32) for name in ("channels_last", "kind", "out_kind", "threads")),
+    )
+
+
+class Arranged(NamedTuple):
+    """A layer as integers.cpp takes it.
+
+    whole: points into `tensors`. work: products for one output pixel. sizes: (height, width) of images -> top and left padding,
+    and the size of outputs.
+    """
+
+    whole: _Whole
+    tensors: tuple[Tensor, ...]
+    work: int
+    sizes: dict[tuple[int, int], tuple[int, int, int, int]]
+
+
+def arrange(
+    layer: Any, weight: Tensor, scale: Tensor, halves: bool, rounding: tuple[float, float, int], zero_point: int
+) -> Arranged | None:
+    """None where integers.cpp is not there, or does not compute this layer.
+
+    Args:
+        weight: int8, shape (out, in / groups, ...). scale: shape (out,).
+        halves: whether the weight means half a code more.
+        rounding: `start`, `inverse` of `formula.activation_rows`, and the last code.
+    """
+    functions = library()
+    if functions is None:
+        return None
+    convolution = isinstance(layer, nn.Conv2d)
+    kernel = tuple(weight.shape[2:]) if convolution else (1, 1)
+    groups = layer.groups if convolution else 1
+    outputs, channels = len(weight), weight.shape[1] * groups
+    taps = kernel[0] * kernel[1]
+    depthwise = groups == outputs == channels and taps * rounding[2] * 255 < _EXACT
+    block = functions.daq_block()
+    if not depthwise and block == 0:
+        return None
+    scale = scale * 0.5 if halves else scale
+    if depthwise:
+        wide = weight.view(outputs, taps).float() * (2 if halves else 1) + halves
+        tensors = _filled(wide.t(), 1, 16).contiguous(), _filled(scale, 0, 16)
+        pointers = tensors[0].data_ptr(), None, tensors[1].data_ptr()
+    else:
+        tensors = _blocks(weight.view(groups, -1, channels // groups, taps), scale, block, zero_point)
+        pointers = tuple(tensor.data_ptr() for tensor in tensors)
+    steps = (layer.stride, layer.dilation) if convolution else ((1, 1), (1, 1))
+    sizes = channels, outputs, groups, *(_PAIR(*pair) for pair in (kernel, *steps))
+    whole = _Whole(*pointers, *sizes, depthwise, halves, zero_point, *rounding)
+    return Arranged(whole, tensors, weight.numel() // (1 if depthwise else groups), {})
+
+
+def _blocks(weight: Tensor, scale: Tensor, block: int, zero_point: int) -> tuple[Tensor, ...]:
+    """weight: shape (groups, out, in, taps). Returns weight, `first` and `scale` of integers.cpp."""
+    groups, outputs, inputs, taps = weight.shape
+    first = _filled(weight.sum((2, 3), dtype=torch.int32) * -zero_point, 1, block)
+    parts = _filled(_filled(weight, 1, block), 2, 4).view(groups, -1, block, -(-inputs // 4), 4, taps)
+    arranged = parts.permute(0, 1, 5, 3, 2, 4).contiguous()
+    return arranged, first.contiguous(), _filled(scale.view(groups, outputs), 1, block).contiguous()
+
+
+def _filled(tensor: Tensor, dim: int, multiple: int) -> Tensor:
+    """With zeros behind, to a multiple."""
+    missing = -tensor.shape[dim] % multiple
+    return F.pad(tensor, (0, 0) * (tensor.ndim - 1 - dim) + (0, missing))
+
+
+def output(layer: Any, kept: Arranged, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """None where x is not of this layer, or an input is NaN.
+
+    Args:
+        x: float32 or bfloat16. bias: float32, shape (out,). dtype: of the output, one of these.
+    """
+    whole = kept.whole
+    if x.ndim == 4 and isinstance(layer, nn.Conv2d):
+        found = _image(layer, kept, x, dtype)
+        if found is None:
+            return None
+        x, result, image = found
+    else:
+        if x.shape[-1] != whole.channels:
+            return None
+        x, rows = x.contiguous(), x.numel() // whole.channels
+        result = x.new_empty(*x.shape[:-1], whole.outputs, dtype=dtype)
+        image = _Image(None, None, None, 1, rows, 1, 0, 0, rows, 1, 1)
+    image.x, image.y, image.kind, image.out_kind = x.data_ptr(), result.data_ptr(), _KINDS[x.dtype], _KINDS[dtype]
+    if bias is not None:
+        bias = bias.contiguous()
+        image.bias = bias.data_ptr()
+    image.threads = threads(image.count * image.out_height * image.out_width * kept.work // 16)
+    failed = library().daq_whole(byref(whole), byref(image))  # type: ignore[union-attr]
+    if failed == 1:
+        raise MemoryError(f"no memory for an input of shape {tuple(x.shape)}")
+    return None if failed else result
+
+
+def _image(layer: Any, kept: Arranged, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, _Image] | None:
+    """The input as its bytes lie, a tensor for the output, and the sizes of both."""
+    count, channels, height, width = x.shape
+    if channels != kept.whole.channels:
+        return None
+    sizes = kept.sizes.get((height, width))
+    if sizes is None:
+        sizes = kept.sizes[height, width] = _sizes(layer, height, width)
+    top, left, *out = sizes
+    if min(out) < 1:
+        return None
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    if not last:
+        x = x.contiguous()
+    result = torch.empty((count, kept.whole.outputs, *out), dtype=dtype, memory_format=torch.channels_last)
+    if last and layer.kernel_size == (1, 1) == layer.stride and not (top or left) and out == [height, width]:
+        rows = count * height * width  # as in a linear layer
+        return x, result, _Image(None, None, None, 1, rows, 1, 0, 0, rows, 1, 1)
+    return x, result, _Image(None, None, None, count, height, width, *sizes, last)
+
+
+def _sizes(layer: Any, *size: int) -> tuple[int, int, int, int]:
+    before, out = [], []
+    for dim, length in enumerate(size):
+        kernel, stride, dilation = layer.kernel_size[dim], layer.stride[dim], layer.dilation[dim]
+        if layer.same_pad:
+            both = get_same_padding(length, kernel, stride, dilation)
+            start = both // 2
+        elif isinstance(layer.padding, str):
+            start, end = layer._reversed_padding_repeated_twice[2 - 2 * dim : 4 - 2 * dim]
+            both = start + end
+        else:
+            start = layer.padding[dim]
+            both = 2 * start
+        before.append(start)
+        out.append((length + both - (kernel - 1) * dilation - 1) // stride + 1)
+    return before[0], before[1], out[0], out[1]
