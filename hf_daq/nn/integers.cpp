@@ -29,7 +29,7 @@ typedef int32_t Ints __attribute__((vector_size(4 * W)));
 #define INLINE inline __attribute__((always_inline))
 
 enum Kind { FLOAT32 = 0, BFLOAT16 = 1 };
-constexpr int64_t CACHE = 1 << 18;  // bytes of inputs in a buffer
+constexpr int64_t CACHE = 3 << 17;  // bytes of inputs in a buffer
 
 template <class V, class T> static INLINE V load(const T* p) {
   V v;
@@ -118,26 +118,53 @@ static INLINE void store(Floats v, float, uint8_t* out) {
 #endif
 }
 
+// Remembers whether one was NaN.
+struct Numbers {
+#if defined(__AVX512F__)
+  __mmask16 nan = 0;
+  INLINE void add(Floats f) { nan |= _mm512_cmp_ps_mask((__m512)f, (__m512)f, _CMP_UNORD_Q); }
+  INLINE bool bad() const { return nan; }
+#else
+  Ints nan = {};
+  INLINE void add(Floats f) { nan |= f != f; }
+  INLINE bool bad() const {
+    bool found = false;
+    for (int i = 0; i < W; i++) found |= nan[i] != 0;
+    return found;
+  }
+#endif
+};
+
 // uint8: codes. float: codes less that of zero. Returns whether one is NaN.
 template <class From, class To>
 static bool round_to_codes(const From* x, int64_t size, const Rounding& r, float zero, To* out) {
   const Floats none = {}, most = none + r.levels;
-  Ints nan = {};
+  Numbers all;
   int64_t i = 0;
   for (; i + W <= size; i += W) {
     Floats f = floats_of(x + i), v = (f - r.start) * r.inverse;
-    nan |= f != f;
+    all.add(f);
     v = v > none ? v : none;
     v = v < most ? v : most;
     store(ceil_of(v - 0.5f), zero, out + i);
   }
-  bool bad = false;
-  for (int j = 0; j < W; j++) bad |= nan[j] != 0;
+  bool bad = all.bad();
   for (; i < size; i++) out[i] = To(r.one(float_of(x[i]), bad) - (sizeof(To) == 4 ? zero : 0));
   return bad;
 }
 
 // ------------------------------------------------------------------------------------------------- the buffer
+
+// Memory that a thread keeps for its next task.
+struct Room {
+  void* data = nullptr;
+  int64_t size = 0;
+  ~Room() { free(data); }
+  void* of(int64_t bytes) {
+    if (bytes > size) free(data), data = malloc(bytes), size = data ? bytes : 0;
+    return data;
+  }
+};
 
 // Rows of images as a task has them: pixels of `pixel` values, of which each group has `padded` for its `channels`.
 template <class To> struct Buffer {
@@ -203,53 +230,74 @@ template <class To> struct Buffer {
 
 // ---------------------------------------------------------------------------------------------------- outputs
 
-// The first `size` of W outputs: scale * sum + bias.
-static INLINE void put(Floats sum, const float* scale, const float* bias, int64_t size, int kind, void* y, int64_t at) {
-  Floats v = sum * load<Floats>(scale);
-  if (size >= W && kind == FLOAT32) {
-    if (bias) v += load<Floats>(bias);
-    memcpy((float*)y + at, &v, sizeof v);
-    return;
+// The first `size` of W outputs in each of some blocks: scale * sum + bias.
+struct Outputs {
+  void* y;
+  const float *scale, *bias;
+  int64_t size;
+  int kind;
+
+  INLINE void put(Floats sum, int block, int64_t at) const {
+    Floats v = sum * load<Floats>(scale + W * block) + load<Floats>(bias + W * block);
+    const int64_t left = size - W * block;
+    if (kind == FLOAT32) {
+      float* to = (float*)y + at + W * block;
+#if defined(__AVX512F__)
+      _mm512_mask_storeu_ps(to, left < W ? (1u << left) - 1 : 0xFFFF, (__m512)v);
+#else
+      memcpy(to, &v, left < W ? 4 * left : 4 * W);
+#endif
+    } else {
+      uint16_t halves[W];
+      for (int i = 0; i < W; i++) halves[i] = to_bfloat16(v[i]);
+      memcpy((uint16_t*)y + at + W * block, halves, left < W ? 2 * left : 2 * W);
+    }
   }
-  float values[W];
-  memcpy(values, &v, sizeof v);
-  for (int64_t i = 0; i < size && i < W; i++) {
-    float value = bias ? values[i] + bias[i] : values[i];
-    if (kind == BFLOAT16)
-      ((uint16_t*)y)[at + i] = to_bfloat16(value);
-    else
-      ((float*)y)[at + i] = value;
+};
+
+// The bias from a channel on, with room behind it.
+struct Bias {
+  float copy[4 * W] = {};
+  INLINE const float* of(const Whole& a, const Image& b, int64_t channel, int64_t count) {
+    if (b.bias && channel + count <= a.outputs) return b.bias + channel;
+    for (int64_t i = 0; b.bias && channel + i < a.outputs; i++) copy[i] = b.bias[channel + i];
+    return copy;
   }
-}
+};
 
 // The largest of equal parts of what is left.
 static INLINE int part(int64_t left, int most) { return int((left + (left + most - 1) / most - 1) / ((left + most - 1) / most)); }
 
-// X pixels of a row, W channels.
+// X pixels of a row, W channels; `at`: of the first in the output.
 template <int X>
-static void strip(const Whole& a, const float* x, int64_t columns, int64_t pixel, const float* weight, Floats* result) {
+static void strip(const Whole& a, const float* x, int64_t columns, int64_t pixel, const float* weight, const Outputs& out,
+                  const int64_t at) {
+  const Outputs put = out;
+  const float* from[X];
+  for (int i = 0; i < X; i++) from[i] = x + i * a.stride[1] * pixel;
   Floats sum[X] = {};
+  const int64_t outputs = a.outputs, next = a.dilation[1] * pixel, below = a.dilation[0] * columns * pixel;
   for (int64_t ky = 0; ky < a.kernel[0]; ky++)
-    for (int64_t kx = 0; kx < a.kernel[1]; kx++, weight += pixel) {
-      const float* p = x + (ky * a.dilation[0] * columns + kx * a.dilation[1]) * pixel;
+    for (int64_t kx = 0, k = ky * below; kx < a.kernel[1]; kx++, k += next, weight += pixel) {
       Floats w = load<Floats>(weight);
-      for (int i = 0; i < X; i++) sum[i] += w * load<Floats>(p + i * a.stride[1] * pixel);
+#pragma GCC unroll 8
+      for (int i = 0; i < X; i++) sum[i] += w * load<Floats>(from[i] + k);
     }
-  for (int i = 0; i < X; i++) result[i] = sum[i];
+#pragma GCC unroll 8
+  for (int i = 0; i < X; i++) put.put(sum[i], 0, at + i * outputs);
 }
 
 static void depthwise(const Whole& a, const Image& b, const Buffer<float>& in, int64_t rows, int64_t at) {
   constexpr decltype(&strip<1>) strips[] = {strip<1>, strip<2>, strip<3>, strip<4>, strip<5>, strip<6>, strip<7>, strip<8>};
+  Bias bias;
   for (int64_t y = 0; y < rows; y++)
     for (int64_t x = 0, size; x < b.out_width; x += size) {
       size = part(b.out_width - x, 8);
       const float* from = in.data + (y * a.stride[0] * in.columns + x * a.stride[1]) * in.pixel;
+      const int64_t pixel = at + y * b.out_width + x;
       for (int64_t c = 0; c < a.outputs; c += W) {
-        Floats sums[8];
-        strips[size - 1](a, from + c, in.columns, in.pixel, (const float*)a.weight + c, sums);
-        for (int i = 0; i < size; i++)
-          put(sums[i], a.scale + c, b.bias ? b.bias + c : nullptr, a.outputs - c, b.out_kind, b.y,
-              (at + y * b.out_width + x + i) * a.outputs + c);
+        const Outputs out{b.y, a.scale + c, bias.of(a, b, c, W), a.outputs - c, b.out_kind};
+        strips[size - 1](a, from + c, in.columns, in.pixel, (const float*)a.weight + c, out, pixel * a.outputs + c);
       }
     }
 }
@@ -268,10 +316,23 @@ struct Runs {
   int64_t rows, columns, size, row, column;
 };
 
-// P pixels, B blocks of W outputs each.
+// What is added to twice the sums of a pixel, where weights mean half a code more.
+static int32_t sum_of_inputs(const Runs& runs, const uint8_t* pixel, int32_t zero) {
+  int32_t sum = -zero * int32_t(runs.rows * runs.columns * runs.size);
+  for (int64_t ky = 0; ky < runs.rows; ky++)
+    for (int64_t kx = 0; kx < runs.columns; kx++) {
+      const uint8_t* x = pixel + ky * runs.row + kx * runs.column;
+      for (int64_t k = 0; k < runs.size; k++) sum += x[k];
+    }
+  return sum;
+}
+
+// P pixels, B blocks of W outputs each; `at`: of the first in the output.
 template <int P, int B>
-static void tile(const Runs& runs, const uint8_t* const* pixels, const int8_t* weight, const int32_t* first, Ints* result) {
-  const int64_t block = runs.rows * runs.columns * runs.size * W;
+static void tile(const Whole& a, const Runs& runs, const uint8_t* const* pixels, const int8_t* weight, const int32_t* first,
+                 const Outputs& out, const int64_t at) {
+  const Outputs put = out;
+  const int64_t outputs = a.outputs, block = runs.rows * runs.columns * runs.size * W;
   Ints sum[P][B];
   for (int j = 0; j < B; j++)
     for (int i = 0; i < P; i++) sum[i][j] = load<Ints>(first + W * j);
@@ -289,52 +350,43 @@ static void tile(const Runs& runs, const uint8_t* const* pixels, const int8_t* w
         }
       }
     }
-  for (int i = 0; i < P; i++)
-    for (int j = 0; j < B; j++) result[i * B + j] = sum[i][j];
-}
-
-static int32_t sum_of_inputs(const Runs& runs, const uint8_t* pixel) {
-  int32_t sum = 0;
-  for (int64_t ky = 0; ky < runs.rows; ky++)
-    for (int64_t kx = 0; kx < runs.columns; kx++) {
-      const uint8_t* x = pixel + ky * runs.row + kx * runs.column;
-      for (int64_t k = 0; k < runs.size; k++) sum += x[k];
+  if (a.halves)
+    for (int i = 0; i < P; i++) {
+      const int32_t inputs = sum_of_inputs(runs, pixels[i], a.zero);
+      for (int j = 0; j < B; j++) sum[i][j] = sum[i][j] * 2 + inputs;
     }
-  return sum;
+#pragma GCC unroll 8
+  for (int i = 0; i < P; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < B; j++) put.put(__builtin_convertvector(sum[i][j], Floats), j, at + i * outputs);
 }
 
-typedef void (*Tile)(const Runs&, const uint8_t* const*, const int8_t*, const int32_t*, Ints*);
+typedef void (*Tile)(const Whole&, const Runs&, const uint8_t* const*, const int8_t*, const int32_t*, const Outputs&, int64_t);
 #define TILES(P) {tile<P, 1>, tile<P, 2>, tile<P, 3>, tile<P, 4>}
 static const Tile TILE[6][4] = {TILES(1), TILES(2), TILES(3), TILES(4), TILES(5), TILES(6)};
 
 // Blocks `from` to `to` of the outputs of each group.
 static void dense(const Whole& a, const Image& b, const Buffer<uint8_t>& in, int64_t rows, int64_t at, int64_t from, int64_t to) {
-  const int64_t per_group = a.outputs / a.groups, blocks = (per_group + W - 1) / W, inputs = a.kernel[0] * a.kernel[1];
+  const int64_t per_group = a.outputs / a.groups, blocks = (per_group + W - 1) / W, taps = a.kernel[0] * a.kernel[1];
+  const int64_t right = a.stride[1] * in.pixel, down = a.stride[0] * in.columns * in.pixel;
   Runs runs{a.kernel[0], a.kernel[1], in.padded, a.dilation[0] * in.columns * in.pixel, a.dilation[1] * in.pixel};
   if (a.groups == 1 && a.dilation[1] == 1) runs.size *= runs.columns, runs.columns = 1;
   for (int64_t g = 0; g < a.groups; g++)
     for (int64_t block = from, wide; block < to; block += wide) {
       wide = part(to - block, 4);
-      const int64_t index = g * blocks + block;
-      const int8_t* weight = (const int8_t*)a.weight + index * inputs * in.padded * W;
-      for (int64_t p = 0, size; p < rows * b.out_width; p += size) {
+      const int64_t index = g * blocks + block, channel = g * per_group + block * W;
+      const int8_t* weight = (const int8_t*)a.weight + index * taps * in.padded * W;
+      Bias bias;
+      const Outputs out{b.y, a.scale + index * W, bias.of(a, b, channel, wide * W), per_group - block * W, b.out_kind};
+      const uint8_t* row = in.data + g * in.padded;
+      for (int64_t p = 0, x = 0, size; p < rows * b.out_width; p += size) {
         size = part(rows * b.out_width - p, 6);
         const uint8_t* pixels[6];
         for (int64_t i = 0; i < size; i++) {
-          int64_t y = (p + i) / b.out_width, x = (p + i) % b.out_width;
-          pixels[i] = in.data + (y * a.stride[0] * in.columns + x * a.stride[1]) * in.pixel + g * in.padded;
+          pixels[i] = row + x * right;
+          if (++x == b.out_width) x = 0, row += down;
         }
-        Ints sums[24];
-        TILE[size - 1][wide - 1](runs, pixels, weight, a.first + index * W, sums);
-        for (int64_t i = 0; i < size; i++) {
-          int32_t half = a.halves ? sum_of_inputs(runs, pixels[i]) - a.zero * int32_t(inputs * in.padded) : 0;
-          for (int64_t j = 0; j < wide; j++) {
-            Ints sum = a.halves ? sums[i * wide + j] * 2 + half : sums[i * wide + j];
-            const int64_t o = (block + j) * W, channel = g * per_group + o;
-            put(__builtin_convertvector(sum, Floats), a.scale + (index + j) * W, b.bias ? b.bias + channel : nullptr,
-                per_group - o, b.out_kind, b.y, (at + p + i) * a.outputs + channel);
-          }
-        }
+        TILE[size - 1][wide - 1](a, runs, pixels, weight, a.first + index * W, out, (at + p) * a.outputs + channel);
       }
     }
 }
@@ -366,7 +418,8 @@ template <class To> static int run(const Whole& a, const Image& b) {
     const int64_t n = task / parts / chunks, chunk = task / parts % chunks, part = task % parts;
     const int64_t first = b.out_height * chunk / chunks, last = b.out_height * (chunk + 1) / chunks;
     const int64_t needed = (last - first - 1) * a.stride[0] + reach;
-    Buffer<To> in{(To*)malloc(needed * bytes), columns, groups * padded, group, padded, To(deep ? a.zero : 0)};
+    static thread_local Room room;
+    Buffer<To> in{(To*)room.of(needed * bytes), columns, groups * padded, group, padded, To(deep ? a.zero : 0)};
     if (!in.data) {
       failed = 1;
       continue;
@@ -377,7 +430,6 @@ template <class To> static int run(const Whole& a, const Image& b) {
       dense(a, b, in, last - first, at, blocks * part / parts, blocks * (part + 1) / parts);
     else
       depthwise(a, b, in, last - first, at);
-    free(in.data);
   }
   return failed ? 1 : bad ? 2 : 0;
 }
