@@ -53,7 +53,7 @@ static INLINE uint16_t to_bfloat16(float value) {  // to the nearest, ties to ev
 extern "C" {
 // As whole.py declares it. `channels`, `outputs`: of all groups. kernel, stride, dilation: rows, columns.
 struct Whole {
-  const void* weight;    // depthwise: float, (kernel, channels); else int8, (groups, blocks of W outputs, kernel, channels / 4, W, 4)
+  const void* weight;    // depthwise: float, (1 + kernel, channels), `first` before the rest; else int8, (groups, blocks of W outputs, kernel, channels / 4, W, 4)
   const int32_t* first;  // of each output in these blocks: where its sum starts
   const float* scale;    // likewise, of its sum
   int64_t channels, outputs, groups, kernel[2], stride[2], dilation[2];
@@ -105,11 +105,7 @@ static INLINE Floats ceil_of(Floats v) {
 #endif
 }
 
-static INLINE void store(Floats v, float zero, float* out) {
-  v -= zero;
-  memcpy(out, &v, sizeof v);
-}
-static INLINE void store(Floats v, float, uint8_t* out) {
+static INLINE void store(Floats v, uint8_t* out) {
 #if defined(__AVX512F__)
   _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8(_mm512_cvttps_epi32((__m512)v)));
 #else
@@ -135,9 +131,8 @@ struct Numbers {
 #endif
 };
 
-// uint8: codes. float: codes less that of zero. Returns whether one is NaN.
-template <class From, class To>
-static bool round_to_codes(const From* x, int64_t size, const Rounding& r, float zero, To* out) {
+// Returns whether one is NaN.
+template <class From> static bool round_to_codes(const From* x, int64_t size, const Rounding& r, uint8_t* out) {
   const Floats none = {}, most = none + r.levels;
   Numbers all;
   int64_t i = 0;
@@ -146,10 +141,10 @@ static bool round_to_codes(const From* x, int64_t size, const Rounding& r, float
     all.add(f);
     v = v > none ? v : none;
     v = v < most ? v : most;
-    store(ceil_of(v - 0.5f), zero, out + i);
+    store(ceil_of(v - 0.5f), out + i);
   }
   bool bad = all.bad();
-  for (; i < size; i++) out[i] = To(r.one(float_of(x[i]), bad) - (sizeof(To) == 4 ? zero : 0));
+  for (; i < size; i++) out[i] = uint8_t(r.one(float_of(x[i]), bad));
   return bad;
 }
 
@@ -167,10 +162,10 @@ struct Room {
 };
 
 // Rows of images as a task has them: pixels of `pixel` values, of which each group has `padded` for its `channels`.
-template <class To> struct Buffer {
-  To* data;
+struct Buffer {
+  uint8_t* data;
   int64_t columns, pixel, group, padded;
-  To outside;
+  uint8_t outside;
 
   template <class From> bool read(const Whole& a, const Image& b, int64_t n, int64_t first, int64_t rows) const {
     const Rounding rounding{a.start, a.inverse, a.levels};
@@ -178,14 +173,14 @@ template <class To> struct Buffer {
     const int64_t width = b.width < columns - left ? b.width : columns - left;  // the last columns may not be needed
     const bool dense = group == padded && pixel == a.channels;
     bool bad = false;
-    To* row = data;
+    uint8_t* row = data;
     if (dense && b.channels_last && !b.left && columns == b.width && first >= 0 && first + rows <= b.height)  // all at once
       return round_to_codes((const From*)b.x + (n * area + first * b.width) * pixel, rows * columns * pixel, rounding,
-                            float(a.zero), row);
+                            row);
     for (int64_t y = first; y < first + rows; y++, row += columns * pixel) {
       if (y < 0 || y >= b.height || !dense) fill(row, columns);
       if (y < 0 || y >= b.height) continue;
-      To* out = row + left * pixel;
+      uint8_t* out = row + left * pixel;
       fill(row, left), fill(out + width * pixel, columns - left - width);
       if (!b.channels_last) {
         bad |= transposed((const From*)b.x + n * a.channels * area + y * b.width, area, width, a, rounding, out);
@@ -193,31 +188,30 @@ template <class To> struct Buffer {
       }
       const From* x = (const From*)b.x + (n * area + y * b.width) * a.channels;
       if (dense)
-        bad |= round_to_codes(x, width * pixel, rounding, float(a.zero), out);
+        bad |= round_to_codes(x, width * pixel, rounding, out);
       else
         for (int64_t i = 0; i < width; i++, out += pixel)
           for (int64_t c = 0; c < a.channels; c += group, x += group)
-            bad |= round_to_codes(x, group, rounding, float(a.zero), out + c / group * padded);
+            bad |= round_to_codes(x, group, rounding, out + c / group * padded);
     }
     return bad;
   }
 
-  void fill(To* out, int64_t count) const {
-    for (int64_t i = 0; i < count * pixel; i++) out[i] = outside;
-  }
+  void fill(uint8_t* out, int64_t count) const { memset(out, outside, count * pixel); }
 
   // A row of images whose channels lie `area` apart.
   template <class From>
-  bool transposed(const From* x, int64_t area, int64_t width, const Whole& a, const Rounding& rounding, To* out) const {
+  bool transposed(const From* x, int64_t area, int64_t width, const Whole& a, const Rounding& rounding,
+                  uint8_t* out) const {
     bool bad = false;
-    To block[32][64];
+    uint8_t block[32][64];
     for (int64_t i = 0; i < width; i += 64)
       for (int64_t c = 0; c < a.channels; c += 32) {
         int64_t across = width - i < 64 ? width - i : 64, deep = a.channels - c < 32 ? a.channels - c : 32;
         for (int64_t k = 0; k < deep; k++)
-          bad |= round_to_codes(x + (c + k) * area + i, across, rounding, float(a.zero), block[k]);
+          bad |= round_to_codes(x + (c + k) * area + i, across, rounding, block[k]);
         for (int64_t j = 0; j < across; j++) {
-          To* at = out + (i + j) * pixel;
+          uint8_t* at = out + (i + j) * pixel;
           if (group == padded || group == a.channels)
             for (int64_t k = 0; k < deep; k++) at[c + k] = block[k][j];
           else
@@ -268,32 +262,62 @@ struct Bias {
 // The largest of equal parts of what is left.
 static INLINE int part(int64_t left, int most) { return int((left + (left + most - 1) / most - 1) / ((left + most - 1) / most)); }
 
-// X pixels of a row, W channels; `at`: of the first in the output.
-template <int X>
-static void strip(const Whole& a, const float* x, int64_t columns, int64_t pixel, const float* weight, const Outputs& out,
-                  const int64_t at) {
+static INLINE Floats floats_of(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  float f[W];
+  for (int i = 0; i < W; i++) f[i] = float(int(p[i]));
+  return load<Floats>(f);
+#endif
+}
+
+// X pixels of a row, W channels, in floats, which hold these sums exactly; `at`: of the first in the output. K, S: columns of the
+// kernel, and of a step, where they are known.
+template <int X, int K, int S>
+static void strip(const Whole& a, const uint8_t* x, int64_t columns, int64_t pixel, const float* weight,
+                  const Outputs& out, const int64_t at) {
   const Outputs put = out;
-  const float* from[X];
-  for (int i = 0; i < X; i++) from[i] = x + i * a.stride[1] * pixel;
-  Floats sum[X] = {};
   const int64_t outputs = a.outputs, next = a.dilation[1] * pixel, below = a.dilation[0] * columns * pixel;
-  for (int64_t ky = 0; ky < a.kernel[0]; ky++)
-    for (int64_t kx = 0, k = ky * below; kx < a.kernel[1]; kx++, k += next, weight += pixel) {
-      Floats w = load<Floats>(weight);
+  Floats sum[X];
+  for (int i = 0; i < X; i++) sum[i] = load<Floats>(weight);
+  weight += pixel;
+  for (int64_t ky = 0; ky < a.kernel[0]; ky++, x += below)
+    if constexpr (K > 0) {
+      Floats in[(X - 1) * S + K];
+#pragma GCC unroll 20
+      for (int i = 0; i < (X - 1) * S + K; i++) in[i] = floats_of(x + i * pixel);
 #pragma GCC unroll 8
-      for (int i = 0; i < X; i++) sum[i] += w * load<Floats>(from[i] + k);
+      for (int kx = 0; kx < K; kx++, weight += pixel) {
+        Floats w = load<Floats>(weight);
+#pragma GCC unroll 8
+        for (int i = 0; i < X; i++) sum[i] += w * in[i * S + kx];
+      }
+    } else {
+      for (int64_t kx = 0; kx < a.kernel[1]; kx++, weight += pixel) {
+        Floats w = load<Floats>(weight);
+#pragma GCC unroll 8
+        for (int i = 0; i < X; i++) sum[i] += w * floats_of(x + i * a.stride[1] * pixel + kx * next);
+      }
     }
 #pragma GCC unroll 8
   for (int i = 0; i < X; i++) put.put(sum[i], 0, at + i * outputs);
 }
 
-static void depthwise(const Whole& a, const Image& b, const Buffer<float>& in, int64_t rows, int64_t at) {
-  constexpr decltype(&strip<1>) strips[] = {strip<1>, strip<2>, strip<3>, strip<4>, strip<5>, strip<6>, strip<7>, strip<8>};
+typedef void (*Strip)(const Whole&, const uint8_t*, int64_t, int64_t, const float*, const Outputs&, int64_t);
+#define STRIPS(K, S) {strip<1, K, S>, strip<2, K, S>, strip<3, K, S>, strip<4, K, S>, strip<5, K, S>, strip<6, K, S>, strip<7, K, S>}
+static const Strip STRIP[5][7] = {STRIPS(0, 0), STRIPS(3, 1), STRIPS(3, 2), STRIPS(5, 1), STRIPS(5, 2)};
+
+static void depthwise(const Whole& a, const Image& b, const Buffer& in, int64_t rows, int64_t at) {
+  const bool known = (a.kernel[1] == 3 || a.kernel[1] == 5) && a.stride[1] < 3 && a.dilation[1] == 1;
+  const Strip* strips = STRIP[known ? a.kernel[1] - 3 + a.stride[1] : 0];
   Bias bias;
   for (int64_t y = 0; y < rows; y++)
     for (int64_t x = 0, size; x < b.out_width; x += size) {
-      size = part(b.out_width - x, 8);
-      const float* from = in.data + (y * a.stride[0] * in.columns + x * a.stride[1]) * in.pixel;
+      size = part(b.out_width - x, 7);
+      const uint8_t* from = in.data + (y * a.stride[0] * in.columns + x * a.stride[1]) * in.pixel;
       const int64_t pixel = at + y * b.out_width + x;
       for (int64_t c = 0; c < a.outputs; c += W) {
         const Outputs out{b.y, a.scale + c, bias.of(a, b, c, W), a.outputs - c, b.out_kind};
@@ -366,7 +390,7 @@ typedef void (*Tile)(const Whole&, const Runs&, const uint8_t* const*, const int
 static const Tile TILE[6][4] = {TILES(1), TILES(2), TILES(3), TILES(4), TILES(5), TILES(6)};
 
 // Blocks `from` to `to` of the outputs of each group.
-static void dense(const Whole& a, const Image& b, const Buffer<uint8_t>& in, int64_t rows, int64_t at, int64_t from, int64_t to) {
+static void dense(const Whole& a, const Image& b, const Buffer& in, int64_t rows, int64_t at, int64_t from, int64_t to) {
   const int64_t per_group = a.outputs / a.groups, blocks = (per_group + W - 1) / W, taps = a.kernel[0] * a.kernel[1];
   const int64_t right = a.stride[1] * in.pixel, down = a.stride[0] * in.columns * in.pixel;
   Runs runs{a.kernel[0], a.kernel[1], in.padded, a.dilation[0] * in.columns * in.pixel, a.dilation[1] * in.pixel};
@@ -391,18 +415,18 @@ static void dense(const Whole& a, const Image& b, const Buffer<uint8_t>& in, int
     }
 }
 #else
-static void dense(const Whole&, const Image&, const Buffer<uint8_t>&, int64_t, int64_t, int64_t, int64_t) {}
+static void dense(const Whole&, const Image&, const Buffer&, int64_t, int64_t, int64_t, int64_t) {}
 #endif
 
 // ------------------------------------------------------------------------------------------------------ tasks
 
-template <class To> static int run(const Whole& a, const Image& b) {
-  constexpr bool deep = sizeof(To) == 1;
-  const int64_t unit = deep ? 4 : W, groups = deep ? a.groups : 1;
+static int run(const Whole& a, const Image& b) {
+  const bool deep = !a.depthwise;
+  const int64_t unit = deep ? 4 : 16, groups = deep ? a.groups : 1;
   const int64_t group = a.channels / groups, padded = (group + unit - 1) / unit * unit;
   const int64_t reach = (a.kernel[0] - 1) * a.dilation[0] + 1;
   const int64_t columns = (b.out_width - 1) * a.stride[1] + (a.kernel[1] - 1) * a.dilation[1] + 1;
-  const int64_t bytes = columns * groups * padded * sizeof(To);
+  const int64_t bytes = columns * groups * padded;
   int64_t rows = (CACHE / bytes - reach) / a.stride[0] + 1;  // of outputs, in a task
   rows = rows < 1 ? 1 : rows < b.out_height ? rows : b.out_height;
   int64_t chunks = (b.out_height + rows - 1) / rows, parts = 1, blocks = (a.outputs / a.groups + W - 1) / W;
@@ -419,14 +443,14 @@ template <class To> static int run(const Whole& a, const Image& b) {
     const int64_t first = b.out_height * chunk / chunks, last = b.out_height * (chunk + 1) / chunks;
     const int64_t needed = (last - first - 1) * a.stride[0] + reach;
     static thread_local Room room;
-    Buffer<To> in{(To*)room.of(needed * bytes), columns, groups * padded, group, padded, To(deep ? a.zero : 0)};
+    Buffer in{(uint8_t*)room.of(needed * bytes), columns, groups * padded, group, padded, uint8_t(a.zero)};
     if (!in.data) {
       failed = 1;
       continue;
     }
     const int64_t top = first * a.stride[0] - b.top, at = n * b.out_height * b.out_width + first * b.out_width;
-    bad |= b.kind == BFLOAT16 ? in.template read<uint16_t>(a, b, n, top, needed) : in.template read<float>(a, b, n, top, needed);
-    if constexpr (deep)
+    bad |= b.kind == BFLOAT16 ? in.read<uint16_t>(a, b, n, top, needed) : in.read<float>(a, b, n, top, needed);
+    if (deep)
       dense(a, b, in, last - first, at, blocks * part / parts, blocks * (part + 1) / parts);
     else
       depthwise(a, b, in, last - first, at);
@@ -446,5 +470,5 @@ int daq_block() {
 }
 
 // Returns 0, 1 where memory is short, 2 where an input is NaN, whose outputs mean nothing.
-int daq_whole(const Whole* a, const Image* b) { return a->depthwise ? run<float>(*a, *b) : run<uint8_t>(*a, *b); }
+int daq_whole(const Whole* a, const Image* b) { return run(*a, *b); }
 }

@@ -85,6 +85,7 @@ def arrange(
     scale = scale * 0.5 if halves else scale
     if depthwise:
         wide = weight.view(outputs, taps).float() * (2 if halves else 1) + halves
+        wide = torch.cat([wide.sum(1, keepdim=True) * -zero_point, wide], 1)
         tensors = _filled(wide.t(), 1, 16).contiguous(), _filled(scale, 0, 16)
         pointers = tensors[0].data_ptr(), None, tensors[1].data_ptr()
     else:

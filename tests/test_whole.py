@@ -1,0 +1,148 @@
+"""Layers of whole numbers in machine code: exact for all bits, shapes and layouts, in every build."""
+
+import itertools
+import os
+
+import pytest
+import timm.layers
+import torch
+from test_codes import _load
+from test_onednn import LAYERS, close, packed, plain, tiny, write
+from torch import nn
+
+import hf_daq
+from hf_daq.nn import native, onednn, whole
+from hf_daq.nn.kernels import compiler
+
+pytestmark = [
+    pytest.mark.skipif(compiler() is None or os.name == "nt", reason="no compiler of C++"),
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
+]
+OTHERS = {
+    "many outputs": (lambda: nn.Conv2d(12, 130, 3, 1, 1), (2, 12, 5, 9)),
+    "groups": (lambda: nn.Conv2d(12, 40, 3, 2, 1, 1, 2), (2, 12, 6, 5)),
+    "three channels": (lambda: nn.Conv2d(3, 20, 5, 2, 2), (1, 3, 90, 70)),
+    "pixels": (lambda: nn.Conv2d(24, 70, 1), (2, 24, 5, 7)),
+    "wide padding": (lambda: nn.Conv2d(4, 6, 1, 10, 3), (2, 4, 1, 1)),
+    "unread edge": (lambda: nn.Conv2d(4, 8, 2, 4, 1), (2, 4, 8, 8)),
+    "each channel": (lambda: nn.Conv2d(40, 40, 3, 2, 1, 1, 40), (2, 40, 15, 17)),
+    "each channel, apart": (lambda: nn.Conv2d(17, 17, 5, 1, 4, 2, 17), (2, 17, 9, 9)),
+    "each channel, same": (lambda: timm.layers.Conv2dSame(6, 6, 3, 2, groups=6), (2, 6, 8, 9)),
+    "large image": (lambda: nn.Conv2d(64, 64, 3, 1, 1, 1, 64), (1, 64, 50, 50)),
+    "many rows": (lambda: nn.Linear(64, 200), (70, 64)),
+}
+CASES = LAYERS | OTHERS
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cache")
+    path.chmod(0o700)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def build(request, folder, monkeypatch):
+    name = getattr(request, "param", "native")
+    functions = native._declared(_load(folder, name))
+    monkeypatch.setattr(whole, "library", lambda: functions)
+    return functions
+
+
+def in_machine(layer):
+    return onednn.prepared(layer).arranged is not None
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("build", ["native", "baseline"], indirect=True)
+def test_outputs_are_those_of_integer_arithmetic(build, name):
+    make, shape = CASES[name]
+    torch.manual_seed(len(name))
+    x = torch.randn(shape)
+    model = packed(make(), x)
+    layer, inputs = model[0], [x] if x.ndim < 4 else [x, x.contiguous(memory_format=torch.channels_last)]
+    for weight_bits, activation_bits in [(1, 8), (2, 3), (4, 4), (5, 7), (8, 1), (8, 8)]:
+        layer.weight_grid = "odd" if activation_bits % 4 or weight_bits == 8 else "integer"
+        write(layer, weight_bits, activation_bits, "tensor" if activation_bits % 3 else "channel", activation_bits % 2)
+        if not in_machine(layer):
+            assert build.daq_block() == 0
+            pytest.skip("this build adds no products in 32 bits")
+        with hf_daq.integer_arithmetic(model):
+            expected = model(x)
+        for one, threads in itertools.product(inputs, (1, 3)):
+            assert layer.path(one) == "integers"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(whole, "threads", lambda work, threads=threads: threads)
+                found = model(one)
+            assert close(found, expected)
+            assert found.is_contiguous() >= one.is_contiguous()
+
+
+@pytest.mark.parametrize("name", ["linear", "many outputs", "each channel"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once(name, dtype):
+    make, shape = CASES[name]
+    x = torch.randn(shape)
+    model, x = packed(make(), x, 8, 8).to(dtype), x.to(dtype)
+    if not in_machine(model[0]):
+        pytest.skip("this processor adds no products in 32 bits")
+    with hf_daq.integer_arithmetic(model):
+        expected = model(x)
+    found = model(x)
+    assert found.dtype == dtype
+    assert (found - expected).abs().max() <= torch.finfo(dtype).eps * expected.abs().max()
+
+
+def test_codes_on_and_beside_thresholds_are_those_of_the_quantizer():
+    """Each input alone makes one output, which tells its code."""
+    model = packed(nn.Conv2d(1, 1, 1, bias=False), torch.randn(1, 1, 4, 4))
+    layer = model[0]
+    layer.a_quant.upper.data.fill_(0.9)
+    thresholds = (torch.arange(-3, 19) - layer.a_quant.zero_point + 0.5) * layer.a_quant.span / 15
+    up, down = torch.tensor(torch.inf), torch.tensor(-torch.inf)
+    x = [thresholds, torch.nextafter(thresholds, up), torch.nextafter(thresholds, down), up[None], down[None]]
+    x = torch.cat(x).view(1, 1, 2, -1)
+    assert in_machine(layer)
+    step = layer.quantized_weight().item() / layer.a_quant.levels
+    codes = (model(x) / step).round() + layer.a_quant.zero_point
+    assert torch.equal(codes, layer.a_quant.codes(x).float())
+
+
+@pytest.mark.parametrize("name", ["many rows", "many outputs", "each channel", "three channels"])
+def test_nan_gives_what_the_quantized_layer_gives(name):
+    make, shape = CASES[name]
+    x = torch.randn(shape)
+    model = packed(make(), x)
+    for at in (0, 17, -1):
+        spoiled = x.clone()
+        spoiled.view(-1)[at] = torch.nan
+        assert torch.equal(model(spoiled).isnan(), plain(model, spoiled).isnan())
+
+
+def test_inputs_of_other_sizes_are_refused_as_by_the_float_layer():
+    model = packed(nn.Linear(37, 11), torch.randn(4, 37))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(torch.randn(4, 36))
+    model = packed(nn.Conv2d(4, 6, 3), torch.randn(2, 4, 6, 6))
+    with pytest.raises(RuntimeError, match="expected input"):
+        model(torch.randn(2, 5, 6, 6))
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+        model(torch.randn(2, 4, 2, 6))
+
+
+def test_graphs_have_operators_of_torch_beside_it():
+    model, x = tiny()
+    assert in_machine(model[0])
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert close(compiled(x), plain(model, x))
+    assert close(model(x), plain(model, x))
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), plain(model, x))
+
+
+def test_a_layer_whose_sums_are_wrong_goes_another_way(monkeypatch):
+    model, x = tiny()
+    monkeypatch.setattr(
+        whole, "output", lambda layer, kept, x, bias, dtype: layer.compute(x, layer.quantized_weight(), bias)
+    )
+    assert not in_machine(model[0])
+    assert close(model(x), plain(model, x))
