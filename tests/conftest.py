@@ -32,3 +32,11 @@ def kernels(monkeypatch):
     for compiled in (value for value in vars(kernels).values() if isinstance(value, kernels.Kernels)):
         for kernel in compiled.found.values():
             assert type(kernel) is not FunctionType, "compiling failed"
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Where compiled kernels are kept for all tests."""
+    path = tmp_path_factory.mktemp("kernels")
+    path.chmod(0o700)
+    return path

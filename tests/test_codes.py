@@ -8,6 +8,7 @@ import subprocess
 import pytest
 import torch
 import torch.nn.functional as F
+from packed_layers import BUILDS, load
 from safetensors.torch import load_file
 from text_models import tiny_llama, tokens
 from torch import nn
@@ -26,19 +27,6 @@ from hf_daq.nn.paths import bit_for_bit
 from measure import decoding
 
 pytestmark = pytest.mark.skipif(compiler() is None or os.name == "nt", reason="no compiler of C++")
-BUILDS = {
-    "native": ("-march=native", "-fopenmp"),
-    "avx2": ("-mavx2", "-mbmi2", "-mfma"),
-    "baseline": (),
-}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the kernels of these tests are kept."""
-    path = tmp_path_factory.mktemp("cache")
-    path.chmod(0o700)
-    return path
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +34,7 @@ def _kernel(request, folder, monkeypatch):
     """For weights of any size; in the build that a test asks for."""
     build = getattr(request, "param", "native")
     try:
-        functions = native._declared(_load(folder, build))
+        functions = native._declared(load(folder, build))
     except subprocess.CalledProcessError as error:
         pytest.skip(f"the compiler does not know this build: {native._reason(error)}")
     monkeypatch.setattr(computing, "library", lambda: functions)
@@ -55,14 +43,6 @@ def _kernel(request, folder, monkeypatch):
     works.cache_clear()
     yield
     works.cache_clear()
-
-
-def _load(folder, build):
-    os.environ["XDG_CACHE_HOME"] = str(folder)
-    try:
-        return native._built(compiler(), (*native._FLAGS[:1], "-O2", *native._FLAGS[2:], *BUILDS[build]))
-    finally:
-        del os.environ["XDG_CACHE_HOME"]
 
 
 SHAPES = [(1, 5, None), (3, 7, 3), (3, 100, None), (2, 129, 16), (5, 129, 5), (3, 192, 64), (2, 320, 128), (4, 72, 32)]

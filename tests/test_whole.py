@@ -6,8 +6,7 @@ import os
 import pytest
 import timm.layers
 import torch
-from test_codes import _load
-from test_onednn import LAYERS, close, packed, plain, tiny, write
+from packed_layers import LAYERS, close, load, packed, plain, tiny, write
 from torch import nn
 
 import hf_daq
@@ -34,17 +33,10 @@ OTHERS = {
 CASES = LAYERS | OTHERS
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cache")
-    path.chmod(0o700)
-    return path
-
-
 @pytest.fixture(autouse=True)
 def build(request, folder, monkeypatch):
     name = getattr(request, "param", "native")
-    functions = native._declared(_load(folder, name))
+    functions = native._declared(load(folder, name))
     monkeypatch.setattr(whole, "library", lambda: functions)
     return functions
 

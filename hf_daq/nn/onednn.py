@@ -1,4 +1,4 @@
-"""Packed layers with quantized inputs in whole numbers, on the CPU: oneDNN's operators in torch.
+"""Packed layers with quantized inputs in whole numbers, on the CPU: by integers.cpp (whole.py), else oneDNN's operators in torch.
 
     output[c] = scale[c] * sum_i (code_i - zero_point) * weight[c, i] + bias[c]
 
