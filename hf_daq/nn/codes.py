@@ -115,13 +115,14 @@ def _call(name: str, *arguments: Any) -> None:
 class _Placed(NamedTuple):
     """A weight and the arguments of native.cpp that say where it is.
 
-    scale: float32, to which they point. sources: of `_sources`.
+    scale: float32, to which they point. sources: of `_sources`. dtypes: of inputs for which native.cpp gave what torch gives.
     """
 
     coded: Coded
     arguments: tuple[Any, ...]
     scale: Tensor
     sources: tuple[int, ...]
+    dtypes: set[torch.dtype]
 
 
 def _sources(stream: Tensor, scale: Tensor) -> tuple[int, ...]:
@@ -141,7 +142,7 @@ def _placed(coded: Coded) -> _Placed:
         )
     wide = scale.to(torch.float32).contiguous()
     place = stream.data_ptr(), stream.numel(), bits, center(bits, grid), wide.data_ptr()
-    return _Placed(coded, (*place, per_row, per_group), wide, _sources(stream, scale))
+    return _Placed(coded, (*place, per_row, per_group), wide, _sources(stream, scale), set())
 
 
 def threads(weights: int) -> int:
@@ -375,4 +376,6 @@ def _kept(layer: Any, dtype: torch.dtype) -> _Placed | None:
         kept = _placed(coded)
         if kept.scale is scale:  # no copy, which would not see what is written to the scale
             layer._placed = kept
-    return kept if _works(kept.coded, dtype) else None
+    if dtype not in kept.dtypes and _works(kept.coded, dtype):
+        kept.dtypes.add(dtype)
+    return kept if dtype in kept.dtypes else None
