@@ -202,6 +202,17 @@ template <int B> struct HalfDecoder {
     sum = (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_loadu_si512(x));
   }
 };
+
+// The same for two codes a byte, where groups start with a byte.
+struct PairDecoder : HalfDecoder<4> {
+  using HalfDecoder<4>::HalfDecoder;
+  INLINE void operator()(const uint8_t* p, int, Vector* out) const {
+    __m512i v = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
+    out[0] = _mm512_permutexvar_epi16(v, table);
+    out[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 4), table);
+  }
+  static constexpr int lane(int c) { return c % 2 * 32 + c / 2; }
+};
 #endif
 
 // --------------------------------------------------------------------------------------------------- the layer
@@ -234,6 +245,9 @@ struct Layer {
 };
 
 static INLINE float sum_of(Floats v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);  // in the same order
+#endif
   float parts[W];
   memcpy(parts, &v, sizeof parts);
   for (int half = W / 2; half > 0; half /= 2)
@@ -333,6 +347,9 @@ static void linear(const Layer& a, const void* x, int64_t count, Output out, voi
 
 template <int B> static void linear(const Layer& a, const void* x, int64_t count, Output out, void* room, int threads) {
 #if MULTIPLIES_BFLOAT16
+  if constexpr (B == 4)
+    if (out.kind == BFLOAT16 && a.columns % 2 == 0 && a.group % 2 == 0)
+      return linear<B, PairDecoder>(a, x, count, out, room, threads);
   if constexpr (B <= 5)
     if (out.kind == BFLOAT16) return linear<B, HalfDecoder<B>>(a, x, count, out, room, threads);
 #endif
