@@ -17,7 +17,6 @@ def test_the_first_way_that_serves_is_taken(monkeypatch):
     negated = Path(lambda layer, x: len(x) == 2, lambda layer, x: -x[:, :4])
     ways = {"negated": negated, **PATHS}
     monkeypatch.setattr("hf_daq.nn.paths.PATHS", ways)
-    monkeypatch.setattr("hf_daq.nn.packed.PATHS", ways)
     assert layer.path(x) == "negated"
     assert torch.equal(model(x), -x[:, :4])
     assert layer.path(x[:1]) == "unpacked"

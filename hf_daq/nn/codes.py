@@ -99,7 +99,7 @@ def in_memory(tensor: Tensor) -> bool:
         and type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.is_cpu
         and _get_current_dispatch_mode() is None
-        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
+        and torch._C._get_tracing_state() is None
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
 
@@ -363,6 +363,20 @@ def forward(layer: Any, x: Tensor) -> Tensor:
     coded = layer.coded()
     result: Tensor = packed_linear(x, *coded[:2], bias, *coded[2:5], coded.shape[0])
     return result
+
+
+def at_once(layer: Any, x: Tensor) -> Tensor | None:
+    """The output of a layer that computed from its codes before, where nothing but numbers is asked for; else None."""
+    if torch.compiler.is_compiling():
+        return None
+    kept: _Placed | None = layer.__dict__.get("_placed")
+    if kept is None or x.dtype not in kept.dtypes or x.ndim == 0 or x.shape[-1] != kept.coded.shape[1]:
+        return None
+    bias, learned = layer.bias, (x, layer.weight_scale, layer.bias)
+    learns = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in learned)
+    plain = not torch.is_autocast_enabled("cpu") and (bias is None or bias.dtype == x.dtype)
+    same = kept.sources == _sources(layer.weight_codes, layer.weight_scale)
+    return _product(x, kept, bias) if plain and same and not learns and in_memory(x) else None
 
 
 def _kept(layer: Any, dtype: torch.dtype) -> _Placed | None:

@@ -19,7 +19,7 @@ from .bitpack import packed_size, unpack_rows
 from .codes import Coded, encode
 from .layers import LAYER_TYPES, QuantizedLayer, quantize_layer
 from .onednn import Prepared
-from .paths import PATHS, path_of
+from .paths import output, path_of
 from .siblings import once
 from .swap import change_class
 
@@ -65,7 +65,7 @@ class PackedLayer(DaqLayer):
         return path_of(self, x)
 
     def quantized_forward(self, x: Tensor) -> Tensor:
-        return PATHS[self.path(x)].forward(self, x)
+        return output(self, x)
 
     def as_quantized(self, x: Tensor) -> Tensor:
         """What the quantized layer computes, bit for bit."""

@@ -48,3 +48,8 @@ def path_of(layer: Any, x: Tensor) -> str:
             if path.serves(layer, x):
                 return name
     return "unpacked"
+
+
+def output(layer: Any, x: Tensor) -> Tensor:
+    found = None if _exact else codes.at_once(layer, x)
+    return PATHS[path_of(layer, x)].forward(layer, x) if found is None else found

@@ -84,17 +84,21 @@ def arrange(
         return None
     scale = scale * 0.5 if halves else scale
     if depthwise:
-        wide = weight.view(outputs, taps).float() * (2 if halves else 1) + halves
-        wide = torch.cat([wide.sum(1, keepdim=True) * -zero_point, wide], 1)
-        tensors = _filled(wide.t(), 1, 16).contiguous(), _filled(scale, 0, 16)
-        pointers = tensors[0].data_ptr(), None, tensors[1].data_ptr()
+        tensors = _taps(weight.view(outputs, taps), scale, halves, zero_point)
     else:
         tensors = _blocks(weight.view(groups, -1, channels // groups, taps), scale, block, zero_point)
-        pointers = tuple(tensor.data_ptr() for tensor in tensors)
+    pointers = (tensor.data_ptr() for tensor in tensors)
     steps = (layer.stride, layer.dilation) if convolution else ((1, 1), (1, 1))
     sizes = channels, outputs, groups, *(_PAIR(*pair) for pair in (kernel, *steps))
     whole = _Whole(*pointers, *sizes, depthwise, halves, zero_point, *rounding)
     return Arranged(whole, tensors, weight.numel() // (1 if depthwise else groups), {})
+
+
+def _taps(weight: Tensor, scale: Tensor, halves: bool, zero_point: int) -> tuple[Tensor, ...]:
+    """weight: shape (channels, taps). Returns weight, nothing, and `scale` of integers.cpp."""
+    wide = weight.float() * (2 if halves else 1) + halves
+    wide = torch.cat([wide.sum(1, keepdim=True) * -zero_point, wide], 1)
+    return _filled(wide.t(), 1, 16).contiguous(), scale[:0], _filled(scale, 0, 16)
 
 
 def _blocks(weight: Tensor, scale: Tensor, block: int, zero_point: int) -> tuple[Tensor, ...]:
