@@ -111,12 +111,12 @@ def test_a_folder_of_somebody_else_is_not_used(monkeypatch, tmp_path):
 
 
 def test_many_that_compile_at_once_leave_one_whole_file(tmp_path):
-    code = "import sys; from pathlib import Path; from hf_daq.nn import native; native.SOURCE = Path(sys.argv[1]); native.library().daq_read_codes"
+    code = "import sys; from pathlib import Path; from hf_daq.nn import native; native.SOURCES = (Path(sys.argv[1]),); native.library().daq_read_codes"
     environment = os.environ | {"HF_DAQ_COMPILE": "1"}
 
     def start(_):
         return subprocess.run(
-            [sys.executable, "-c", code, str(native.SOURCE)], env=environment, capture_output=True, text=True
+            [sys.executable, "-c", code, str(native.SOURCES[0])], env=environment, capture_output=True, text=True
         )
 
     with ThreadPoolExecutor() as pool:
@@ -139,5 +139,6 @@ def test_a_source_or_a_compiler_that_fails_is_said_once(monkeypatch, caplog, tmp
     assert native.library.__wrapped__() is None
 
 
-def test_the_source_is_beside_its_module():
-    assert Path(native.__file__).with_suffix(".cpp").is_file()
+def test_the_sources_are_beside_their_module():
+    for name in ("native.cpp", "integers.cpp"):
+        assert Path(native.__file__).with_name(name).is_file()
