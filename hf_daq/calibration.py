@@ -161,7 +161,7 @@ class _ExpertsObserver(_Observer):
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         x, routing = layer_input(args, kwargs).detach(), self.layer.routing
-        tokens = int(routing.tokens.max()) + 1 if len(routing.tokens) else 0
+        tokens = routing.token_count
         kept = self.recorder.kept_tokens(tokens, x.device)
         kept = torch.ones(tokens, dtype=torch.bool, device=x.device) if kept is None else kept
         pairs = kept[routing.tokens]

@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,10 +19,10 @@ from .model.batch import all_batches, joined, run
 from .model.guards import ORDER, refuse_wrapped
 from .model.recording import Recorder
 from .model.roles import tied_layers
-from .model.walk import Walk
+from .model.walk import Chunk, Rows, Walk
 from .nn.base import check_calibrated, refuse_adapted_weights
 from .nn.bounds import fit_input_bounds
-from .nn.experts import ExpertsLinear
+from .nn.experts import DaqExpertsLinear, OneExpert
 from .nn.fitting import fit_layer, whole_or_not
 from .nn.layers import QuantizedLayer, evaluating, quantized_layers, replaced_forwards
 from .nn.moments import Moments, Sample
@@ -56,7 +56,7 @@ def reconstruct(
     Everything runs in evaluation mode. Padding tokens, which a 2-dimensional
     `attention_mask` names, do not count. Layers that standardize their weight only get a new scale and shift. A layer
     that runs more than once in a forward, shares its weight or never runs stays as it was calibrated, which is logged; so do
-    embeddings, whose rows have no inputs, and experts that share one parameter.
+    embeddings, whose rows have no inputs. Experts of a mixture are fitted each to its own tokens, and one without tokens stays.
     Beside the model there is, at most, one float copy of the weights that are quantized, and some hundred MB of inputs.
     Under `torch.distributed` moments are reduced, and all ranks end with the same weights.
 
@@ -108,47 +108,6 @@ def _without_caches(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
-class _Chunk:
-    """A batch on its way through the quantized network and through the float one."""
-
-    def __init__(self, forward: Callable[[], Any]) -> None:
-        self.quantized, self.in_float = Walk(forward, in_float=False), Walk(forward, in_float=True)
-        self.walks = self.quantized, self.in_float
-
-    def advance(self, todo: Mapping[nn.Module, int]) -> None:
-        """Up to the next layer that is not done."""
-        for walk in self.walks:
-            if not self.stands(walk, todo):
-                walk.advance()
-
-    def waits(self, todo: Mapping[nn.Module, int]) -> bool:
-        return all(self.stands(walk, todo) for walk in self.walks)
-
-    @staticmethod
-    def stands(walk: Walk, todo: Mapping[nn.Module, int]) -> bool:
-        return walk.done or walk.layer in todo
-
-    @property
-    def size(self) -> int:
-        return sum(walk.x.nbytes for walk in self.walks if walk.x is not None)
-
-    def inputs(self, layer: QuantizedLayer, odd: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Which half, and the inputs in the quantized and in the float network: the first and the last examples, as neighbours may be of one image. Where
-        the float network is elsewhere, in a mixture of experts, the inputs of the quantized one stand in."""
-        if self.quantized.layer is not layer:
-            return
-        x, kept, f = self.quantized.x, self.quantized.kept, self.in_float.x
-        assert x is not None
-        if f is None or self.in_float.layer is not layer or f.shape != x.shape:
-            f = x
-        middle = (len(x) + odd) // 2
-        for half, part in enumerate((slice(0, middle), slice(middle, None))):
-            mask = slice(None) if kept is None else kept[part]
-            q, exact = x[part][mask], f[part][mask]
-            if q.numel() > 0:
-                yield half, q, exact
-
-
 class _Sweep:
     """All layers of a model, one after the other, with one forward of each batch in both networks."""
 
@@ -163,7 +122,7 @@ class _Sweep:
         self.todo = self._order()
         self.places = dict(self.todo)
         self.recorder = Recorder(self.model, keep_calls=False)
-        chunks = [_Chunk(lambda batch=batch: run(self.model, batch)) for batch in self.batches]  # type: ignore[misc]
+        chunks = [Chunk(lambda batch=batch: run(self.model, batch)) for batch in self.batches]  # type: ignore[misc]
         try:
             forwards: dict[nn.Module, Any] = {layer: self._forward(layer) for layer in self.layers.values()}
             with replaced_forwards(forwards), progress_bar(progress, len(self.todo)) as show:
@@ -190,15 +149,7 @@ class _Sweep:
 
     def _order(self) -> dict[nn.Module, int]:
         """The layers to reconstruct, by when they run. Errors of the first batch come before anything is changed."""
-        experts = [name for name, layer in self.layers.items() if isinstance(layer, ExpertsLinear)]
-        if experts:
-            logger.warning(
-                "%d layers of experts stay as calibrated, since each expert sees other inputs: %s",
-                len(experts),
-                ", ".join(experts),
-            )
-        others = (nn.Embedding, ExpertsLinear)
-        names = [name for name, layer in self.layers.items() if not isinstance(layer, others)]
+        names = [name for name, layer in self.layers.items() if not isinstance(layer, nn.Embedding)]
         calls: list[str] = []
         hooks = [
             self.layers[name].register_forward_pre_hook(lambda *_, name=name: calls.append(name))  # type: ignore[misc]
@@ -235,7 +186,7 @@ class _Sweep:
             walk = threading.current_thread()
             assert isinstance(walk, Walk)
             if layer in self.todo:
-                walk.stop(layer, x, self.recorder.kept(x))
+                walk.stop(layer, x, self._kept(layer, x))
             if not walk.in_float:
                 return layer.quantized_forward(x)
             weight = self.float_weights.get(layer)
@@ -243,7 +194,13 @@ class _Sweep:
 
         return forward
 
-    def _next(self, chunks: list[_Chunk]) -> QuantizedLayer | None:
+    def _kept(self, layer: QuantizedLayer, x: Tensor) -> Tensor | None:
+        """Which positions of an input are no padding; of experts, which tokens."""
+        if isinstance(layer, DaqExpertsLinear) and layer.routing is not None:
+            return self.recorder.kept_tokens(layer.routing.token_count, x.device)
+        return self.recorder.kept(x)
+
+    def _next(self, chunks: list[Chunk]) -> QuantizedLayer | None:
         """Bring as many batches as memory allows to where they wait for a layer, and return the first of these layers."""
         if not self.todo:
             return None
@@ -260,19 +217,28 @@ class _Sweep:
         found = [layer for layer, place in self.todo.items() if place == int(first)]
         return found[0] if found else None  # type: ignore[return-value]
 
-    def _reconstruct(self, layer: QuantizedLayer, chunks: list[_Chunk]) -> None:
+    def _reconstruct(self, layer: QuantizedLayer, chunks: list[Chunk]) -> None:
         there = [chunk for chunk in chunks if chunk.quantized.layer is layer]
         readers = self._readers(layer)
-        if layer is readers[0] and all(reader in self.todo for reader in readers):
+        own = not isinstance(layer, DaqExpertsLinear)  # all experts have the same
+        if own and layer is readers[0] and all(reader in self.todo for reader in readers):
             with whole_or_not(*readers):
                 fit_input_bounds(readers, [self._sample(reader, layer, there) for reader in readers])
         with whole_or_not(layer):
-            moments = self._moments(layer, there)
-            if not bool(moments.quantized.isfinite().all() and moments.mixed.isfinite().all()):
-                raise CalibrationError(f"the inputs of layer {layer.daq_name!r} have NaN or infinite values")
-            if moments.count > 0:
-                self.float_weights[layer] = layer.float_weight().clone()
-                fit_layer(layer, moments)
+            before = layer.float_weight().clone()
+            if isinstance(layer, DaqExpertsLinear):
+                parts = [
+                    self._fit(OneExpert(layer, expert), [chunk.of_expert(expert) for chunk in there])
+                    for expert in range(layer.sizes[0])
+                ]
+            else:
+                parts = [self._fit(layer, [chunk.inputs for chunk in there])]
+            if any(parts):
+                self.float_weights[layer] = before
+            if len(parts) > 1 and not all(parts):
+                logger.info(
+                    "%d experts of %s had too few tokens and stay as calibrated", parts.count(False), layer.daq_name
+                )
         del self.todo[layer]
 
     def _readers(self, layer: QuantizedLayer) -> list[QuantizedLayer]:
@@ -283,19 +249,25 @@ class _Sweep:
             key=lambda other: self.places.get(other, _NEVER),
         )
 
-    def _sample(self, reader: QuantizedLayer, layer: QuantizedLayer, there: list[_Chunk]) -> Sample:
+    def _sample(self, reader: QuantizedLayer, layer: QuantizedLayer, there: list[Chunk]) -> Sample:
         """Of the inputs of a layer, for another one that reads the same."""
         sample = Sample(reader, reader.weight_shape())
         for number, chunk in enumerate(there):
-            for half, x, exact in chunk.inputs(layer, number % 2):
+            for half, x, exact in chunk.inputs(number % 2):
                 sample.add(half, x, exact, sample.limit // (2 * len(there)) + 1)
         return sample
 
-    def _moments(self, layer: QuantizedLayer, there: list[_Chunk]) -> Moments:
+    def _fit(self, layer: QuantizedLayer | OneExpert, there: Sequence[Callable[[int], Rows]]) -> bool:
+        """Fit one layer, or one expert, to rows that have been seen; False without any in one of the halves."""
         moments = Moments(layer, layer.weight_shape())
-        for number, chunk in enumerate(there):
-            for half, x, exact in chunk.inputs(layer, number % 2):
+        for number, inputs in enumerate(there):
+            for half, x, exact in inputs(number % 2):
                 q = x if layer.a_quant is None else layer.a_quant(x) * layer.a_quant.span.to(x.dtype)
                 moments.add(half, q, exact, moments.limit // (2 * len(there)) + 1)
         moments.reduce()
-        return moments
+        if not bool(moments.quantized.isfinite().all() and moments.mixed.isfinite().all()):
+            raise CalibrationError(f"the inputs of layer {layer.daq_name!r} have NaN or infinite values")
+        enough = moments.count > 0 and not (isinstance(layer, OneExpert) and moments.lopsided)
+        if enough:
+            fit_layer(layer, moments)
+        return enough

@@ -45,6 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dataset", type=Path, required=True, help="folder of photographs")
     add("--bits", nargs="+", type=bits, default=[(8, 8), (4, 8)], metavar="W/A", help="weight bits / activation bits")
     add("--granularity", choices=("tensor", "channel"), default="channel", help="one set of weight bounds per ...")
+    add("--weight_grid", default="auto", help="as of hf_daq.DaqConfig")
     add("--calibration_images", type=int, help="photographs that are not measured; half of them by default")
     add("--batch_size", type=int, default=32)
     add("--finetune_minutes", type=float, default=0.0, help="of distillation after reconstruction, for each W/A")
@@ -150,11 +151,12 @@ def measure(logits: Tensor, reference: Tensor, labels: Tensor) -> dict[str, floa
 
 
 def calibrated(
-    model: nn.Module, weight_bits: int, activation_bits: int, batches: list[Tensor], granularity: str
+    model: nn.Module, weight_bits: int, activation_bits: int, batches: list[Tensor], args: argparse.Namespace
 ) -> nn.Module:
     """A calibrated copy of the float network."""
     model = copy.deepcopy(model)
-    hf_daq.apply_daq(model, weight_bits=weight_bits, activation_bits=activation_bits, weight_granularity=granularity)
+    options = {"weight_granularity": args.granularity, "weight_grid": args.weight_grid}
+    hf_daq.apply_daq(model, weight_bits=weight_bits, activation_bits=activation_bits, **options)
     with hf_daq.calibrate(model):
         for batch in tqdm(batches, "calibration", leave=False):
             model(batch)
@@ -210,7 +212,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
             table.append(row | measure(logits, reference, test.labels))
 
         started = time.perf_counter()
-        model = calibrated(teacher, weight_bits, activation_bits, batches, args.granularity)
+        model = calibrated(teacher, weight_bits, activation_bits, batches, args)
         add("calibrated", model, started)
         started = time.perf_counter()
         hf_daq.reconstruct(model, batches)

@@ -14,7 +14,9 @@ from torch import nn
 import hf_daq
 from hf_daq import DaqConfig
 from hf_daq.errors import ExportError, ModelError
-from hf_daq.nn.experts import ExpertsLinear, SplitExperts, expert_layers
+from hf_daq.model.walk import Chunk
+from hf_daq.nn.experts import ExpertsLinear, OneExpert, Routing, SplitExperts, expert_layers
+from hf_daq.nn.fitting import whole_or_not
 from hf_daq.nn.layers import quantized_layers
 from hf_daq.nn.paths import bit_for_bit
 
@@ -287,15 +289,81 @@ def test_exports_refuse_experts(tmp_path):
         hf_daq.export_onnx(model, tmp_path / "out.onnx", tiny.inputs("mixtral"))
 
 
-def test_reconstruct_leaves_experts_as_they_are(caplog):
+@pytest.mark.parametrize("config", CONFIGS, ids=["expert", "channel", "group"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_the_layer_of_one_expert_is_a_part_of_those_of_all(name, config):
+    model = calibrated(name, config)
+    for module in experts_of(model):
+        for layer in expert_layers(module).values():
+            codes = layer.codes().view(module.num_experts, -1, layer.weight_shape()[-1])
+            values = layer.quantized_weight().view(codes.shape)
+            parts = [OneExpert(layer, expert) for expert in range(module.num_experts)]
+            assert torch.equal(torch.stack([part.codes() for part in parts]), codes)
+            torch.testing.assert_close(torch.stack([part.w_quant(part.float_weight()) for part in parts]), values)
+            parts[1].weight.mul_(0)
+            parts[1].w_quant.scale.mul_(2)
+            assert not layer.weight[1].any()
+            assert layer.weight[0].any()
+            torch.testing.assert_close(layer.quantized_weight().view(codes.shape)[2:], values[2:])
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), [("mixtral", CONFIG), ("gpt_oss", WEIGHTS), ("qwen3_moe", CONFIG.replace(group_size=20))]
+)
+def test_reconstruct_brings_experts_nearer_to_the_float_network(name, config):
+    generator = torch.Generator().manual_seed(0)
+    batches = [{"input_ids": torch.randint(3, tiny.VOCABULARY, (64, 24), generator=generator)} for _ in range(3)]
+    batches[0]["attention_mask"] = (torch.arange(24) < 20).long().expand(64, 24).contiguous()
+    model = hf_daq.apply_daq(tiny.build(name), config.replace(modules_to_not_convert=["*.self_attn"]))
+    assert all(isinstance(layer, ExpertsLinear) for layer in quantized_layers(model).values())
+    with hf_daq.calibrate(model), torch.no_grad():
+        model(**batches[0])
+    biases = [layer.bias for layer in quantized_layers(model).values() if layer.bias is not None]
+    biases = [(bias, bias.clone()) for bias in biases]
+    wanted = tiny.outputs(tiny.build(name), batches[2])
+    start = (tiny.outputs(model, batches[2]) - wanted).norm()
+    hf_daq.reconstruct(model, batches[:2])
+    assert (tiny.outputs(model, batches[2]) - wanted).norm() < 0.85 * start
+    assert all(torch.equal(*pair) for pair in biases)
+
+
+def test_experts_without_tokens_stay_and_an_interruption_changes_nothing():
     model = calibrated("mixtral")
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with caplog.at_level("WARNING", logger="hf_daq"):
-        hf_daq.reconstruct(model, [tiny.inputs("mixtral")])
-    assert "4 layers of experts stay as calibrated" in caplog.text
-    changed = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
-    assert any("self_attn" in key for key in changed)
-    assert not any("experts" in key for key in changed)
+    module = experts_of(model)[0]
+    module.register_forward_pre_hook(lambda _, args: (args[0], args[1].clamp(max=2), args[2]))
+    before = module.gate_up_proj.detach().clone()
+    hf_daq.reconstruct(model, [tiny.inputs("mixtral", seed) for seed in range(20)])
+    changed = [not torch.equal(*pair) for pair in zip(module.gate_up_proj, before, strict=True)]
+    assert changed == [True, True, True, False]
+    whole = {key: value.clone() for key, value in model.state_dict().items()}
+    first = expert_layers(module)["gate_up"]
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt), whole_or_not(first):
+        first.weight.zero_()
+        first.w_quant.scale.zero_()
+        raise KeyboardInterrupt
+    assert all(torch.equal(value, whole[key]) for key, value in model.state_dict().items())
+
+
+def test_inputs_of_an_expert_are_those_of_the_same_tokens_in_the_float_network():
+    tokens, width = 6, 3
+    chunk = Chunk(lambda: None)
+    layer = object()
+
+    def stand(walk, chosen, offset):
+        experts, order = torch.tensor(chosen).sort(stable=True)
+        ends = torch.searchsorted(experts, torch.arange(2), right=True)
+        walk.layer, walk.routing = layer, Routing(order, experts, ends, by_token=False)
+        walk.x = (order + offset)[:, None] * torch.ones(1, width)
+
+    stand(chunk.quantized, [0, 1, 1, 0, 1, 0], 0.0)
+    stand(chunk.in_float, [0, 0, 1, 0, 1, 1], 100.0)
+    chunk.quantized.kept = torch.tensor([True, True, True, True, False, True])
+    (early, late) = chunk.of_expert(0)(0)
+    assert (early[0], early[1][:, 0].tolist(), early[2][:, 0].tolist()) == (0, [0.0], [100.0])
+    assert (late[0], late[1][:, 0].tolist(), late[2][:, 0].tolist()) == (1, [3.0, 5.0], [103.0, 5.0])
+    ((half, x, exact),) = chunk.of_expert(1)(0)
+    assert (half, x[:, 0].tolist(), exact[:, 0].tolist()) == (0, [1.0, 2.0], [1.0, 102.0])
+    assert tokens == chunk.quantized.routing.token_count
 
 
 def test_biases_of_experts_do_not_decay():

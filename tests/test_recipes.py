@@ -825,8 +825,8 @@ def test_speed_of_a_text_network_with_a_small_vocabulary(tiny_bert, tmp_path, mo
     (network / "config.json").write_text(json.dumps(settings))
     monkeypatch.setattr(deploy, "ratios", lambda sessions, feed: {name: call(feed) for name, call in sessions.items()})
     args = deploy.parse(["--speed", "x", "--threads", "1"])
-    row = next(deploy.speed(str(network), 4, args))
-    assert (row["runtime"], row["batch"]) == ("onnxruntime", 1)
+    row = next(deploy.speed(str(network), 4, "odd", args))
+    assert (row["runtime"], row["batch"], row["grid"]) == ("onnxruntime", 1, "odd")
     assert {"float", "exact", "int8_outputs"} <= row.keys()
 
 

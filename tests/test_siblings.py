@@ -5,6 +5,7 @@ import gc
 import pickle
 import weakref
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -444,3 +445,12 @@ def test_a_state_dict_that_names_no_bounds_of_a_layer_says_which_config_it_needs
     twin = hf_daq.apply_daq(text_model(BertForSequenceClassification, BERT), config)
     twin.load_state_dict(state)
     assert torch.equal(twin(tokens()).logits, saved(tokens()).logits)
+
+
+def test_an_onnx_file_quantizes_a_shared_input_once(tmp_path):
+    model = bert(weight_granularity="channel")
+    layers = quantized_layers(model).values()
+    hf_daq.export_onnx(model, tmp_path / "bert.onnx", {"input_ids": tokens()}, min_agreement=0)
+    operators = [node.op_type for node in onnx.load(tmp_path / "bert.onnx").graph.node]
+    inputs = sum(layer.input_owner is None for layer in layers)
+    assert operators.count("QuantizeLinear") == inputs == len(layers) - 2 * BERT["num_hidden_layers"]

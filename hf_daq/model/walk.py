@@ -1,14 +1,20 @@
-"""A forward that can stand still in the middle, so that a layer changes between what comes before it and what comes after."""
+"""A forward that can stand still in the middle, so that a layer changes between what comes before it and what comes after; and two
+of them, in the quantized network and in the float one."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import copy_context
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..nn.experts import Routing
+
+Rows = Iterator[tuple[int, Tensor, Tensor]]
+"""A half, 0 or 1, and rows of inputs in the quantized and in the float network."""
 
 
 class _Ended(BaseException):
@@ -19,7 +25,7 @@ class Walk(threading.Thread):
     """A forward in a thread of its own, which runs only while `advance` waits for it.
 
     Where it stands: layer, None before the start and after the end; x, the input of that layer; kept, which of its positions
-    are no padding, None for all.
+    are no padding (of experts: which tokens), None for all; routing, of experts.
     """
 
     def __init__(self, forward: Callable[[], Any], in_float: bool) -> None:
@@ -28,6 +34,7 @@ class Walk(threading.Thread):
         self.layer: nn.Module | None = None
         self.x: Tensor | None = None
         self.kept: Tensor | None = None
+        self.routing: Routing | None = None
         self.done = False
         self._forward, self._context = forward, copy_context()
         self._autocast = {
@@ -45,7 +52,7 @@ class Walk(threading.Thread):
         except BaseException as error:
             self._error = error
         finally:
-            self.layer, self.x, self.kept, self.done = None, None, None, True
+            self.layer, self.x, self.kept, self.routing, self.done = None, None, None, None, True
             del self._forward
             self._back.release()
 
@@ -70,9 +77,12 @@ class Walk(threading.Thread):
     def stop(self, layer: nn.Module, x: Tensor, kept: Tensor | None) -> None:
         """Stand still here, in the thread of the walk, until `advance`."""
         self.layer, self.x, self.kept = layer, x, kept
+        self.routing = routing = getattr(layer, "routing", None)
         self._back.release()
         self._go.acquire()
-        self.layer = self.x = self.kept = None
+        self.layer = self.x = self.kept = self.routing = None
+        if routing is not None:
+            layer.routing = routing  # type: ignore[assignment]  # another walk stood here with its own
         if self._ended:
             raise _Ended
 
@@ -87,3 +97,77 @@ class Walk(threading.Thread):
 def _accelerator() -> str:
     found = torch.accelerator.current_accelerator()
     return "cpu" if found is None else found.type
+
+
+class Chunk:
+    """A batch on its way through the quantized network and through the float one."""
+
+    def __init__(self, forward: Callable[[], Any]) -> None:
+        self.quantized, self.in_float = Walk(forward, in_float=False), Walk(forward, in_float=True)
+        self.walks = self.quantized, self.in_float
+
+    def advance(self, todo: Mapping[nn.Module, int]) -> None:
+        """Up to the next layer that is not done."""
+        for walk in self.walks:
+            if not self.stands(walk, todo):
+                walk.advance()
+
+    def waits(self, todo: Mapping[nn.Module, int]) -> bool:
+        return all(self.stands(walk, todo) for walk in self.walks)
+
+    @staticmethod
+    def stands(walk: Walk, todo: Mapping[nn.Module, int]) -> bool:
+        return walk.done or walk.layer in todo
+
+    @property
+    def size(self) -> int:
+        return sum(walk.x.nbytes for walk in self.walks if walk.x is not None)
+
+    def inputs(self, odd: int) -> Rows:
+        """Which half, and the inputs in the quantized and in the float network of the layer where it stands: the first and the
+        last examples, as neighbours may be of one image. Where the float network is elsewhere, in a mixture of experts, the
+        inputs of the quantized one stand in."""
+        x, kept, f = self.quantized.x, self.quantized.kept, self.in_float.x
+        assert x is not None
+        if f is None or self.in_float.layer is not self.quantized.layer or f.shape != x.shape:
+            f = x
+        middle = (len(x) + odd) // 2
+        for half, part in enumerate((slice(0, middle), slice(middle, None))):
+            mask = slice(None) if kept is None else kept[part]
+            q, exact = x[part][mask], f[part][mask]
+            if q.numel() > 0:
+                yield half, q, exact
+
+    def of_expert(self, expert: int) -> Callable[[int], Rows]:
+        """As `inputs`, of the tokens that go to one expert. Where the float network sends one elsewhere, the input in the
+        quantized network stands in."""
+
+        def inputs(odd: int) -> Rows:
+            x, routing, kept = self.quantized.x, self.quantized.routing, self.quantized.kept
+            assert x is not None
+            assert routing is not None
+            pairs = routing.pairs_of(expert)
+            tokens = routing.tokens[pairs]
+            q = x[tokens] if routing.by_token else x[pairs]
+            exact = self._in_float(expert, tokens, q)
+            later = tokens >= (routing.token_count + odd) // 2
+            there = torch.ones_like(later) if kept is None else kept[tokens]
+            for half, part in enumerate((there & ~later, there & later)):
+                if bool(part.any()):
+                    yield half, q[part], exact[part]
+
+        return inputs
+
+    def _in_float(self, expert: int, tokens: Tensor, stand_in: Tensor) -> Tensor:
+        """The inputs of one expert in the float network, for these tokens, which are sorted."""
+        f, routing = self.in_float.x, self.in_float.routing
+        if f is None or routing is None or self.in_float.layer is not self.quantized.layer:
+            return stand_in
+        if routing.by_token:
+            return f[tokens]
+        own = routing.pairs_of(expert)
+        place = torch.searchsorted(routing.tokens[own], tokens)
+        here = torch.isin(tokens, routing.tokens[own])
+        found = stand_in.clone()
+        found[here] = f[own][place[here]]
+        return found

@@ -6,6 +6,7 @@ that own quantizers and no weight: the Parameters stay where they were, under th
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from itertools import pairwise
@@ -41,6 +42,13 @@ class Routing(NamedTuple):
     experts: Tensor
     ends: Tensor
     by_token: bool
+
+    @property
+    def token_count(self) -> int:
+        return int(self.tokens.max()) + 1 if len(self.tokens) else 0
+
+    def pairs_of(self, expert: int) -> slice:
+        return slice(int(self.ends[expert - 1]) if expert else 0, int(self.ends[expert]))
 
     def sizes(self) -> list[int]:
         """How many pairs each expert has, and at last those of experts that are elsewhere."""
@@ -164,6 +172,39 @@ class DaqExpertsLinear(QuantizedLayer, ExpertsLinear):  # type: ignore[misc]
 
     def _sources(self) -> list[Any]:
         return [self.weight, *super()._sources()]
+
+
+class OneExpert:
+    """The layer of one expert by itself, for what fits one layer after the other. Its tensors are parts of those of all experts,
+    so what is written to them is written there.
+
+    weight: shape (out, in).
+    """
+
+    standardizes = False
+
+    def __init__(self, layer: DaqExpertsLinear, expert: int) -> None:
+        weight: Tensor = layer.weight.detach()[expert]
+        self.weight = weight.t() if layer.place[0].is_transposed else weight
+        self.a_quant, self.daq_name = layer.a_quant, f"{layer.daq_name}, expert {expert}"
+        self.w_quant = copy.copy(layer.w_quant)
+        parts = layer.w_quant._parameters.items()
+        rows = {name: None if value is None else value.detach().chunk(layer.sizes[0])[expert] for name, value in parts}
+        self.w_quant._parameters = rows  # type: ignore[assignment]
+        if layer.per_expert:
+            self.w_quant.granularity = "tensor"
+
+    def float_weight(self) -> Tensor:
+        return self.weight.contiguous()
+
+    def weight_shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+    def stored(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def codes(self) -> Tensor:
+        return self.w_quant.codes(self.float_weight())
 
 
 class PackedExpertsLinear(PackedLayer, ExpertsLinear):  # type: ignore[misc]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .experts import OneExpert
 from .init import Grid
 from .layers import QuantizedLayer
 from .moments import Moments
@@ -32,16 +33,20 @@ _MARGIN = 0.02  # codes between a weight and the end of its cell
 def whole_or_not(*layers: QuantizedLayer) -> Iterator[None]:
     """Layers whose changes inside are interrupted are as they were."""
     before = [{name: value.clone() for name, value in layer.state_dict().items()} for layer in layers]
+    # Of some the weight is a part of what the module around them has.
+    weights = [None if "weight" in state else layer.weight.clone() for layer, state in zip(layers, before, strict=True)]
     try:
         yield
     except BaseException:
-        for layer, state in zip(layers, before, strict=True):
+        for layer, state, weight in zip(layers, before, weights, strict=True):
             layer.load_state_dict(state)
+            if weight is not None:
+                layer.weight.copy_(weight)
         raise
 
 
 @torch.no_grad()
-def fit_layer(layer: QuantizedLayer, moments: Moments) -> None:
+def fit_layer(layer: QuantizedLayer | OneExpert, moments: Moments) -> None:
     """Write to the layer what gives the float output with the least squared error."""
     quantizer = layer.w_quant
     center = quantizer.shift is not None
@@ -103,7 +108,7 @@ def _of_each_weight(quantizer: WeightQuantizer, steps: Tensor, like: Tensor) -> 
 
 
 def _write_weight(
-    layer: QuantizedLayer, grid: Grid, codes: Tensor, values: Tensor, ends: Tensor, steps: Tensor
+    layer: QuantizedLayer | OneExpert, grid: Grid, codes: Tensor, values: Tensor, ends: Tensor, steps: Tensor
 ) -> None:
     """Values in floating point inside the cells of their codes, and bounds for them; where the dtype of the weight is too
     narrow for that, the middle of the cell."""
@@ -115,7 +120,7 @@ def _write_weight(
         _write_values(layer, grid.values(torch.where(wrong, codes, inside), ends), steps)
 
 
-def _write_values(layer: QuantizedLayer, values: Tensor, steps: Tensor) -> None:
+def _write_values(layer: QuantizedLayer | OneExpert, values: Tensor, steps: Tensor) -> None:
     weight = values.reshape(layer.weight_shape())
     layer.weight.copy_(layer.stored(weight.to(layer.weight.dtype)))
     layer.w_quant.set_bounds(layer.float_weight(), steps)

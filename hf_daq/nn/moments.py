@@ -59,6 +59,11 @@ class Moments:
         """Of positions, or their weights together."""
         return float(self.quantized[:, 0, -1, -1].sum())
 
+    @property
+    def lopsided(self) -> bool:
+        """Whether a half is empty."""
+        return bool((self.quantized[:, 0, -1, -1] == 0).any())
+
     def reduce(self) -> None:
         """Join the sums of all ranks."""
         all_reduce(self.quantized, dist.ReduceOp.SUM)

@@ -23,7 +23,7 @@ Runtime: exact and with `int8_inputs=True` against float, one row and 128.
 
 `--speed` measures inference of float and quantized files in the same runtime, and of the packed network in PyTorch (images in
 channels_last; `--compiled`: with torch.compile too), random weights for names of timm, as ratios of medians taken in turn.
-`--runtimes pytorch` leaves out the files. "error of a layer" is the largest relative error of the outputs of a packed layer to those
+`--runtimes pytorch` leaves out the files, `--weight_grid odd integer` measures both grids. "error of a layer" is the largest relative error of the outputs of a packed layer to those
 of the quantized one, both on the inputs that the packed network gives it. Outputs of a random network as a whole tell less: one input
 that float32 rounds to the other side of a threshold changes everything behind it.
 """
@@ -65,6 +65,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("models", nargs="*", metavar="MODEL=DATA")
     add("--bits", nargs="+", type=int, default=[1, 2, 3, 4, 8])
+    add("--activation_bits", type=int, help="of images and texts")
+    add("--weight_grid", nargs="+", default=["auto"], help="as of hf_daq.DaqConfig; one after the other")
     add("--steps", type=int, default=60, help="updates of distillation after calibration")
     add("--rows", type=int, default=256, help="examples to compare with")
     add("--batch_size", type=int, default=32)
@@ -103,12 +105,12 @@ def load_float(name: str) -> tuple[nn.Module, str]:
     return model, "next token" if kind.endswith("ForCausalLM") else "text"
 
 
-def settings(kind: str, bits: int) -> hf_daq.DaqConfig:
-    if kind == "image":
-        return hf_daq.DaqConfig(bits, weight_granularity="channel")
-    if kind == "text":
-        return hf_daq.DaqConfig(weight_bits=bits, activation_bits=8, weight_granularity="channel")
-    return hf_daq.DaqConfig(weight_bits=bits, group_size=64)
+def settings(kind: str, bits: int, grid: str, args: argparse.Namespace) -> hf_daq.DaqConfig:
+    if kind == "next token":
+        return hf_daq.DaqConfig(weight_bits=bits, weight_grid=grid, group_size=64)
+    inputs = args.activation_bits or (bits if kind == "image" else 8)
+    options = {"weight_granularity": "channel", "weight_grid": grid}
+    return hf_daq.DaqConfig(weight_bits=bits, activation_bits=inputs, **options)
 
 
 def run(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -175,9 +177,9 @@ def measure(name: str, data: str, args: argparse.Namespace) -> Iterator[dict[str
     teacher, kind = load_float(name)
     train, test = read(data, teacher, name, kind, args)
     expected = outputs(teacher, test)
-    for bits in args.bits:
+    for bits, grid in itertools.product(args.bits, args.weight_grid):
         torch.manual_seed(args.seed)
-        model = hf_daq.apply_daq(copy.deepcopy(teacher), settings(kind, bits))
+        model = hf_daq.apply_daq(copy.deepcopy(teacher), settings(kind, bits, grid, args))
         with hf_daq.calibrate(model):
             for batch in split({key: value[:256] for key, value in train.items()}, 32):
                 run(model, batch)
@@ -186,6 +188,7 @@ def measure(name: str, data: str, args: argparse.Namespace) -> Iterator[dict[str
         row = {
             "model": name,
             "bits": bits,
+            "grid": grid,
             "float": sum(t.nbytes for t in unshared(teacher.state_dict()).values()) / 1e6,
         }
         row |= {"top-1 as float": agreement(outputs(model, test), expected)}
@@ -262,7 +265,7 @@ def agreement(one: Tensor, other: Tensor) -> float:
 # ---------------------------------------------------------------------------------------------------------- speed
 
 
-def speed(name: str, bits: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def speed(name: str, bits: int, grid: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Times of the float file and the quantized ones, batch 1 and 8, in each runtime."""
     torch.manual_seed(args.seed)
     if Path(name).is_dir():
@@ -277,15 +280,16 @@ def speed(name: str, bits: int, args: argparse.Namespace) -> Iterator[dict[str, 
             if isinstance(module, nn.BatchNorm2d):  # timm starts some at 0, which would leave out whole branches
                 nn.init.ones_(module.weight)
     network = copy.deepcopy(model)
-    hf_daq.apply_daq(model, settings(kind, bits))
+    hf_daq.apply_daq(model, settings(kind, bits, grid, args))
+    about = {"model": name, "bits": bits, "grid": grid}
     with hf_daq.calibrate(model):
         run(model, {key: value[:16] for key, value in inputs.items()})
     with tempfile.TemporaryDirectory() as folder:
         for row in file_speed(network, model, inputs, Path(folder), args):
-            yield {"model": name, "bits": bits, **row}
+            yield about | row
     if "pytorch" in args.runtimes:
         for row in packed_speed(network, model, inputs, args.compiled):
-            yield {"model": name, "bits": bits, **row}
+            yield about | row
 
 
 def file_speed(
@@ -429,8 +433,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             for row in measure(name, data, args):
                 add(row, tables["sizes"])
         for name in args.speed:
-            for bits in args.speed_bits:
-                for row in speed(name, bits, args):
+            for bits, grid in itertools.product(args.speed_bits, args.weight_grid):
+                for row in speed(name, bits, grid, args):
                     add(row, tables["speed"])
         for bits in args.decoder:
             for row in decoder(bits, args):
