@@ -81,9 +81,9 @@ class DaqConfig:
             channel may be shorter.
         weight_grid: the values of b bits. "odd": odd multiples of a step, as many below 0 as above it, and no 0 (paper);
             "integer": whole multiples from -2^(b-1) to 2^(b-1) - 1 with 0 among them, which integer kernels and formats
-            of b bits read as they are; at 1 bit -1 and 1 too. "auto": "odd" for 1 and 2 bits, "integer" from 3 bits on, what
-            was measured to be the better start. "ternary", with `weight_bits=2`: -1, 0 and 1 times a scale, 1.6 bits in packed
-            files; layers with other bits have the grid of "auto".
+            of b bits read as they are; at 1 bit -1 and 1 too. "auto": "odd" for 1 and 2 bits, where it starts nearer to the
+            float network, "integer" from 3 bits on, which is as accurate after training. "ternary", with `weight_bits=2`: -1, 0
+            and 1 times a scale, 1.6 bits in packed files; layers with other bits have the grid of "auto".
         weight_normalization: "scale": the bounds are in units of the weight's root mean square, and quantization
             starts where the float weights are; "standardize": the weight's mean is removed as well (paper).
         scale_dtype: "float16" or "bfloat16": scales of weights are rounded in every forward, in training too, so that files
