@@ -27,6 +27,7 @@ from ranks import (
 )
 from text_models import logits, tiny_bert
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoModelForSequenceClassification
 
 import hf_daq
@@ -270,15 +271,34 @@ def test_the_scaler_sees_an_overflow_in_a_quantizer_and_skips_the_step():
     assert scaler.get_scale() < 1e38
 
 
-def test_an_average_of_weights_averages_the_quantizers_too():
+AVERAGES = {
+    "timm": lambda model: timm.utils.ModelEmaV3(model, decay=0.5),
+    "torch": lambda model: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5)),
+}
+
+
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_an_average_of_weights_averages_the_quantizers_too(kind, tmp_path):
     model = calibrated_vit()
-    average = timm.utils.ModelEmaV3(model, decay=0.5)
-    start = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    average = AVERAGES[kind](model)
+    update = average.update if kind == "timm" else average.update_parameters
+    update(model)
+    wanted = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        average.module.eval()(batches(0))  # keeps its weights
     train(model, optimizer_of(model), range(1))
-    average.update(model)
+    update(model)
+    wanted = {name: (value + model.get_parameter(name).detach()) / 2 for name, value in wanted.items()}
     for name, parameter in average.module.named_parameters():
-        torch.testing.assert_close(parameter, (start[name] + model.get_parameter(name)) / 2)
-    assert average.module(batches(0)).isfinite().all()
+        torch.testing.assert_close(parameter.detach(), wanted[name])
+    other = calibrated_vit().eval()
+    other.load_state_dict(average.module.state_dict())
+    with torch.no_grad():
+        output = average.module.eval()(batches(0))
+        assert torch.equal(output, other(batches(0)))
+        assert not torch.equal(output, model.eval()(batches(0)))
+        hf_daq.save_pretrained(average.module, tmp_path)
+        assert torch.equal(output, hf_daq.from_pretrained(tmp_path)(batches(0)))
     hf_daq.remove_daq(average.module)
     assert quantized_layers(model)
 

@@ -36,7 +36,7 @@ from recipe_runs import (  # noqa: F401  fixtures
 from safetensors.torch import load_file
 
 import hf_daq
-from measure import deploy
+from measure import deploy, weights_only
 from shared import loop, options
 from shared.finish import dataset_name
 
@@ -794,6 +794,32 @@ def test_a_language_run_ends_with_its_exports(play, language_float, tmp_path):
     for folder in ("packed", "compressed-tensors"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder)
     assert (tmp_path / "model.onnx").exists()
+
+
+def test_weights_only_measures_every_state_of_a_language_model(play, language_float):
+    files = ["--text", str(play), "--eval_text", str(play)]
+    sizes = ["--bits", "8", "1", "--group_size", "8", "--block_size", "16", "--blocks", "8", "--eval_blocks", "8"]
+    table = weights_only.main([str(language_float), *files, *sizes])
+    exact, *rest = (row["perplexity"] for row in table)
+    assert [row.get("state") for row in table] == [None, *["calibrated", "reconstructed", "GPTQ"] * 2]
+    assert rest[:3] == pytest.approx([exact] * 3, rel=0.01)
+    assert exact < rest[4] < rest[3]
+    assert rest[5] > exact
+
+
+def test_gptq_rounds_to_the_nearest_where_inputs_are_independent_and_makes_good_where_not():
+    torch.manual_seed(0)
+    weight, inputs = torch.randn(5, 12, dtype=torch.float64), torch.randn(200, 12, dtype=torch.float64)
+    groups = weight.view(5, 3, 4)
+    low, high = groups.amin(2, keepdim=True).clamp_max(0), groups.amax(2, keepdim=True).clamp_min(0)
+    step = (high - low) / 7
+    nearest = (((groups / step).round() + (-low / step).round()).clamp(0, 7) - (-low / step).round()) * step
+    found = weights_only.gptq_weight(weight, torch.eye(12, dtype=torch.float64), 3, 4)
+    torch.testing.assert_close(found, nearest.view(5, 12))
+    inputs = inputs @ torch.randn(12, 12, dtype=torch.float64)
+    found = weights_only.gptq_weight(weight, inputs.T @ inputs, 3, 4)
+    errors = [(inputs @ (value.view(5, 12) - weight).T).square().sum() for value in (found, nearest)]
+    assert errors[0] < 0.8 * errors[1]
 
 
 @pytest.mark.parametrize(
