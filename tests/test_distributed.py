@@ -1,5 +1,6 @@
 """Two processes (tests/programs/ranks.py) against one another, and against one process on the joined batches."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -291,7 +292,7 @@ def test_an_average_of_weights_averages_the_quantizers_too(kind, tmp_path):
     wanted = {name: (value + model.get_parameter(name).detach()) / 2 for name, value in wanted.items()}
     for name, parameter in average.module.named_parameters():
         torch.testing.assert_close(parameter.detach(), wanted[name])
-    other = calibrated_vit().eval()
+    other = copy.deepcopy(model).eval()
     other.load_state_dict(average.module.state_dict())
     with torch.no_grad():
         output = average.module.eval()(batches(0))
