@@ -9,9 +9,10 @@ import pytest
 import timm
 import torch
 import transformers
+from safetensors.torch import load_file
 from text_models import tiny_bert, tiny_llama, tokens
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import hf_daq
 from hf_daq.errors import ModelError
@@ -106,6 +107,93 @@ def test_the_merged_model_packs_saves_and_opens(tmp_path):
     assert torch.equal(outputs(hf_daq.from_pretrained(tmp_path / "float"), TEXT), expected)
     hf_daq.save_pretrained(merged, tmp_path / "packed", packed=True)
     assert torch.equal(outputs(hf_daq.from_pretrained(tmp_path / "packed"), TEXT), expected)
+
+
+@pytest.mark.parametrize(("bits", "how"), [(1, "daq_bounds"), (2, "daq"), (4, "daq_bounds")])
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_adapters_on_codes_are_those_on_the_weights_they_mean(kind, bits, how):
+    packed = hf_daq.pack(quantized(kind, weight_bits=bits))
+    x = IMAGES if kind in ("vit", "cnn") else TEXT
+    before, codes = outputs(packed, x), {key: value.clone() for key, value in packed.state_dict().items()}
+    both = [packed, hf_daq.unpack(copy.deepcopy(packed))]
+    both = [peft.get_peft_model(model, lora(NETWORKS[kind][1], init_lora_weights=how)) for model in both]
+    assert torch.equal(outputs(both[0], x), before)
+    for name, parameter in randomized(both[0]).named_parameters():
+        if "lora_" in name:
+            both[1].get_parameter(name).data.copy_(parameter)
+    found = []
+    for model in both:
+        torch.manual_seed(0)  # of dropout
+        with bit_for_bit():
+            found.append(model.train()(x) if kind in ("vit", "cnn") else model.train()(x).logits)
+        found[-1].square().mean().backward()
+    assert torch.equal(*found)
+    for name, parameter in both[0].named_parameters():
+        if "lora_" in name:
+            torch.testing.assert_close(parameter.grad, both[1].get_parameter(name).grad)
+    trained = outputs(both[0], x)
+    assert torch.equal(outputs(both[1], x), trained)
+    assert not torch.equal(trained, before)
+    both[0].merge_adapter()
+    assert torch.equal(outputs(both[0], x), trained)
+    both[0].unmerge_adapter()
+    now = {key.replace("base_layer.", ""): value for key, value in both[0].get_base_model().state_dict().items()}
+    assert all(torch.equal(now[key], value) for key, value in codes.items())
+    merged = both[0].merge_and_unload(safe_merge=True)
+    assert torch.equal(outputs(merged, x), trained)
+    assert not any(isinstance(layer, peft.tuners.lora.LoraLayer) for layer in merged.modules())
+
+
+def test_a_packed_folder_is_trained_merged_and_saved(tmp_path):
+    hf_daq.save_pretrained(quantized(), tmp_path / "packed", packed=True)
+    model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "packed"), lora()).train()
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert sum(map(torch.numel, learning)) < 5000
+    optimizer = torch.optim.AdamW(learning, lr=3e-2)
+    losses = []
+    for _ in range(8):
+        losses.append(model(TEXT, labels=TEXT).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.97 * losses[0]
+    trained = outputs(model, TEXT)
+    model.save_pretrained(tmp_path / "adapter")
+    keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+    assert all("lora_A" in key or "lora_B" in key for key in keys)
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "packed")
+    again = peft.PeftModel.from_pretrained(again, tmp_path / "adapter")
+    assert torch.equal(outputs(again, TEXT), trained)
+    merged = again.merge_and_unload()
+    hf_daq.save_pretrained(merged, tmp_path / "merged")
+    assert torch.equal(outputs(LlamaForCausalLM.from_pretrained(tmp_path / "merged"), TEXT), trained)
+    assert torch.equal(outputs(hf_daq.unpack(merged), TEXT), trained)
+
+
+def test_adapters_on_codes_are_merged_one_by_one_as_together():
+    adapted = peft.get_peft_model(hf_daq.pack(quantized()), lora())
+    adapted.add_adapter("other", lora(r=4))
+    adapted.base_model.set_adapter(["default", "other"])
+    together = outputs(randomized(adapted), TEXT)
+    adapted.merge_adapter(["default"])
+    with pytest.warns(UserWarning, match="You are now additionally merging other"):
+        adapted.merge_adapter(["other"])
+    assert torch.equal(outputs(adapted, TEXT), together)
+    with adapted.disable_adapter():
+        assert not torch.equal(outputs(adapted, TEXT), together)
+    layer = adapted.get_base_model().model.layers[0].self_attn.q_proj
+    layer.lora_B["default"].weight.data.fill_(torch.nan)
+    with pytest.raises(ModelError, match="a merged value is not finite"):
+        adapted.merge_adapter(safe_merge=True, adapter_names=["default"])
+
+
+def test_no_weight_of_a_packed_layer_is_kept_for_the_backward():
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda x: x):
+        peft.get_peft_model(hf_daq.pack(quantized()), lora()).train()(TEXT, labels=TEXT)
+    model = quantized()
+    shapes = {layer.weight.shape for layer in quantized_layers(model).values()}
+    assert not (shapes | {shape[::-1] for shape in shapes}) & set(kept)
 
 
 @pytest.mark.parametrize("how", ["daq", "daq_bounds"])
@@ -280,8 +368,6 @@ def test_refused_options(options, message):
 
 
 def test_refused_layers():
-    with pytest.raises(ModelError, match=r"is packed and has no float weight.*hf_daq.unpack"):
-        peft.get_peft_model(hf_daq.pack(quantized()), lora())
     model = tiny_llama(tie_word_embeddings=True)
     hf_daq.apply_daq(model, weight_bits=4, embedding_bits=4)
     with hf_daq.calibrate(model, check=False):

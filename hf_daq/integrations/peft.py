@@ -1,7 +1,7 @@
 """LoRA inside the quantizer, for PEFT: `LoraConfig(init_lora_weights="daq")` makes a layer compute with `Q(W + s B A)`, and
 "daq_bounds" lets the bounds and scales of its weight learn too, which the adapter has then of its own.
 
-What is trained is then what is merged. The word is kept in `adapter_config.json`, so that an adapter that was trained this
+What is trained is then what is merged. In a packed layer W is the weight that its codes mean, and merging writes other codes. The word is kept in `adapter_config.json`, so that an adapter that was trained this
 way opens this way; without hf_daq PEFT refuses it as an unknown initialization.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,11 +18,14 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError
 from ..nn.base import DaqLayer
 from ..nn.kept import Fingerprint
+from ..nn.packed import PackedLayer
+from ..nn.siblings import once
 
 INSIDE, WITH_BOUNDS = "daq", "daq_bounds"
 
@@ -31,11 +35,16 @@ class InsideLora:
     computes with, quantized or not. It has the dtype of W.
 
     lora_w_quant: adapter -> weight quantizer of its own, for those with `init_lora_weights="daq_bounds"`.
+    packed_w_quant: the weight quantizer of a packed base layer, which has none; it is frozen, and in no file. In a tuple, for
+        it is no module of this one.
+
+    Of a packed layer no weight is kept for the backward: it is computed from codes and adapters once more.
     """
 
     adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, "lora_w_quant")
     adapts_weight = True
     base_layer: Any
+    packed_w_quant: tuple[Any, ...] = ()
     _known: tuple[Fingerprint, Any, Tensor] | None = None
 
     def update_layer(self: Any, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
@@ -43,8 +52,11 @@ class InsideLora:
         if "lora_w_quant" not in self._modules:
             self.lora_w_quant = nn.ModuleDict()
             self._unmerged: dict[str, Tensor] = {}
+            if isinstance(self.base_layer, PackedLayer):
+                self.packed_w_quant = (self.base_layer.weight_quantizer().requires_grad_(False),)
         if config.init_lora_weights == WITH_BOUNDS and isinstance(self.base_layer, DaqLayer):
-            self.lora_w_quant[adapter_name] = copy.deepcopy(self.base_layer.w_quant)
+            learning: Any = copy.deepcopy(self.packed_w_quant[0] if self.packed_w_quant else self.base_layer.w_quant)
+            self.lora_w_quant[adapter_name] = learning.requires_grad_(True)
         config = copy.copy(config)
         config.init_lora_weights = True
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)  # type: ignore[misc]
@@ -62,8 +74,27 @@ class InsideLora:
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.lora_A]
+        if isinstance(self.base_layer, PackedLayer):
+            x = x if self.base_layer.a_quant is None else once(self.base_layer, x, self.base_layer.a_quant)
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                forward = self._packed_forward
+                return checkpoint(forward, x, names, use_reentrant=False, preserve_rng_state=False)
+            return self._packed_forward(x, names)
         parameters = {"weight": self._adapted_weight(names), **self._own_bounds(names)}
         return functional_call(self.base_layer, parameters, (x, *args), kwargs, tie_weights=False)
+
+    def _packed_forward(self: Any, x: Tensor, names: list[str]) -> Tensor:
+        weight = self._packed_quantizer(names)(self._of_shape(self._sum(names)))
+        return self.base_layer.compute(x, weight, self.base_layer.bias)  # type: ignore[no-any-return]
+
+    def _packed_quantizer(self: Any, names: list[str]) -> Any:
+        self._own_bounds(names)  # refuses those of several adapters
+        own = next((self.lora_w_quant[name] for name in names if name in self.lora_w_quant), None)
+        return own or self.packed_w_quant[0].to(self.base_layer.weight_codes.device).train(self.training)
+
+    def _of_shape(self: Any, weight: Tensor) -> Tensor:
+        """A weight as the base layer has it, in the shape in which it is quantized."""
+        return weight.t() if isinstance(self.base_layer, Conv1D) else weight
 
     def _adapted_weight(self: Any, names: list[str]) -> Tensor:
         """`W + s B A`, with gradients; where nothing learns it is kept until one of its parts changes."""
@@ -109,9 +140,11 @@ class InsideLora:
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
+        if isinstance(self.base_layer, PackedLayer):
+            self._merge_codes(names, safe_merge)
+            return
         merged = {"weight": self._sum(names), **self._own_bounds([*self.merged_adapters, *names])}
-        if safe_merge and not all(value.isfinite().all() for value in merged.values()):
-            raise ModelError(f"adapters {names} of a layer were not merged: a merged value is not finite")
+        _check_finite(names, merged.values() if safe_merge else ())
         for key, value in merged.items():
             parameter = self.base_layer.get_parameter(key)
             self._unmerged.setdefault(key, parameter.data)
@@ -119,11 +152,30 @@ class InsideLora:
         self._known = None
         self.merged_adapters.extend(names)
 
+    def _merge_codes(self: Any, names: list[str], safe_merge: bool) -> None:
+        """Write the codes of the adapted weight. Codes of codes would not be those that were trained, so adapters that are merged
+        already start once more with the others."""
+        layer, names = self.base_layer, [*self.merged_adapters, *names]
+        self._put_codes_back()
+        weight, quantizer = self._sum(names), self._packed_quantizer(names)
+        _check_finite(names, (weight, quantizer.scale) if safe_merge else ())
+        self._unmerged |= {"weight_codes": layer.weight_codes, "weight_scale": layer.weight_scale}
+        layer.write_codes(quantizer.codes(self._of_shape(weight)), quantizer.output_scale)
+        self.merged_adapters[:] = names
+
+    def _put_codes_back(self: Any) -> None:
+        for key in ("weight_codes", "weight_scale"):
+            if key in self._unmerged:
+                setattr(self.base_layer, key, self._unmerged.pop(key).to(self.base_layer.weight_codes.device))
+        self.base_layer._forget()
+
     def unmerge(self: Any) -> None:
         """Put back what the base layer had, bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        if isinstance(self.base_layer, PackedLayer):
+            self._put_codes_back()
         for key, value in self._unmerged.items():
             parameter = self.base_layer.get_parameter(key)
             parameter.data = value.to(parameter.device, parameter.dtype)
@@ -164,11 +216,6 @@ def inside(config: Any, adapter_name: str, target: Any, **kwargs: Any) -> nn.Mod
     """
     name = kwargs.get("target_name")
     kind = next((made for base, made in _TYPES.items() if isinstance(target, base)), None)
-    if isinstance(target, DaqLayer) and target.w_quant is None:
-        raise ModelError(
-            f'layer {name!r} is packed and has no float weight for init_lora_weights="daq"; write hf_daq.unpack(model) first, '
-            "and the adapter after it"
-        )
     if kwargs.get("parameter_name") is not None or isinstance(target, BaseTunerLayer) or kind is None:
         what = kwargs.get("parameter_name") or type(target).__name__
         problem = f"is a {what}; linear layers and convolutions can be adapted"
@@ -207,6 +254,11 @@ def _check_config(config: Any, adapter_name: str) -> None:
                 f'{name}={getattr(config, name)!r} does not go with init_lora_weights="{INSIDE}", which is plain LoRA: '
                 f"leave {name} out"
             )
+
+
+def _check_finite(names: list[str], values: Iterable[Tensor]) -> None:
+    if not all(value.isfinite().all() for value in values):
+        raise ModelError(f"adapters {names} of a layer were not merged: a merged value is not finite")
 
 
 def _may_keep(parts: list[Any]) -> bool:

@@ -74,16 +74,12 @@ class DaqHfQuantizer(HfQuantizer):
     is_compileable = True
     float_configs: Sequence[tuple[Any, Any]] = ()
 
-    @property
-    def is_trainable(self) -> bool:
-        if self.quantization_config.packed:  # instead of the advice that Trainer has for those who ask it for this
-            raise ModelError(
-                "a packed model holds no weights that Trainer could train, or train adapters on; write hf_daq.unpack(model) "
-                "first, and build the optimizer and adapters after it"
-            )
-        return True
+    is_trainable = True
+    """Packed models too: adapters on them."""
 
-    is_qat_trainable = is_trainable
+    @property
+    def is_qat_trainable(self) -> bool:
+        return not self.quantization_config.packed
 
     def is_serializable(self) -> bool:
         return True

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .codes import Coded, encode
 from .layers import LAYER_TYPES, QuantizedLayer, quantize_layer
 from .onednn import Prepared
 from .paths import output, path_of
+from .quantizers import WeightQuantizer
 from .siblings import once
 from .swap import change_class
 
@@ -51,6 +53,7 @@ class PackedLayer(DaqLayer):
     weight_scale: float32.
     bias: of the quantized layer.
     weight: the weight in the units of the float layer, computed when it is read.
+    quantizing: options of the weight quantizer that the layer had.
 
     The weight exists in float only while the layer computes.
     """
@@ -58,7 +61,12 @@ class PackedLayer(DaqLayer):
     w_quant = None
     weight_codes: Tensor
     shape: tuple[int, ...]
+    quantizing: dict[str, Any]
     _prepared: Prepared | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A float layer: adapters are built with the class of the layer beside them. Copies come without arguments."""
+        return cls.float_class(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
     def path(self, x: Tensor) -> str:
         """How the layer computes with this input: a name in `paths.PATHS`."""
@@ -70,8 +78,28 @@ class PackedLayer(DaqLayer):
     def as_quantized(self, x: Tensor) -> Tensor:
         """What the quantized layer computes, bit for bit."""
         x = x if self.a_quant is None else once(self, x, self.a_quant)
-        output: Tensor = self.compute(x, self.quantized_weight(x.dtype), self.bias)
+        weight = self.quantized_weight(x.dtype)
+        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            with self._recomputing(weight):
+                output: Tensor = self.compute(x, weight, self.bias)
+        else:
+            output = self.compute(x, weight, self.bias)
         return output
+
+    @contextmanager
+    def _recomputing(self, weight: Tensor) -> Iterator[None]:
+        """The weight, where it is saved for the backward inside, is computed from the codes once more."""
+        address, dtype = weight.untyped_storage().data_ptr(), weight.dtype
+
+        def pack(saved: Tensor) -> Any:
+            is_weight = saved.untyped_storage().data_ptr() == address
+            return (saved.shape, saved.stride(), saved.storage_offset()) if is_weight else saved
+
+        def unpack(packed: Any) -> Tensor:
+            return packed if isinstance(packed, Tensor) else self.quantized_weight(dtype).as_strided(*packed)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
 
     def weight_shape(self) -> tuple[int, ...]:
         return self.shape
@@ -92,12 +120,31 @@ class PackedLayer(DaqLayer):
         """What the layer computes with, as the quantized layer it was; in `weight_dtype` if no other is given."""
         return self.coded().weight(dtype or self.weight_dtype)
 
-    @property
-    def weight(self) -> Tensor:
+    def weight_quantizer(self) -> WeightQuantizer:
+        """One that gives `weight` the codes of this layer, and weights near it those that training gives them. What it costs
+        in memory are three numbers for each scale."""
+        bits, grid, size = self.weight_bits, self.weight_grid, self.group_size
+        device = self.weight_codes.device
+        quantizer = WeightQuantizer(bits, self.shape, group_size=size, grid=grid, device=device, **self.quantizing)
+        quantizer.train(self.training)
+        return _on_codes(quantizer, self._weight(), self.weight_scale, self.span)
+
+    @torch.no_grad()
+    def write_codes(self, codes: Tensor, scale: Tensor) -> None:
+        """Others in their place: uint8 of `weight_shape`, and scales."""
+        self.weight_codes = encode(codes, self.weight_bits, self.weight_grid)
+        self.weight_scale = scale.detach().float().clone()
+        self._forget()
+
+    def _weight(self) -> Tensor:
+        """`weight`, of `weight_shape`."""
         # The scale of a layer turns quantized inputs, which span one unit, into outputs.
         weight = self.quantized_weight()
-        weight = weight if self.a_quant is None else weight / self.a_quant.span.to(weight.dtype)
-        stored = self.stored(weight)
+        return weight if self.a_quant is None else weight / self.a_quant.span.to(weight.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        stored = self.stored(self._weight())
         if torch.compiler.is_compiling():
             return stored
         computed: Any = stored.as_subclass(_ComputedWeight)
@@ -167,7 +214,8 @@ def _packed_class(quantized_class: Any) -> type[PackedLayer]:
     return type(name, (base, float_class), {**taken, "__module__": __name__})
 
 
-PLAIN = ("weight_bits", "weight_grid", "shape", "group_size", "has_bias", "weight_dtype")
+PLAIN = ("weight_bits", "weight_grid", "shape", "group_size", "has_bias", "weight_dtype", "quantizing")
+_OPTIONS = ("granularity", "scale_dtype", "normalization", "rounding", "gamma", "sigma", "temperature")
 PACKED_TYPES: dict[type[QuantizedLayer], type[PackedLayer]] = {}
 
 
@@ -232,6 +280,7 @@ def pack_layer(layer: Any, values: bool = True) -> None:
         layer.register_buffer("weight_scale", scale)
     layer.weight_bits, layer.weight_grid, layer.shape, layer.weight_dtype = bits, quantizer.grid, shape, dtype
     layer.group_size, layer.has_bias = group_size, has_bias
+    layer.quantizing = {name: getattr(quantizer, name) for name in _OPTIONS}
     if layer.a_quant is not None and layer.input_owner is None:
         layer.a_quant = copy.deepcopy(layer.a_quant).requires_grad_(False)  # the model may be a shared copy
 
@@ -239,10 +288,8 @@ def pack_layer(layer: Any, values: bool = True) -> None:
 @torch.no_grad()
 def unpack_layer(layer: Any, config: DaqConfig) -> None:
     """Turn a packed layer into a quantized one, in place, whose float weight lies on the codes."""
-    weight, scale, a_quant, bias = layer.weight.as_subclass(Tensor), layer.weight_scale, layer.a_quant, layer.bias
-    bits, name, has_bias, largest = layer.weight_bits, layer.daq_name, layer.has_bias, scale.abs().clamp_min(1e-12)
-    if a_quant is not None:
-        largest = largest / a_quant.span.to(scale.dtype)
+    weight, scale, bias = layer.weight.as_subclass(Tensor), layer.weight_scale, layer.bias
+    bits, name, has_bias, span = layer.weight_bits, layer.daq_name, layer.has_bias, layer.span
     layer._forget()
     own = layer._modules.pop("a_quant", None)
     holds_bias = "bias" in layer._parameters
@@ -254,12 +301,19 @@ def unpack_layer(layer: Any, config: DaqConfig) -> None:
         layer.register_parameter("bias", nn.Parameter(bias) if has_bias else None)
     quantize_layer(layer, name, config, bits, None)
     layer._modules["a_quant"] = own
-    quantizer = layer.w_quant
-    quantizer.set_bounds(layer.float_weight(), largest)
-    quantizer.scale.copy_(scale)
-    if quantizer.shift is not None:
-        quantizer.shift.copy_(torch.zeros_like(quantizer.shift) if has_bias else bias)
-    quantizer.finish()
+    if layer.w_quant.shift is not None:
+        layer.w_quant.shift.copy_(torch.zeros_like(layer.w_quant.shift) if has_bias else bias)
+    _on_codes(layer.w_quant, layer.float_weight(), scale, span)
     if own is not None:
         own.requires_grad_(True)
         own.finish()
+
+
+@torch.no_grad()
+def _on_codes(quantizer: WeightQuantizer, weight: Tensor, scale: Tensor, span: Tensor | float) -> WeightQuantizer:
+    """The quantizer, with bounds that give this weight the codes that it was computed from."""
+    largest = scale.abs().clamp_min(1e-12)
+    quantizer.set_bounds(weight, largest / span.to(scale.dtype) if isinstance(span, Tensor) else largest)
+    quantizer.scale.copy_(scale)
+    quantizer.finish()
+    return quantizer

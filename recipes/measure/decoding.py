@@ -61,9 +61,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def write_random(folder: Path, vocabulary: int) -> None:
+def write_random(folder: Path, vocabulary: int, layers: int = 24) -> None:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 896, "num_hidden_layers": 24, "intermediate_size": 4864}
+    sizes = {"hidden_size": 896, "num_hidden_layers": layers, "intermediate_size": 4864}
     heads = {"num_attention_heads": 14, "num_key_value_heads": 2}
     config = Qwen2Config(vocab_size=vocabulary, tie_word_embeddings=True, dtype=torch.bfloat16, **sizes, **heads)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
