@@ -142,10 +142,17 @@ def test_lora_on_a_quantized_model(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
-@pytest.mark.parametrize("adapters", [False, True])
-def test_a_packed_model_is_not_trained(adapters, tmp_path):
+def test_a_packed_model_trains_adapters_alone(tmp_path):
     model = hf_daq.pack(calibrated(tiny_bert()))
-    if adapters:
-        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query"]))
-    with pytest.raises(ModelError, match=r"hf_daq.unpack\(model\) first"):
+    with pytest.raises(ValueError, match="Please attach trainable adapters on top of the quantized model"):
         trainer_of(model, arguments(tmp_path))
+    with pytest.raises(ModelError, match="or takes adapters: peft.get_peft_model"):
+        hf_daq.param_groups(model, lr=1e-3)
+    before = logits(model)
+    for how in ("daq", True):
+        config = peft.LoraConfig(r=2, target_modules=["query", "dense"], init_lora_weights=how)
+        adapted = peft.get_peft_model(model, config)
+        trainer_of(adapted, arguments(tmp_path, learning_rate=0.3, max_steps=4)).train()  # from the middle of cells
+        assert not torch.equal(logits(adapted), before)
+        model = adapted.unload()
+        assert torch.equal(logits(model), before)

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..errors import CalibrationError, ModelError
 from ..nn.layers import quantized_layers
+from ..nn.packed import packed_layers
 from ..nn.quantizers import Quantizer
 
 
@@ -18,7 +19,7 @@ def param_groups(model: Any, lr: float, quantizer_lr: float = 1e-3, weight_decay
         optimizer = torch.optim.AdamW(groups)
 
     Args:
-        model: a model after `apply_daq` and `calibrate`, or after loading.
+        model: a model after `apply_daq` and `calibrate`, or after loading; a packed one with adapters of PEFT.
         lr: learning rate of weights, biases and normalization layers.
         quantizer_lr: learning rate of bounds and scales. They have no weight decay.
         weight_decay: weight decay of all parameters with two or more dimensions, except those that `model.no_weight_decay()` names.
@@ -32,10 +33,10 @@ def param_groups(model: Any, lr: float, quantizer_lr: float = 1e-3, weight_decay
         CalibrationError: not calibrated or loaded yet: which bounds learn is known only then.
     """
     layers = quantized_layers(model)
-    if not layers:
+    if not layers and not (packed_layers(model) and hasattr(model, "peft_config")):
         raise ModelError(
             "the model has no quantized layers that can be trained; the order is: apply_daq, calibrate, param_groups, and "
-            "a packed model is trained on after hf_daq.unpack(model)"
+            "a packed model is trained on after hf_daq.unpack(model), or takes adapters: peft.get_peft_model(model, config)"
         )
     for layer_name, layer in layers.items():
         if not layer.calibrated:
