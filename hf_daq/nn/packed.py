@@ -81,10 +81,10 @@ class PackedLayer(DaqLayer):
         weight = self.quantized_weight(x.dtype)
         if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             with self._recomputing(weight):
-                output: Tensor = self.compute(x, weight, self.bias)
+                result: Tensor = self.compute(x, weight, self.bias)
         else:
-            output = self.compute(x, weight, self.bias)
-        return output
+            result = self.compute(x, weight, self.bias)
+        return result
 
     @contextmanager
     def _recomputing(self, weight: Tensor) -> Iterator[None]:
