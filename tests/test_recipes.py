@@ -36,7 +36,7 @@ from recipe_runs import (  # noqa: F401  fixtures
 from safetensors.torch import load_file
 
 import hf_daq
-from measure import deploy, weights_only
+from measure import adapters, deploy, weights_only
 from shared import loop, options
 from shared.finish import dataset_name
 
@@ -805,6 +805,33 @@ def test_weights_only_measures_every_state_of_a_language_model(play, language_fl
     assert rest[:3] == pytest.approx([exact] * 3, rel=0.01)
     assert exact < rest[4] < rest[3]
     assert rest[5] > exact
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
+def test_adapters_are_measured_inside_and_beside_the_quantizer(play, language_float):
+    sizes = "--bits 8 1 --group_size 8 --block_size 16 --batch_size 4 --eval_blocks 8 --rank 4 --steps 12 --seeds 1"
+    table = adapters.main([str(language_float), "--text", str(play), *sizes.split(), "--lr", "1e-2"])
+    found = {(row["weights"], row["row"]): row for row in table}
+    beside = ["LoRA in float, then calibrated", "beside", "beside, merged", "beside, merged, restarted"]
+    rows = ["no training", *beside, *adapters.INSIDE]
+    expected = [("W8", row) for row in rows] + [("W1", row) for row in rows]
+    assert list(found) == [("float", "no training"), ("float", "LoRA, merged"), *expected]
+    start, trained = found["float", "no training"]["loss"], found["float", "LoRA, merged"]
+    gained = start - trained["loss"]
+    assert gained > 0.05
+    for row in rows[1:]:
+        assert found["W8", row]["loss"] == pytest.approx(trained["loss"], abs=0.4 * gained)  # bounds are fixed inside
+    assert found["W1", "inside, merged"]["loss"] < found["W1", "no training"]["loss"] - 0.3 * gained
+    assert found["W1", "beside"]["loss"] != found["W1", "beside, merged"]["loss"]
+
+
+def test_adapters_have_the_learning_rate_that_validation_likes(capsys):
+    runs = {1e-3: [(3.0, 1.0), (3.0, 2.0)], 3e-3: [(2.5, 4.0), (3.0, 5.0)]}
+    found = {("W2", "beside"): runs, ("float", "no training"): {None: [(7.0, 7.5)]}}
+    first, second = adapters.table_of(found, ["float", "W2"])
+    assert (first["weights"], first["loss"], first["lr"]) == ("float", 7.5, None)
+    assert (second["loss"], second["error"], second["lr"]) == (4.5, 0.5, 3e-3)
+    assert "| float | no training | 7.500 |  |\n| W2 | beside | 4.500 ± 0.500 | 0.003 |\n" in capsys.readouterr().out
 
 
 def test_gptq_rounds_to_the_nearest_where_inputs_are_independent_and_makes_good_where_not():

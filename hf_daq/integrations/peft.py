@@ -1,8 +1,9 @@
 """LoRA inside the quantizer, for PEFT: `LoraConfig(init_lora_weights="daq")` makes a layer compute with `Q(W + s B A)`, and
 "daq_bounds" lets the bounds and scales of its weight learn too, which the adapter has then of its own.
 
-What is trained is then what is merged. In a packed layer W is the weight that its codes mean, and merging writes other codes. The word is kept in `adapter_config.json`, so that an adapter that was trained this
-way opens this way; without hf_daq PEFT refuses it as an unknown initialization.
+What is trained is then what is merged. In a packed layer W is the weight that its codes mean, and merging writes other codes.
+The word is kept in `adapter_config.json`, so that an adapter that was trained this way opens this way; without hf_daq PEFT
+refuses it as an unknown initialization.
 """
 
 from __future__ import annotations
