@@ -19,6 +19,16 @@ def bit_for_bit():
 
 
 @pytest.fixture
+def group(tmp_path):
+    """This process is all there are of torch.distributed."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
 def kernels(monkeypatch):
     """`kernels(True)`: compiled kernels for tensors of any size. `kernels(False)`: none."""
     from hf_daq.nn import kernels

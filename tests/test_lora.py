@@ -12,6 +12,8 @@ import transformers
 from safetensors.torch import load_file
 from text_models import tiny_bert, tiny_llama, tokens
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import hf_daq
@@ -414,6 +416,19 @@ def test_refused_uses():
     with pytest.raises(ModelError, match="a merged value is not finite"):
         adapted.merge_adapter(safe_merge=True)
     assert torch.equal(layer.base_layer.weight, kept)
+
+
+def test_shards_are_not_merged(group):
+    model = peft.get_peft_model(quantized(), lora(init_lora_weights="daq"))
+    model.merge_adapter()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(ModelError, match=r"model is sharded: write model.save_pretrained\(folder, state_dict=accel"):
+        model.unmerge_adapter()
+    model = peft.get_peft_model(quantized(), lora(init_lora_weights="daq"))
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    outputs(model.eval(), TEXT)  # the outermost module keeps its whole weights now
+    with pytest.raises(ModelError, match="merging writes whole weights, and the model is sharded"):
+        model.merge_and_unload()
 
 
 def test_what_would_look_past_the_adapter_is_refused(tmp_path):

@@ -26,6 +26,7 @@ from ..errors import ModelError
 from ..nn.base import DaqLayer
 from ..nn.kept import Fingerprint
 from ..nn.packed import PackedLayer
+from ..nn.quantizers import is_shard
 from ..nn.siblings import once
 
 INSIDE, WITH_BOUNDS = "daq", "daq_bounds"
@@ -47,6 +48,7 @@ class InsideLora:
     base_layer: Any
     packed_w_quant: tuple[Any, ...] = ()
     _known: tuple[Fingerprint, Any, Tensor] | None = None
+    _sharded = False
 
     def update_layer(self: Any, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         _check_config(config, adapter_name)
@@ -101,7 +103,7 @@ class InsideLora:
         """`W + s B A`, with gradients; where nothing learns it is kept until one of its parts changes."""
         parts = [self.base_layer.weight]
         parts += [part[name].weight for name in names for part in (self.lora_A, self.lora_B)]
-        if self.training or torch.compiler.is_compiling() or not _may_keep(parts):
+        if self.training or self._sharded or torch.compiler.is_compiling() or not _may_keep(parts):
             self._known = None
             return self._sum(names)  # type: ignore[no-any-return]
         options = names, [self.scaling[name] for name in names]
@@ -135,12 +137,29 @@ class InsideLora:
             )
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
+    def train(self: Any, mode: bool = True) -> Any:
+        self._sharded = self._has_shards()  # whole weights of all layers would undo the sharding
+        return super().train(mode)  # type: ignore[misc]
+
+    def _has_shards(self: Any) -> bool:
+        """Whether FSDP2 shards the layer. It lends whole parameters now and then, so that what was seen once stays."""
+        return self._sharded or any(map(is_shard, self.parameters()))
+
+    def _refuse_shards(self: Any) -> None:
+        if self._has_shards():
+            raise ModelError(
+                "merging writes whole weights, and the model is sharded: write model.save_pretrained(folder, "
+                "state_dict=accelerator.get_state_dict(model), is_main_process=accelerator.is_main_process), then open model and "
+                "adapter in one process and merge there"
+            )
+
     @torch.no_grad()
     def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put what the base layer computes with into its parameters; what was there is kept for `unmerge`."""
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
+        self._refuse_shards()
         if isinstance(self.base_layer, PackedLayer):
             self._merge_codes(names, safe_merge)
             return
@@ -175,6 +194,7 @@ class InsideLora:
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        self._refuse_shards()
         if isinstance(self.base_layer, PackedLayer):
             self._put_codes_back()
         for key, value in self._unmerged.items():
