@@ -9,19 +9,25 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from peft import PeftModel
 from processes import Program
 from ranks import (
+    ADAPTERS,
     CONFIG,
+    MONITORED,
     STEPS,
     WEIGHTS_ONLY,
+    adapted,
     batches,
     calibrated_net,
     calibrated_vit,
     optimizer_of,
     reconstructed_vit,
     share,
+    small_llama,
     targets,
     train,
+    trained_adapters,
     trained_by_trainer,
     trained_experts,
     vit,
@@ -29,12 +35,14 @@ from ranks import (
 from text_models import logits, tiny_bert
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 
 import hf_daq
 from hf_daq.files.header import read_header
 from hf_daq.nn.layers import quantized_layers
 from hf_daq.nn.settle import settled
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +153,42 @@ def test_experts_end_where_one_process_would_also_where_their_weights_are_sharde
         close(first[kind], want)
 
 
+@pytest.mark.parametrize(("how", "packed"), ADAPTERS)
+def test_sharded_adapters_inside_the_quantizer_end_where_one_process_would(ended, how, packed):
+    first, second = (rank[how, packed] for rank in ended[1]["adapters"])
+    want = trained_adapters(adapted(small_llama(packed), how))
+    torch.testing.assert_close((first["losses"] + second["losses"]) / 2, want["losses"])
+    for one, other, wanted in zip(first["gradients"], second["gradients"], want["gradients"], strict=True):
+        equal(one, other)
+        close(one, wanted)
+    assert not torch.equal(logits(adapted(small_llama(packed), how)), want["logits"])
+    for rank in (first, second):
+        torch.testing.assert_close(rank["logits"], want["logits"], rtol=1e-4, atol=1e-4)
+
+
+def test_the_file_of_sharded_adapters_opens_in_one_process(ended):
+    folder, results = ended
+    base = LlamaForCausalLM.from_pretrained(folder / "adapters_saved" / "base")
+    model = PeftModel.from_pretrained(base, folder / "adapters_saved")
+    want = results["adapters"][0][ADAPTERS[-1]]["logits"]
+    assert torch.equal(logits(model), want)
+    assert torch.equal(logits(model.merge_and_unload()), want)
+
+
+@pytest.mark.parametrize("name", MONITORED)
+def test_monitor_finds_in_shards_what_it_finds_in_whole_weights(ended, name):
+    for layers, values in (rank[name] for rank in ended[1]["monitored"]):
+        assert layers[0].keys() == layers[1].keys()
+        for layer, found in layers[0].items():
+            assert found.pop("inputs_clipped") is not None
+            assert layers[1][layer].pop("inputs_clipped") is None  # the twin has no forward
+            want = {key: value for key, value in layers[1][layer].items() if value is not None}
+            assert {key: value for key, value in found.items() if value is not None} == pytest.approx(want, rel=1e-6)
+        for key in ("daq/flip_rate", "daq/oscillating", "daq/weights_clipped"):
+            assert values[0][key] == pytest.approx(values[1][key], rel=1e-6)
+            assert values[0][key] > 0
+
+
 @pytest.mark.parametrize("scenario", ["ddp", "fsdp"])
 def test_the_saved_file_is_what_one_process_would_save(ended, alone, scenario, tmp_path):
     folder, results = ended
@@ -225,9 +269,15 @@ def test_processes_that_train_without_averaging_are_told(ended):
         assert rank["lonely"][0].startswith("2 processes train a VisionTransformer that nothing wraps")
 
 
+def test_sharded_adapters_are_not_merged(ended):
+    for rank in ended[1]["adapters"]:
+        assert "open model and adapter in one process and merge there" in rank["merge"]
+
+
 def test_saving_shards_tells_how_to_gather_them(ended):
     for rank in ended[1]["mistakes"]:
         assert "accelerator.get_state_dict(model)" in rank["save_shards"]
+        assert "call health where one process opens that folder" in rank["health_of_shards"]
 
 
 # ------------------------------------------------------------------------------- what changes numbers in one process

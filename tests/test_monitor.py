@@ -7,7 +7,6 @@ import json
 import accelerate
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
 from models import images, small_net, small_timm
 from recipe_runs import _datasets_cache, _fresh_accelerate, reviews, run, run_text, text_float, tiny_bert  # noqa: F401
@@ -272,21 +271,21 @@ def test_close_ends_a_window_and_the_next_comes():
 # Wrapped ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def group(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def compiled_in_place(model):
     model.compile(backend="aot_eager", fullgraph=True)
     return model
 
 
+def sharded(model):
+    mesh = init_device_mesh("cpu", (1,))
+    fully_shard(model.conv, mesh=mesh)  # the others with the outermost module
+    return fully_shard(model, mesh=mesh)
+
+
 WRAPPERS = {
     "plain": lambda model: model,
     "ddp": DistributedDataParallel,
+    "sharded": sharded,
     "compiled": lambda model: torch.compile(model, backend="aot_eager", fullgraph=True),
     "compiled in place": compiled_in_place,
     "ddp of compiled": lambda model: DistributedDataParallel(torch.compile(model, backend="aot_eager")),
@@ -301,9 +300,10 @@ def test_names_and_numbers_of_a_wrapped_model(wrapper, group):
     steps_of(plain, 3, reference)
     model = small()
     wrapped = WRAPPERS[wrapper](model)
+    before = hooks(model)  # those of the wrapper
     monitor = hf_daq.Monitor(wrapped, every=3)
     steps_of(model, 3, monitor, forward=wrapped)
-    assert hooks(model) == 0
+    assert hooks(model) == before
     found, expected = (m.history[0]["layers"] for m in (monitor, reference))
     assert found.keys() == expected.keys() == quantized_layers(model).keys()
     assert any(layer["flip_rate"] > 0 for layer in expected.values())
@@ -363,18 +363,13 @@ def test_models_without_codes_that_change():
         hf_daq.Monitor(hf_daq.apply_daq(small_net(), bits=3))
 
 
-def test_sharded_models(group):
+def test_weights_that_nothing_gathers():
     model = small()
     monitor = hf_daq.Monitor(model, every=3)
-    mesh = init_device_mesh("cpu", (1,))
-    fully_shard(model.conv, mesh=mesh)
-    with pytest.raises(ModelError, match="'conv' is sharded: monitor a run on one process or under Distributed"):
-        monitor.step()
-    with pytest.raises(ModelError, match="'conv' is sharded"):
-        hf_daq.Monitor(model)
-    model = small()
     model.hidden.weight.data = torch.empty(0)  # as ZeRO-3 leaves it
-    with pytest.raises(ModelError, match="'hidden' is sharded"):
+    with pytest.raises(ModelError, match="'hidden' is sharded in another way: shard with FSDP2"):
+        monitor.step()
+    with pytest.raises(ModelError, match="'hidden' is sharded in another way"):
         hf_daq.Monitor(model)
 
 

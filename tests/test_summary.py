@@ -449,5 +449,5 @@ def test_models_without_figures_are_refused():
         model.hidden.w_quant.lower.fill_(math.nan)
     with pytest.raises(CalibrationError, match=r"layer 'hidden' .*hf_daq\.health"):
         summary(model, images())
-    with pytest.raises(ModelError, match="summary needs whole weights, but those of 'conv' are sharded or on the meta"):
+    with pytest.raises(ModelError, match="summary needs whole weights, but those of 'conv' are on the meta"):
         summary(calibrated(small_net(), bits=3).to("meta"))

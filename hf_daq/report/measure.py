@@ -255,8 +255,15 @@ def check_quantized(model: nn.Module, function: str) -> None:
             f"{function} needs a quantized or packed model, and no layer of this {type(model).__name__} is; order: {ORDER}"
         )
     for name, layer in layers.items():
-        if any(is_shard(value) or value.is_meta for value in layer.state_dict(keep_vars=True).values()):
-            raise ModelError(f"{function} needs whole weights, but those of {name!r} are sharded or on the meta device")
+        values = layer.state_dict(keep_vars=True).values()
+        if any(map(is_shard, values)):
+            raise ModelError(
+                f"{function} needs whole weights, but those of {name!r} are sharded: gather and save them, state_dict = "
+                "accelerator.get_state_dict(model), then on the main process hf_daq.save_pretrained(model, folder, "
+                f"state_dict=state_dict), and call {function} where one process opens that folder"
+            )
+        if any(value.is_meta for value in values):
+            raise ModelError(f"{function} needs whole weights, but those of {name!r} are on the meta device")
 
 
 @contextmanager

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -42,7 +45,8 @@ class Monitor:
         weight_scale                mean of its absolute value
         input_lower, input_upper    bounds of the input, in its own units; None with weights only
 
-    Under DistributedDataParallel weights are equal on all ranks, and inputs are those of this rank.
+    Under DistributedDataParallel weights are equal on all ranks, and inputs are those of this rank. Under FSDP2 too, where
+    every rank has to call `step`: it gathers the weights of one layer after the other, and keeps codes of its share.
 
     Args:
         model: a calibrated model after `apply_daq`, before or after it is wrapped, prepared or compiled.
@@ -55,7 +59,7 @@ class Monitor:
         steps: optimizer steps so far; set it where training goes on from a checkpoint.
 
     Raises:
-        ModelError: the model is not quantized, packed, or sharded (also when a window begins).
+        ModelError: the model is not quantized, packed, or sharded in another way than by FSDP2 (also when a window begins).
         CalibrationError: not calibrated or loaded yet.
         ConfigError: `every` or `window` is too small.
     """
@@ -114,7 +118,7 @@ class Monitor:
 
     def _result(self) -> dict[str, float]:
         layers = {name: window.values(self.window) for name, window in self._open.items()}
-        weights = {name: window.codes.numel() for name, window in self._open.items()}
+        weights = {name: window.weights for name, window in self._open.items()}
         inputs = {name: window.inputs for name, window in self._open.items()}
         self.close()
         self.history.append({"step": self.steps, "layers": layers})
@@ -128,11 +132,13 @@ class Monitor:
 
 
 class _Window:
-    """What is known of one layer while a window is open."""
+    """What is known of one layer while a window is open. Of a sharded layer each rank keeps a part of the codes."""
 
     def __init__(self, layer: QuantizedLayer) -> None:
         self.layer = layer
-        self.codes = layer.w_quant.codes(layer.float_weight())
+        self.weights = math.prod(layer.weight_shape())
+        self.mesh = getattr(layer.weight, "device_mesh", None)
+        self.codes = self.own_codes()
         self.direction = torch.zeros_like(self.codes, dtype=torch.int8)  # of the last change
         self.oscillated = torch.zeros_like(self.codes, dtype=torch.bool)
         self.flips = torch.zeros((), device=self.codes.device)
@@ -140,12 +146,21 @@ class _Window:
         self.clipped: list[tuple[Tensor, int]] = []
         self.hook: RemovableHandle | None = None
 
+    def own_codes(self) -> Tensor:
+        with _gathered(self.layer):
+            codes = self.layer.codes()
+        if self.mesh is None:
+            return codes
+        last = self.mesh.ndim - 1  # a dimension before it repeats the shards
+        own: Tensor = codes.flatten().tensor_split(self.mesh.size(last))[self.mesh.get_local_rank(last)]
+        return own.clone()
+
     @torch.no_grad()
     def compare(self) -> None:
         """Compare the codes with those of the step before."""
-        codes = self.layer.w_quant.codes(self.layer.float_weight())
+        codes = self.own_codes()
         change = (codes > self.codes).to(torch.int8) - (codes < self.codes).to(torch.int8)
-        self.flips += change.count_nonzero() / codes.numel()
+        self.flips += change.count_nonzero() / self.weights
         self.oscillated |= change * self.direction < 0
         self.direction = torch.where(change == 0, self.direction, change)
         self.codes = codes
@@ -169,28 +184,45 @@ class _Window:
     def values(self, window: int) -> dict[str, float | None]:
         """All numbers of the layer, with one look at the device for the weights."""
         w_quant, a_quant = self.layer.w_quant, self.layer.quantizers.get("a_quant")
-        weights = [
-            self.flips / window,
-            self.oscillated.count_nonzero() / self.codes.numel(),
-            w_quant.outside(w_quant.positions(self.layer.float_weight())).count_nonzero() / self.codes.numel(),
-            w_quant.lower.min(),
-            w_quant.upper.max(),
-            w_quant.scale.abs().mean(),
-        ]
-        flip_rate, oscillating, weights_clipped, lower, upper, scale = torch.stack(weights).tolist()
+        changes = torch.stack([self.flips / window, self.oscillated.count_nonzero() / self.weights])
+        if self.mesh is not None:
+            dist.all_reduce(changes, group=self.mesh.get_group(self.mesh.ndim - 1))
+        with _gathered(self.layer):
+            clipped = w_quant.outside(w_quant.positions(self.layer.float_weight())).count_nonzero() / self.weights
+            found = [clipped, w_quant.lower.min(), w_quant.upper.max(), w_quant.scale.abs().mean()]
+            bounds = (None, None) if a_quant is None else (a_quant.lower.item(), a_quant.upper.item())
+        flip_rate, oscillating, weights_clipped, lower, upper, scale = torch.cat([changes, torch.stack(found)]).tolist()
         self.inputs = sum(count for _, count in self.clipped)
-        clipped = sum(int(found) for found, _ in self.clipped)
+        inputs_clipped = sum(int(found) for found, _ in self.clipped)
         return {
             "flip_rate": flip_rate,
             "oscillating": oscillating,
             "weights_clipped": weights_clipped,
-            "inputs_clipped": clipped / self.inputs if self.inputs else None,
+            "inputs_clipped": inputs_clipped / self.inputs if self.inputs else None,
             "weight_lower": lower,
             "weight_upper": upper,
             "weight_scale": scale,
-            "input_lower": None if a_quant is None else a_quant.lower.item(),
-            "input_upper": None if a_quant is None else a_quant.upper.item(),
+            "input_lower": bounds[0],
+            "input_upper": bounds[1],
         }
+
+
+@contextmanager
+def _gathered(layer: QuantizedLayer) -> Iterator[None]:
+    """Inside, a layer that FSDP2 shards has whole weights and bounds. All ranks have to come here."""
+    modules: list[nn.Module] = [layer, *layer.quantizers.values()]
+    kept = [(module, dict(module._parameters)) for module in modules]
+    found: dict[str, Any] = {"weight": layer.weight}  # which experts have in the module around them
+    try:
+        for module, parameters in kept:
+            for name, value in (parameters | (found if module is layer else {})).items():
+                if value is not None and is_shard(value):
+                    module._parameters[name] = nn.Parameter(value.detach().full_tensor(), requires_grad=False)
+        yield
+    finally:
+        for module, parameters in kept:
+            module._parameters.clear()
+            module._parameters.update(parameters)
 
 
 def _mean(layers: Mapping[str, Mapping[str, float | None]], key: str, counts: Mapping[str, int]) -> float:
@@ -207,10 +239,10 @@ def _plain(name: str) -> str:
 
 def _check(layers: Mapping[str, QuantizedLayer]) -> None:
     for name, layer in layers.items():
-        if is_shard(layer.weight) or layer.weight.ndim < 2:  # FSDP2; FSDP1 and ZeRO-3 leave vectors
+        if layer.weight.ndim < 2:  # FSDP1 and ZeRO-3 leave vectors
             raise ModelError(
-                f"Monitor needs whole weights, and {name!r} is sharded: monitor a run on one process or under "
-                "DistributedDataParallel, and leave the monitor out of this one"
+                f"Monitor can gather what FSDP2 shards, and {name!r} is sharded in another way: shard with FSDP2 "
+                "(fsdp_version: 2 for Accelerate), or leave the monitor out of this run"
             )
         if not layer.calibrated:
             raise CalibrationError(

@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,8 @@ from accelerate.state import AcceleratorState
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import tiny
 from models import images, small_net, small_timm
-from text_models import tiny_bert, tokens
+from peft import LoraConfig, get_peft_model
+from text_models import logits, tiny_bert, tiny_llama, tokens
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -255,6 +256,9 @@ def trained_experts(rank: int, world: int, wrapped: Callable[[nn.Module], nn.Mod
 
 
 def _with_sharded_blocks(model: nn.Module) -> nn.Module:
+    """That compute their activations once more for the backward."""
+    newer = hasattr(model, "activation_checkpointing_enable")
+    (model.activation_checkpointing_enable if newer else model.gradient_checkpointing_enable)()
     for block in model.model.layers:
         fully_shard(block)
     return fully_shard(model)
@@ -266,6 +270,93 @@ def experts(rank: int, world: int) -> dict:
         "state": model.module.state_dict(),
         "sharded": full_state(trained_experts(rank, world, _with_sharded_blocks)),
     }
+
+
+ADAPTERS = [(how, packed) for how in ("daq", "daq_bounds") for packed in (False, True)]
+
+
+def small_llama(packed: bool, rank: int = 0, world: int = 1) -> nn.Module:
+    model = hf_daq.apply_daq(tiny_llama(), WEIGHTS_ONLY)
+    with hf_daq.calibrate(model):
+        model(input_ids=share(tokens(4), rank, world))
+    return hf_daq.pack(model) if packed else model
+
+
+def adapted(model: nn.Module, how: str) -> nn.Module:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=how)
+    model = get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def trained_adapters(model: nn.Module, rank: int = 0, world: int = 1) -> dict:
+    """Loss and gradients of each step, and at last the logits."""
+    optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.5)
+    own, losses, gradients = share(tokens(4), rank, world), [], []
+    for _ in range(2):
+        loss = model.train()(input_ids=own, labels=own).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({name: whole(value.grad) for name, value in model.named_parameters() if value.requires_grad})
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"losses": torch.stack(losses), "gradients": gradients, "logits": logits(model)}
+
+
+def whole(tensor: Any) -> Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+
+
+def adapters(rank: int, world: int, folder: Path) -> dict:
+    """Inside the quantizer, in sharded blocks. The first model compiles them, the last is saved."""
+    ended = {}
+    for how, packed in ADAPTERS:
+        base = small_llama(packed, rank, world)
+        if (how, packed) == ADAPTERS[-1]:
+            base.save_pretrained(folder / "base", is_main_process=rank == 0)
+        model = adapted(base, how)
+        _with_sharded_blocks(model.get_base_model())
+        if (how, packed) == ADAPTERS[0]:
+            for block in model.get_base_model().model.layers:
+                block.compile(backend="eager")
+        ended[how, packed] = trained_adapters(model, rank, world)
+    model.save_pretrained(folder, state_dict=full_state(model), is_main_process=rank == 0)
+    return ended | {"merge": message(model.merge_adapter)}
+
+
+MONITORED = {"vit": CONFIG, "mixtral": DaqConfig(bits=3, group_size=16)}
+
+
+def monitored(rank: int, world: int) -> dict:
+    """What Monitor finds in shards, and in the whole weights of a twin."""
+    found = {}
+    for name, config in MONITORED.items():
+        model, twin = (hf_daq.apply_daq(vit() if name == "vit" else tiny.build(name), config) for _ in range(2))
+        inputs = (
+            {"x": share(batches(0), rank, world)}
+            if name == "vit"
+            else {"input_ids": share(tokens(4), rank, world) % 61}
+        )
+        for each in (model, twin):
+            with hf_daq.calibrate(each):
+                each(**inputs)
+        sharded(model) if name == "vit" else _with_sharded_blocks(model)
+        optimizer = torch.optim.SGD(hf_daq.param_groups(model, lr=0.5, quantizer_lr=0.01))
+        monitors = hf_daq.Monitor(model, every=4, window=3), hf_daq.Monitor(twin, every=4, window=3)
+        for _ in range(4):
+            output = model.train()(**inputs)
+            (output if name == "vit" else output.logits).square().mean().backward()
+            optimizer.step()
+            for group in optimizer.param_groups:
+                group["lr"] = -group["lr"]  # back again
+            optimizer.zero_grad()
+            twin.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+            values = [monitor.step() for monitor in monitors]
+        found[name] = [monitor.history[0]["layers"] for monitor in monitors], values
+    return found
 
 
 def trained_by_trainer(folder: Path, batch_size: int) -> nn.Module:
@@ -288,15 +379,16 @@ def trainer(rank: int, world: int, folder: Path) -> dict:
     return {"state": trained_by_trainer(folder, 8 // world).state_dict()}
 
 
+def message(action: Callable[[], object]) -> str:
+    try:
+        action()
+    except DaqError as error:
+        return str(error)
+    return "no error"
+
+
 def mistakes(rank: int, world: int) -> dict:
     """Messages of what is refused once a model is wrapped or sharded."""
-
-    def message(action: Callable[[], object]) -> str:
-        try:
-            action()
-        except DaqError as error:
-            return str(error)
-        return "no error"
 
     def calibrate(model: nn.Module) -> None:
         with hf_daq.calibrate(model):
@@ -321,6 +413,7 @@ def mistakes(rank: int, world: int) -> dict:
         "calibrate_inside": message(lambda: calibrate(wrapped.module)),
         "lonely": Kept.records,
         "calibrate_sharded": message(lambda: calibrate(shards)),
+        "health_of_shards": message(lambda: hf_daq.health(shards, batches(0))),
         "save_shards": message(lambda: hf_daq.save_pretrained(shards, "nowhere")),
         "layers": len(quantized_layers(shards)),
     }
@@ -341,6 +434,8 @@ SCENARIOS = [
     fsdp_in_bf16,
     fsdp_of_a_transformers_model,
     experts,
+    adapters,
+    monitored,
     trainer,
     mistakes,
 ]
