@@ -164,10 +164,18 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(when, one_process, 
 
 def test_the_configs_of_accelerate_are_read():
     from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
 
     kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed_zero2": "DEEPSPEED", "deepspeed_zero3": "DEEPSPEED"}
     for name, kind in kinds.items():
         config = load_config_from_file(str(RECIPES / "accelerate" / f"{name}.yaml"))
         assert config.distributed_type == kind
         assert config.mixed_precision == "bf16"
+    lines = [line for line in (RECIPES / "README.md").read_text().splitlines() if line.startswith("accelerate launch ")]
+    launches = [launch_command_parser().parse_args(line.split()[2:]) for line in lines]
+    assert {(launch.num_machines, launch.num_processes) for launch in launches} == {(None, 8), (2, 16)}
+    for launch in launches:
+        load_config_from_file(str(RECIPES.parent / launch.config_file))
+        assert (RECIPES.parent / launch.training_script).exists()
+        assert launch.training_script_args == ["--config", "..."]
     assert accelerate.utils.FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
