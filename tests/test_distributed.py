@@ -14,7 +14,6 @@ from processes import Program
 from ranks import (
     ADAPTERS,
     CONFIG,
-    MONITORED,
     STEPS,
     WEIGHTS_ONLY,
     adapted,
@@ -175,9 +174,8 @@ def test_the_file_of_sharded_adapters_opens_in_one_process(ended):
     assert torch.equal(logits(model.merge_and_unload()), want)
 
 
-@pytest.mark.parametrize("name", MONITORED)
-def test_monitor_finds_in_shards_what_it_finds_in_whole_weights(ended, name):
-    for layers, values in (rank[name] for rank in ended[1]["monitored"]):
+def test_monitor_finds_in_shards_what_it_finds_in_whole_weights(ended):
+    for layers, values in ((rank["layers"], rank["values"]) for rank in ended[1]["monitored"]):
         assert layers[0].keys() == layers[1].keys()
         for layer, found in layers[0].items():
             assert found.pop("inputs_clipped") is not None

@@ -272,7 +272,7 @@ def experts(rank: int, world: int) -> dict:
     }
 
 
-ADAPTERS = [(how, packed) for how in ("daq", "daq_bounds") for packed in (False, True)]
+ADAPTERS = [("daq", False), ("daq_bounds", True)]
 
 
 def small_llama(packed: bool, rank: int = 0, world: int = 1) -> nn.Module:
@@ -311,7 +311,7 @@ def whole(tensor: Any) -> Tensor:
 
 
 def adapters(rank: int, world: int, folder: Path) -> dict:
-    """Inside the quantizer, in sharded blocks. The first model compiles them, the last is saved."""
+    """Inside the quantizer, in sharded blocks. The last model is saved."""
     ended = {}
     for how, packed in ADAPTERS:
         base = small_llama(packed, rank, world)
@@ -319,44 +319,30 @@ def adapters(rank: int, world: int, folder: Path) -> dict:
             base.save_pretrained(folder / "base", is_main_process=rank == 0)
         model = adapted(base, how)
         _with_sharded_blocks(model.get_base_model())
-        if (how, packed) == ADAPTERS[0]:
-            for block in model.get_base_model().model.layers:
-                block.compile(backend="eager")
         ended[how, packed] = trained_adapters(model, rank, world)
     model.save_pretrained(folder, state_dict=full_state(model), is_main_process=rank == 0)
     return ended | {"merge": message(model.merge_adapter)}
 
 
-MONITORED = {"vit": CONFIG, "mixtral": DaqConfig(bits=3, group_size=16)}
-
-
 def monitored(rank: int, world: int) -> dict:
     """What Monitor finds in shards, and in the whole weights of a twin."""
-    found = {}
-    for name, config in MONITORED.items():
-        model, twin = (hf_daq.apply_daq(vit() if name == "vit" else tiny.build(name), config) for _ in range(2))
-        inputs = (
-            {"x": share(batches(0), rank, world)}
-            if name == "vit"
-            else {"input_ids": share(tokens(4), rank, world) % 61}
-        )
-        for each in (model, twin):
-            with hf_daq.calibrate(each):
-                each(**inputs)
-        sharded(model) if name == "vit" else _with_sharded_blocks(model)
-        optimizer = torch.optim.SGD(hf_daq.param_groups(model, lr=0.5, quantizer_lr=0.01))
-        monitors = hf_daq.Monitor(model, every=4, window=3), hf_daq.Monitor(twin, every=4, window=3)
-        for _ in range(4):
-            output = model.train()(**inputs)
-            (output if name == "vit" else output.logits).square().mean().backward()
-            optimizer.step()
-            for group in optimizer.param_groups:
-                group["lr"] = -group["lr"]  # back again
-            optimizer.zero_grad()
-            twin.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
-            values = [monitor.step() for monitor in monitors]
-        found[name] = [monitor.history[0]["layers"] for monitor in monitors], values
-    return found
+    model, twin = (hf_daq.apply_daq(tiny.build("mixtral"), bits=3, group_size=16) for _ in range(2))
+    own = share(tokens(4), rank, world) % tiny.VOCABULARY
+    for each in (model, twin):
+        with hf_daq.calibrate(each):
+            each(input_ids=own)
+    model = _with_sharded_blocks(model)
+    optimizer = torch.optim.SGD(hf_daq.param_groups(model, lr=0.5, quantizer_lr=0.01))
+    monitors = [hf_daq.Monitor(each, every=3) for each in (model, twin)]
+    for _ in range(3):
+        model.train()(input_ids=own, labels=own).loss.backward()
+        optimizer.step()
+        for group in optimizer.param_groups:
+            group["lr"] = -group["lr"]  # back again
+        optimizer.zero_grad()
+        twin.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+        values = [monitor.step() for monitor in monitors]
+    return {"layers": [monitor.history[0]["layers"] for monitor in monitors], "values": values}
 
 
 def trained_by_trainer(folder: Path, batch_size: int) -> nn.Module:
