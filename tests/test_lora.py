@@ -427,6 +427,7 @@ def test_shards_are_not_merged(group):
     model = peft.get_peft_model(quantized(), lora(init_lora_weights="daq"))
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     outputs(model.eval(), TEXT)  # the outermost module keeps its whole weights now
+    assert all(getattr(module, "_known", None) is None for module in model.modules())  # but no adapted ones
     with pytest.raises(ModelError, match="merging writes whole weights, and the model is sharded"):
         model.merge_and_unload()
 
