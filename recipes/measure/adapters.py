@@ -39,7 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("model", help="folder or Hub id of a causal language model")
     add("--text", type=Path, required=True, help="file to fine-tune on")
-    add("--bits", type=int, nargs="+", default=[4, 2])
+    add("--bits", type=int, nargs="*", default=[4, 2], help="none: LoRA in float alone")
     add("--group_size", type=int, default=64)
     add("--rank", type=int, default=8)
     add("--lr", type=float, nargs="+", default=[2e-3, 6e-3], help="each row of the table has its best")
