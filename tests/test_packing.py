@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from text_models import logits, tiny_bert, tokens
 from torch import nn
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 import hf_daq
 from hf_daq import DaqConfig
@@ -116,8 +116,8 @@ def test_transformers_opens_packed_checkpoints(bits, tmp_path):
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert packed_layers(loaded)
     assert torch.equal(logits(loaded), want)
-    with pytest.raises(ModelError, match="no weights that Trainer could train"):
-        _ = loaded.hf_quantizer.is_trainable
+    with pytest.raises(ValueError, match="attach trainable adapters"):
+        Trainer(loaded, TrainingArguments(tmp_path / "run", report_to="none"))
     assert packed_layers(AutoModel.from_pretrained(tmp_path))
     assert torch.equal(logits(hf_daq.from_pretrained(tmp_path)), want)
     half = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -128,7 +128,7 @@ def test_transformers_opens_packed_checkpoints(bits, tmp_path):
         assert torch.equal(logits(loaded), logits(model))
     hf_daq.unpack(loaded)
     assert torch.equal(logits(loaded), want)
-    assert loaded.hf_quantizer.is_trainable
+    assert loaded.hf_quantizer.is_qat_trainable
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
         plain = AutoModelForSequenceClassification.from_pretrained(
             tmp_path, quantization_config=DaqConfig(bits=3, dequantize=True)
