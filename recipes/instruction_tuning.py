@@ -6,6 +6,7 @@ the end, which computes what was trained, bit for bit.
 
 `--dataset`: a Hub id, or a JSON Lines file; its column is `messages`, or `prompt` and `completion`. `--resume` continues a
 stopped run from its last checkpoint, bit for bit. `--model` may be a packed folder: then its codes are what adapters learn on.
+`--tracker trackio` needs `pip install trackio`.
 """
 
 import argparse
