@@ -59,7 +59,9 @@ def read(args: argparse.Namespace) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     blocks = ids[: len(ids) // args.block_size * args.block_size].view(-1, args.block_size)
     tenth = len(blocks) // 10
     if tenth == 0:
-        raise SystemExit(f"{args.text} has {len(blocks)} blocks of --block_size {args.block_size}; at least 10 are needed")
+        raise SystemExit(
+            f"{args.text} has {len(blocks)} blocks of --block_size {args.block_size}; at least 10 are needed"
+        )
     train, validation, test = blocks.split([len(blocks) - 2 * tenth, tenth, tenth])
     return train, *(list(part[: args.eval_blocks].split(args.batch_size)) for part in (validation, test))
 
