@@ -40,3 +40,9 @@ def test_a_row_comes_from_a_process_of_its_own(tmp_path):
     (row,) = start.main([str(tmp_path), *SIZES, "--steps", "float"])
     assert row["s"] > 0
     assert row["MiB"] > 0
+
+
+def test_packed_steps_need_a_packed_folder(capsys):
+    with pytest.raises(SystemExit):
+        start.main(["--steps", "float", "open packed"])
+    assert '"pack and save" writes what' in capsys.readouterr().err

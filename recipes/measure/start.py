@@ -61,7 +61,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--one", choices=STEPS, help=argparse.SUPPRESS)  # in the process that measures it
     add("--place", type=Path, help=argparse.SUPPRESS)  # of what the steps write
     add("--output", type=Path, help="JSON file for the table")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.one and not set(OF_PACKED).isdisjoint(args.steps) and "pack and save" not in args.steps:
+        parser.error(f'--steps: "pack and save" writes what {OF_PACKED} open; put it before them')
+    return args
 
 
 class Peak:
