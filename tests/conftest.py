@@ -19,6 +19,17 @@ def bit_for_bit():
 
 
 @pytest.fixture
+def one_thread():
+    """Recipes set the number of threads of this process."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def group(tmp_path):
     """This process is all there are of torch.distributed."""
     import torch.distributed as dist

@@ -11,16 +11,9 @@ import torch
 import hf_daq
 from measure import benchmark
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 VARIANTS = ["daq", "ste", "fake_quantize"]
 QUICK = ["--quick", "--no-memory", "--device", "cpu"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def parse(*argv: str):

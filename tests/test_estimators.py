@@ -12,6 +12,7 @@ import hf_daq
 from measure import estimator_table, estimators
 from measure.ewgs import use_ewgs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPES = Path(estimators.__file__).parents[1]
 GRID = {"bits": ["1/1"], "optimizer": "sgd", "epochs": [2], "seeds": [0]}
 TINY = {
@@ -23,14 +24,6 @@ TINY = {
     "compile": False,
     "estimators": {"daq": {}, "ste": {"rounding": "ste"}, "soft": {"rounding": "soft"}, "ewgs": {"ewgs": 1.0}},
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def row(estimator, lr, seed, heldout, test, **more):

@@ -140,5 +140,5 @@ def test_a_source_or_a_compiler_that_fails_is_said_once(monkeypatch, caplog, tmp
 
 
 def test_the_sources_are_beside_their_module():
-    for name in ("native.cpp", "integers.cpp"):
+    for name in ("native.cpp", "integers.cpp", "vectors.h"):
         assert Path(native.__file__).with_name(name).is_file()

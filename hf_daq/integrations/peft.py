@@ -91,8 +91,7 @@ class InsideLora:
         return self.base_layer.compute(x, weight, self.base_layer.bias)  # type: ignore[no-any-return]
 
     def _packed_quantizer(self: Any, names: list[str]) -> Any:
-        self._own_bounds(names)  # refuses those of several adapters
-        own = next((self.lora_w_quant[name] for name in names if name in self.lora_w_quant), None)
+        own = self._own_quantizer(names)
         return own or self.packed_w_quant[0].to(self.base_layer.weight_codes.device).train(self.training)
 
     def _of_shape(self: Any, weight: Tensor) -> Tensor:
@@ -119,15 +118,20 @@ class InsideLora:
                 weight = (weight + self.get_delta_weight(name)).to(weight.dtype)
         return weight
 
-    def _own_bounds(self: Any, names: list[str]) -> dict[str, Tensor]:
-        """Parameters of the base layer's quantizer, by their names in the base layer, that an adapter has of its own."""
+    def _own_quantizer(self: Any, names: list[str]) -> Any:
+        """The weight quantizer that one of these adapters has of its own; None without one."""
         own = [name for name in names if name in self.lora_w_quant]
         if len(own) > 1:
             raise ModelError(
                 f'adapters {own} are active, and with init_lora_weights="{WITH_BOUNDS}" each has bounds of its own; activate '
                 "one of them: model.set_adapter(name)"
             )
-        return {f"w_quant.{key}": value for name in own for key, value in self.lora_w_quant[name].named_parameters()}
+        return self.lora_w_quant[own[0]] if own else None
+
+    def _own_bounds(self: Any, names: list[str]) -> dict[str, Tensor]:
+        """The parameters of `_own_quantizer`, by their names in the base layer."""
+        own = self._own_quantizer(names)
+        return {} if own is None else {f"w_quant.{key}": value for key, value in own.named_parameters()}
 
     def _load_from_state_dict(self: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if not self.lora_w_quant and any(key.startswith(f"{prefix}lora_w_quant.") for key in state_dict):

@@ -5,50 +5,14 @@
 // A task takes some rows of outputs: it rounds the rows of inputs that they need into a buffer that stays in the cache, with
 // the code of zero around the image, and computes from there.
 
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
+#include "vectors.h"
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-#if defined(__AVX512F__)
-constexpr int W = 16;
-#elif defined(__AVX2__)
-constexpr int W = 8;
-#else
-constexpr int W = 4;
-#endif
 #if (defined(__AVX512F__) && defined(__AVX512VNNI__)) || (!defined(__AVX512F__) && defined(__AVXVNNI__))
 #define ADDS_PRODUCTS 1  // four products of bytes are added to a sum of 32 bits
 #endif
-typedef float Floats __attribute__((vector_size(4 * W)));
 typedef int32_t Ints __attribute__((vector_size(4 * W)));
 
-#define INLINE inline __attribute__((always_inline))
-
-enum Kind { FLOAT32 = 0, BFLOAT16 = 1 };
 constexpr int64_t CACHE = 3 << 17;  // bytes of inputs in a buffer
-
-template <class V, class T> static INLINE V load(const T* p) {
-  V v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-
-static INLINE float from_bfloat16(uint16_t half) {
-  uint32_t bits = uint32_t(half) << 16;
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
-
-static INLINE uint16_t to_bfloat16(float value) {  // to the nearest, ties to even
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  return value != value ? 0x7FC0 : (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-}
 
 extern "C" {
 // As whole.py declares it. `channels`, `outputs`: of all groups. kernel, stride, dilation: rows, columns.

@@ -1,19 +1,13 @@
 // The dense stream of codes that bitpack.py describes, read as it is: a product with 1 to 8 rows of inputs, weights in
-// float32 or bfloat16, and codes in bytes and back. And where the bounds of float weights start. native.py compiles and calls
-// it. Plain C++ for every compiler; the instructions of x86 are used where the compiler says that they are there.
+// float32 or bfloat16, and codes in bytes and back. And where the bounds of float weights start. native.py compiles and
+// calls it.
 //
 // Work on codes is done in blocks of 64 columns. A block of B bits starts at any bit, is 8 * B bytes long, and is read as 64 bytes.
 
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
+#include "vectors.h"
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "codes lie in words of little endian"
-#endif
-#if defined(__BMI2__) || defined(__AVX2__)
-#include <immintrin.h>
 #endif
 #if defined(__AVX512VBMI__) && defined(__AVX512BW__)
 #define PICKS_FIELDS 1  // eight fields of a word at once
@@ -24,42 +18,11 @@
 #if defined(__BMI2__) && !defined(__znver1__) && !defined(__znver2__)  // there it takes hundreds of cycles
 #define SPREADS_BITS 1
 #endif
-#if defined(__AVX512F__)
-constexpr int W = 16;
-#elif defined(__AVX2__)
-constexpr int W = 8;
-#else
-constexpr int W = 4;
-#endif
 constexpr int V = 64 / W;  // vectors in a block
-typedef float Floats __attribute__((vector_size(4 * W)));
 
-#define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
 
-enum Kind { FLOAT32 = 0, BFLOAT16 = 1 };
-
-static INLINE Floats load(const float* p) {
-  Floats v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-
-static INLINE float from_bfloat16(uint16_t half) {
-  uint32_t bits = uint32_t(half) << 16;
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
-
-// To the nearest, ties to even. A number, or infinite.
-static INLINE uint16_t number_to_bfloat16(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-}
-
-static INLINE uint16_t to_bfloat16(float value) { return value != value ? 0x7FC0 : number_to_bfloat16(value); }
+static INLINE Floats load(const float* p) { return load<Floats>(p); }
 
 // ------------------------------------------------------------------------------------------- codes of a block
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from .kernels import available, compiler, say
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "integers.cpp"))
+_HEADER = Path(__file__).with_name("vectors.h")  # of both
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC")
 _MACHINE = (
     ("-march=native", "-fopenmp"),
@@ -73,12 +74,8 @@ def _built(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL:
     """From the cache, or compiled. Raises what the compiler, the system or the loader says."""
     # The macros name the version of the compiler and all that this processor has.
     macros = _run([compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
-    name = (
-        hashlib.sha256(
-            b"\0".join([*(source.read_bytes() for source in SOURCES), macros, repr(flags).encode()])
-        ).hexdigest()
-        + ".so"
-    )
+    sources = (source.read_bytes() for source in (_HEADER, *SOURCES))
+    name = hashlib.sha256(b"\0".join([*sources, macros, repr(flags).encode()])).hexdigest() + ".so"
     folder = cache_folder()
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import time
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -168,18 +166,7 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
 
 
 def check_architecture(name: str, **config: Any) -> Result:
-    """Take one architecture through everything; nothing raises, all that is wrong goes to `problems`."""
-    started = time.process_time()
-    result = Result(name)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            result.problems.extend(_problems(result, config or {"bits": 4}))
-        except Exception as error:
-            result.problems.append(f"{type(error).__name__}: {str(error)[:300]}")
-    result.problems.extend(f"{w.category.__name__}: {str(w.message)[:200]}" for w in caught)
-    result.seconds = round(time.process_time() - started, 1)
-    return result
+    return scanning.checked(name, lambda result: _problems(result, config or {"bits": 4}))
 
 
 def _problems(result: Result, config: dict[str, Any]) -> Iterator[str]:

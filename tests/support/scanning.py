@@ -1,8 +1,10 @@
-"""What the scans of timm and of transformers share: the outcome of an architecture, and the report of all."""
+"""What the scans share: the outcome of an architecture, and the report of all."""
 
 import argparse
 import dataclasses
 import json
+import time
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,6 +21,21 @@ class Result:
     unsupported: int = 0
     problems: list[str] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
+
+
+def checked(name: str, problems: Callable[[Result], Iterable[str]]) -> Result:
+    """Take one model through everything; nothing raises, all that is wrong goes to `problems`."""
+    started = time.process_time()
+    result = Result(name)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            result.problems.extend(problems(result))
+        except Exception as error:
+            result.problems.append(f"{type(error).__name__}: {str(error)[:300]}")
+    result.problems.extend(f"{w.category.__name__}: {str(w.message)[:200]}" for w in caught)
+    result.seconds = round(time.process_time() - started, 1)
+    return result
 
 
 def parser(description: str, names: Iterable[str]) -> argparse.ArgumentParser:
