@@ -212,8 +212,15 @@ class MemoryImages(Dataset):
     def start_epoch(self, epoch: int) -> None:
         if self.augment:
             generator = torch.Generator().manual_seed(seed_of(self.augment.seed, epoch))
-            self.shift = torch.randint(0, 2 * self.augment.crop_padding + 1, (len(self), 2), generator=generator)
-            self.flip = torch.rand(len(self), generator=generator) < self.augment.hflip
+            shift = torch.randint(0, 2 * self.augment.crop_padding + 1, (len(self), 2), generator=generator)
+            flip = torch.rand(len(self), generator=generator) < self.augment.hflip
+            self.shift, self.flip = shift.to(self.pixels.device), flip.to(self.pixels.device)
+
+    def to(self, device: str) -> "MemoryImages":
+        """A copy with images and batches on this device."""
+        moved = copy.copy(self)
+        moved.__dict__ |= {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return moved
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -223,11 +230,12 @@ class MemoryImages(Dataset):
         if self.augment:
             count, height, width, _ = pixels.shape
             padding = self.augment.crop_padding
-            rows = torch.arange(height) + self.shift[indices, :1]
-            columns = torch.arange(width).expand(count, width)
+            device = pixels.device
+            rows = torch.arange(height, device=device) + self.shift[indices, :1]
+            columns = torch.arange(width, device=device).expand(count, width)
             columns = torch.where(self.flip[indices, None], columns.flip(1), columns) + self.shift[indices, 1:]
             padded = F.pad(pixels, (0, 0, padding, padding, padding, padding))
-            pixels = padded[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+            pixels = padded[torch.arange(count, device=device)[:, None, None], rows[:, :, None], columns[:, None, :]]
         return ((pixels - self.mean) / self.std).permute(0, 3, 1, 2), self.labels[indices]
 
     @staticmethod

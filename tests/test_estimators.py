@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 
 import hf_daq
-from measure import estimator_table, estimators
+from measure import estimator_table, estimators, learned_steps, side_by_side
 from measure.ewgs import use_ewgs
+from measure.learned_steps import use_lsq, use_paretoq
+from measure.study import Run, Study, read_rows, read_study, runs_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPES = Path(estimators.__file__).parents[1]
@@ -22,7 +25,13 @@ TINY = {
     "crop_padding": 1,
     "heldout": 0.8,
     "compile": False,
-    "estimators": {"daq": {}, "ste": {"rounding": "ste"}, "soft": {"rounding": "soft"}, "ewgs": {"ewgs": 1.0}},
+    "estimators": {
+        "daq": {},
+        "ste": {"rounding": "ste"},
+        "soft": {"rounding": "soft"},
+        "ewgs": {"ewgs": 1.0},
+        "lsq": {"lsq": True},
+    },
 }
 
 
@@ -66,21 +75,21 @@ def test_the_standard_error_is_that_of_the_mean():
 
 
 def test_the_study_that_is_shipped_can_be_read_and_its_settings_exist():
-    study = estimators.read_study(RECIPES / "configs" / "estimators.yaml")
-    first = list(estimators.runs_of(study, study.grids[0], []))
+    study = read_study(RECIPES / "configs" / "estimators.yaml")
+    first = list(runs_of(study, study.grids[0], []))
     assert len({run.file for run in first}) == len(first) == 2 * 2 * 4 * 3
     assert [run.seed for run in first] == sorted(run.seed for run in first)
     for settings in study.estimators.values():
-        hf_daq.DaqConfig(bits=2, **{key: value for key, value in settings.items() if key not in ("rate", "ewgs")})
+        hf_daq.DaqConfig(bits=2, **{key: value for key, value in settings.items() if key not in side_by_side.OTHER})
     with pytest.raises(SystemExit, match="no shorter run of daq at 1/1 with sgd"):
-        list(estimators.runs_of(study, GRID | {"estimators": ["daq"], "lr": "best", "epochs": [60]}, []))
+        list(runs_of(study, GRID | {"estimators": ["daq"], "lr": "best", "epochs": [60]}, []))
 
 
 @pytest.fixture(scope="module")
 def images():
     """Read once: it takes longer than the runs."""
     with pytest.MonkeyPatch.context() as patch:
-        found = estimators.Images(estimators.Study(**TINY, grids=[]), "digits")
+        found = side_by_side.Images(Study(**TINY, grids=[]), "digits")
         patch.setattr(estimators, "Images", lambda study, dataset: found)
         yield found
 
@@ -105,11 +114,11 @@ def study(tmp_path_factory, images):
 def run(folder):
     files = ["--study", folder / "study.yaml", "--results", folder / "results.jsonl", "--work", folder / "work"]
     estimators.main(["--dataset", "digits", *map(str, files)])
-    return estimators.read_rows(folder / "results.jsonl")
+    return read_rows(folder / "results.jsonl")
 
 
 def test_each_run_is_one_line_with_what_it_was(study):
-    rows = estimators.read_rows(study / "results.jsonl")
+    rows = read_rows(study / "results.jsonl")
     names = [(row["estimator"], row["optimizer"], row["epochs"]) for row in rows]
     sgd, soft = [("daq", "sgd", 2), ("ewgs", "sgd", 2)], ("soft", "sgd", 1)
     assert names == [("float", "sgd", 1), *sgd, soft, ("daq", "muon", 1), ("daq", "sgd", 3)]
@@ -129,57 +138,171 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(study, monkeypatch):
     path = study / "results.jsonl"
     *others, expected = path.read_text().splitlines(keepends=True)
     path.write_text("".join(others))
-    whole, begun = estimators.Trainer.epoch, []
+    whole, begun = side_by_side.Training.start_epoch, []
 
-    def stopped(self, run, epoch, *args):
-        begun.append((run.epochs, epoch))
-        if epoch == 1:
+    def stopped(self):
+        begun.append((self.run.epochs, len(self.history)))
+        if self.history:
             raise KeyboardInterrupt
-        return whole(self, run, epoch, *args)
+        return whole(self)
 
-    monkeypatch.setattr(estimators.Trainer, "epoch", stopped)
+    monkeypatch.setattr(side_by_side.Training, "start_epoch", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(study)
     assert begun == [(3, 0), (3, 1)]
-    monkeypatch.setattr(estimators.Trainer, "epoch", whole)
+    monkeypatch.setattr(side_by_side.Training, "start_epoch", whole)
     found, expected = run(study)[-1], json.loads(expected)
-    assert {**found, "cpu_seconds": 0} == {**expected, "cpu_seconds": 0}
-    assert found["cpu_seconds"] > 0
+    assert {**found, "seconds": 0} == {**expected, "seconds": 0}
+    assert found["seconds"] > 0
+
+
+def network(study, images, run):
+    state = torch.load(study / "work" / "float-resnet8_cifar.pt", weights_only=True)
+    settings = read_study(study / "study.yaml")
+    model = side_by_side.quantized_model(settings, run, images, state)
+    return settings, model, side_by_side.optimizers_of(settings, run, model)
+
+
+def count(optimizers):
+    return sum(p.numel() for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
 
 
 def test_muon_moves_the_weights_of_the_network(study, images):
-    """Through views of the same memory, which the evaluated network must notice."""
-    settings = estimators.read_study(study / "study.yaml")
-    trainer = estimators.Trainer(settings, images, study / "work")
-    run = estimators.Run("resnet8_cifar", "2/2", "ste", {"rounding": "ste"}, "muon", 0.02, 1, 0)
-    model, _ = trainer.model(run)
-    muon, adam = estimators.optimizers_of(settings, run, model)
-    x, labels = next(trainer.images.epoch(0, 0))
+    """Through views of the same memory, which the evaluated network must notice; at a rate that is a tensor."""
+    run = Run("resnet8_cifar", "2/2", "ste", {"rounding": "ste"}, "muon", 0.02, 1, 0)
+    _, model, (muon, adam) = network(study, images, run)
+    muon.param_groups[0]["lr"] = torch.tensor(0.02)
+    x, labels = images.train.__getitems__(torch.arange(64))
     before, weight = model.eval()(x).detach(), model.layer1[0].conv1.weight
     was = weight.detach().clone()
-    torch.nn.functional.cross_entropy(model.train()(x), labels).backward()
+    F.cross_entropy(model.train()(x), labels).backward()
+    reference = torch.nn.Parameter(was.permute(0, 2, 3, 1).flatten(1))
+    reference.grad = weight.grad.permute(0, 2, 3, 1).flatten(1)
+    torch.optim.Muon([reference], lr=0.02, weight_decay=1e-4, adjust_lr_fn="match_rms_adamw").step()
     muon.step()
-    moved = weight.detach() - was
-    # An orthogonal matrix, roughly, times the learning rate and 0.2 * sqrt(the longer side).
-    size = torch.linalg.matrix_norm(moved.permute(0, 2, 3, 1).flatten(1), 2) / (0.02 * 0.2 * math.sqrt(16 * 9))
-    assert 0.7 < size < 1.3
+    torch.testing.assert_close(weight.detach().permute(0, 2, 3, 1).flatten(1), reference.detach(), rtol=1e-5, atol=1e-6)
+    assert not torch.equal(weight.detach(), was)
     assert not torch.equal(model.eval()(x), before)
-    counted = [p for optimizer in (muon, adam) for group in optimizer.param_groups for p in group["params"]]
-    assert sum(p.numel() for p in counted) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert count([muon, adam]) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def test_the_learning_rate_of_quantized_weights_alone_is_multiplied(study, images):
-    settings = estimators.read_study(study / "study.yaml")
-    trainer = estimators.Trainer(settings, images, study / "work")
-    run = estimators.Run("resnet8_cifar", "1/32", "scaled", {"rate": 2.5}, "sgd", 0.1, 1, 0)
-    model, _ = trainer.model(run)
-    sgd, adam = estimators.optimizers_of(settings, run, model)
+    run = Run("resnet8_cifar", "1/32", "scaled", {"rate": 2.5}, "sgd", 0.1, 1, 0)
+    settings, model, (sgd, adam) = network(study, images, run)
     rates = {id(p): group["lr"] for group in sgd.param_groups for p in group["params"]}
     assert rates[id(model.layer2[0].conv1.weight)] == 0.25
     assert rates[id(model.conv1.weight)] == rates[id(model.fc.weight)] == rates[id(model.layer1[0].bn1.weight)] == 0.1
     assert adam.param_groups[0]["lr"] == settings.quantizer_lr
     daq = model.daq_config
     assert (daq.weight_bits, daq.activation_bits, daq.weight_normalization) == (1, None, "standardize")
+
+
+def test_updates_with_rates_in_tensors_are_those_of_torch(study, images, monkeypatch):
+    """Two epochs by hand, with torch's plain optimizers and timm's schedule, against the ones that a graph can replay."""
+    monkeypatch.setenv("HF_DAQ_COMPILE", "0")
+    run = Run("resnet8_cifar", "2/2", "daq", {}, "sgd", 0.05, 2, 3)
+    settings, model, _ = network(study, images, run)
+    _, other, _ = network(study, images, run)
+    training = side_by_side.Training(settings, run, images, model)
+    for _ in range(2):
+        training.start_epoch()
+        for _ in range(images.batches):
+            training.advance()
+        training.end_epoch()
+    sgd, adam = side_by_side.optimizers_of(settings, run, other)
+    sgd = torch.optim.SGD(sgd.param_groups, lr=0.05, momentum=0.9, nesterov=True, foreach=False)
+    for group in sgd.param_groups:
+        group["fused"] = False
+    adam = torch.optim.Adam(adam.param_groups, lr=1e-3)
+    for group in adam.param_groups:
+        group["fused"] = False
+    schedules = side_by_side.cosine([sgd, adam], 2 * images.batches, images.batches)
+    update = 0
+    for epoch in range(2):
+        images.train.augment.seed = 3
+        images.train.start_epoch(epoch)
+        other.train()
+        for rows in images.order(3, epoch):
+            update += 1
+            for schedule in schedules:
+                schedule.step_update(update)
+            batch, labels = images.train.__getitems__(rows)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = F.cross_entropy(other(batch), labels)
+            other.zero_grad()
+            loss.backward()
+            sgd.step()
+            adam.step()
+        found = side_by_side.accuracy(other, images.plain, images.heldout_rows)
+        assert abs(found - training.history[epoch]["heldout"]) < 4
+    for (name, one), two in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        difference = (one.double() - two.double()).norm() / two.double().norm().clamp_min(1e-6)
+        assert difference < 0.05, name
+
+
+def test_groups_train_the_same_network_and_the_longest_go_first():
+    runs = [
+        Run("n", bits, "daq", {}, "sgd", lr, epochs, 0)
+        for epochs in (1, 2)
+        for lr in (1, 2, 3)
+        for bits in ("1/1", "2/2")
+    ]
+    one = estimators.groups_of(runs, 1)
+    assert [group[0] for group in one] == runs
+    several = estimators.groups_of(runs, 2)
+    assert sorted(str(run) for group in several for run in group) == sorted(map(str, runs))
+    assert [group[0].epochs for group in several] == [2, 2, 2, 2, 1, 1, 1, 1]
+    assert all(len({run.network_key for run in group}) == 1 and len(group) <= 2 for group in several)
+
+
+# Learned steps ----------------------------------------------------------------------------------------------------
+
+
+def test_lsq_is_torchs_learned_fake_quantize():
+    """Values and gradients, with its paper's factor of the step's gradient. Up to half a step past the last code torch passes
+    gradients on; the paper (equation 3) does not, and no input lies there."""
+    torch.manual_seed(0)
+    for bits, lowest, highest in ((2, -2, 1), (4, -8, 7), (4, 0, 15)):
+        step = torch.tensor([0.23], requires_grad=True)
+        x, grad = torch.randn(50, 7), torch.randn(50, 7)
+        position = x / step.detach()
+        beside = (position - highest).clamp_min(0) + (lowest - position).clamp_min(0)
+        x = torch.where((beside > 0) & (beside < 0.6), 0.7 * step.detach(), x).requires_grad_()
+        factor = 1 / math.sqrt(x.numel() * highest)
+        theirs = torch._fake_quantize_learnable_per_tensor_affine(x, step, torch.zeros(1), lowest, highest, factor)
+        theirs.backward(grad)
+        expected = theirs.detach(), x.grad.clone(), step.grad.clone()
+        x.grad = step.grad = None
+        ours = learned_steps.lsq(x, step, lowest, highest, x.numel())
+        ours.backward(grad)
+        for found, wanted in zip((ours.detach(), x.grad, step.grad), expected, strict=True):
+            torch.testing.assert_close(found, wanted, msg=f"{bits} bits, {lowest} to {highest}")
+
+
+def test_paretoq_has_its_grids():
+    step = torch.tensor([[1.0], [2.0]])
+    weight = torch.linspace(-1.5, 1.5, 301).expand(2, -1).clone().requires_grad_()
+    two = learned_steps.stretched(weight, step, 2)
+    assert two[0].unique().tolist() == [-0.75, -0.25, 0.25, 0.75]
+    assert learned_steps.stretched(weight, step, 1)[1].unique().tolist() == [-2, 2]
+    two.sum().backward()
+    inside = (weight.detach()[0] > -1) & (weight.detach()[0] < 0.99)
+    assert torch.equal(weight.grad[0] != 0, inside)
+
+
+@pytest.mark.parametrize("use", [use_lsq, use_paretoq])
+def test_learned_steps_start_near_the_float_network_and_learn(use):
+    model, x = layers(torch.float32)
+    first, _, second = model
+    plain = F.conv2d(F.conv2d(x, first.weight, first.bias).relu(), second.weight, second.bias).detach()
+    use(model, x)
+    steps = learned_steps.steps_of(model)
+    assert len(steps) == 4
+    y = model.train()(x)
+    y.square().sum().backward()
+    assert all(step.grad.abs().sum() > 0 for step in steps)
+    assert (model.eval()(x) - plain).norm() < plain.norm()
+    assert [p for p in model.parameters() if p.requires_grad and id(p) in set(map(id, steps))]
 
 
 # EWGS -------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,351 @@
+"""The runs of estimators.py: their networks, optimizers and updates. On a GPU an update of a run is one CUDA graph, and many runs
+train at the same time, each in a stream of its own: networks this small leave most of a GPU idle.
+"""
+
+import copy
+import dataclasses
+import itertools
+import os
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import image_classification
+import timm
+import torch
+import torch.nn.functional as F
+from sklearn.model_selection import train_test_split
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+
+import hf_daq
+from hf_daq.nn.quantizers import Quantizer
+from measure.ewgs import use_ewgs
+from measure.learned_steps import steps_of, use_lsq, use_paretoq
+from measure.study import Run, Study
+from shared.loop import EpochShuffle, cosine
+
+OTHER = {"rate", "ewgs", "lsq", "paretoq"}
+"""Settings of an estimator that are no fields of DaqConfig."""
+
+
+class Images:
+    """All images in memory; crops and flips of a batch are those of the recipe for images."""
+
+    def __init__(self, study: Study, dataset: str):
+        options = ["--dataset", dataset, "--crop_padding", str(study.crop_padding), "--hflip", str(study.hflip)]
+        cfg = image_classification.parse(options)
+        images = image_classification.read_images(cfg)
+        size = images.train[0][images.image_column].size[0]
+        default = timm.get_pretrained_cfg(study.network)
+        arguments = images, size, default.mean, default.std
+        self.train = image_classification.MemoryImages(images.train, *arguments, cfg)
+        self.test = image_classification.MemoryImages(images.eval, *arguments, None)
+        labels = self.train.labels
+        rows = train_test_split(range(len(labels)), test_size=study.heldout, random_state=0, stratify=labels)
+        self.train_rows, self.heldout_rows = (torch.tensor(sorted(part)) for part in rows)
+        self.classes, self.batch_size = len(images.label_names), study.batch_size
+        self.batches = len(self.train_rows) // self.batch_size
+        self.device = torch.device("cpu")
+
+    def to(self, device: str) -> "Images":
+        moved = copy.copy(self)
+        moved.train, moved.test, moved.device = self.train.to(device), self.test.to(device), torch.device(device)
+        return moved
+
+    @property
+    def plain(self) -> Any:
+        """The images that a run is trained on or chosen by, as they are."""
+        plain = copy.copy(self.train)
+        plain.augment = None
+        return plain
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """Rows of the training images, shape (batches, batch_size)."""
+        shuffle = EpochShuffle(len(self.train_rows), seed)
+        shuffle.epoch = epoch
+        order = self.train_rows[list(shuffle)][: self.batches * self.batch_size]
+        return order.view(self.batches, self.batch_size).to(self.device)
+
+    def first(self, count: int) -> Iterator[Tensor]:
+        """Batches to calibrate with."""
+        for rows in itertools.islice(self.order(0, 0), count):
+            yield self.train.__getitems__(rows)[0]
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Any, rows: Tensor, soft: bool = False) -> float:
+    """Top-1 in percent; with `soft` of the soft quantizer, as in training."""
+    model.eval()
+    for module in model.modules():
+        if soft and isinstance(module, Quantizer):
+            module.train()
+    device = images.pixels.device
+    hits = torch.zeros((), device=device)
+    for part in rows.to(device).split(500 if device.type == "cpu" else 5000):
+        batch, labels = images.__getitems__(part)
+        with torch.autocast(device.type, torch.bfloat16):
+            hits += (model(batch).argmax(1) == labels).sum()
+    return 100 * hits.item() / len(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------- model
+
+
+def new_model(study: Study, classes: int) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(study.network, num_classes=classes).to(memory_format=torch.channels_last)
+
+
+def quantized_model(study: Study, run: Run, images: Images, state: dict[str, Tensor]) -> nn.Module:
+    """The float network with quantizers, calibrated, on the device of the images."""
+    model = new_model(study, images.classes)
+    model.load_state_dict(state)
+    model.to(images.device)
+    weight_bits, activation_bits = map(int, run.bits.split("/"))
+    settings = {key: value for key, value in run.settings.items() if key not in OTHER}
+    settings |= {"weight_bits": weight_bits, "activation_bits": None if activation_bits == 32 else activation_bits}
+    # The paper's settings at 1 bit, the defaults from 2 bits on: what the recipes train with.
+    preset = {"preset": "paper"} if weight_bits == 1 else {}
+    hf_daq.apply_daq(model, hf_daq.DaqConfig.from_dict(preset | settings))
+    batches = list(images.first(study.calibration_batches))
+    with hf_daq.calibrate(model):
+        for batch in batches:
+            model(batch)
+    if "ewgs" in run.settings:
+        use_ewgs(model, run.settings["ewgs"])
+    if "lsq" in run.settings:
+        use_lsq(model, batches[0])
+    if "paretoq" in run.settings:
+        use_paretoq(model, batches[0])
+    return model
+
+
+def optimizers_of(study: Study, run: Run, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """All of them take their learning rates as tensors, which a graph reads anew in every update."""
+    sgd = {"lr": run.lr, "momentum": 0.9, "nesterov": True, "fused": True}
+    if run.bits == "float":
+        return [torch.optim.SGD(param_groups_weight_decay(model, study.float_weight_decay), **sgd)]
+    adam = {"fused": True, "capturable": next(model.parameters()).is_cuda}
+    *groups, quantizers = hf_daq.param_groups(model, run.lr, study.quantizer_lr, study.weight_decay)
+    weights = [model.get_submodule(name).weight for name in model.daq_config.layers]
+    steps = steps_of(model)  # of LSQ: they learn with the rate of the network, as its paper has it
+    known = {id(parameter) for parameter in weights + steps}
+    for group in (*groups, quantizers):
+        group["params"] = [p for p in group["params"] if id(p) not in known]
+    if steps:
+        groups.append({"params": steps, "lr": run.lr, "weight_decay": 0.0})
+    groups.append(quantizers)
+    groups = [group for group in groups if group["params"]]
+    bounds = [groups.pop()] if groups and groups[-1] is quantizers else []
+    if run.optimizer == "muon":
+        return [MatrixMuon(weights, run.lr, study.weight_decay), torch.optim.AdamW([*groups, *bounds], **adam)]
+    # With its rate times r and its decay by r, a weight that gets 1/r of a gradient moves as with all of it.
+    rate = run.settings.get("rate", 1.0)
+    groups.append({"params": weights, "lr": run.lr * rate, "weight_decay": study.weight_decay / rate})
+    if run.optimizer == "adamw":
+        return [torch.optim.AdamW([*groups, *bounds], **adam)]
+    return [torch.optim.SGD(groups, **sgd), *([torch.optim.Adam(bounds, **adam)] if bounds else [])]
+
+
+class MatrixMuon(torch.optim.Muon):
+    """torch's Muon takes matrices: convolutions as (out, height * width * in), views of the same memory. Its learning rate may
+    be a tensor: a step is done at the rate 1, and then that share of it is taken."""
+
+    def __init__(self, weights: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+        self.weights, self.decay = weights, weight_decay
+        self.matrices = [nn.Parameter(weight.detach().permute(0, 2, 3, 1).flatten(1)) for weight in weights]
+        super().__init__(self.matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        (group,) = self.param_groups
+        lr, group["lr"] = group["lr"], 1.0
+        for matrix, weight in zip(self.matrices, self.weights, strict=True):
+            matrix.grad = weight.grad.permute(0, 2, 3, 1).flatten(1)
+        before = [matrix.clone() for matrix in self.matrices]
+        super().step()
+        for matrix, old in zip(self.matrices, before, strict=True):
+            matrix.copy_(old * (1 - lr * self.decay) + lr * (matrix - old))
+        group["lr"] = lr
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+class Training:
+    """One run, at the end of some epoch.
+
+    `update` needs nothing from outside: the order of the images, their crops, the learning rates and the number of the update
+    lie in tensors on the device. `tensors` are all that it changes.
+    """
+
+    def __init__(self, study: Study, run: Run, images: Images, model: nn.Module):
+        self.study, self.run, self.images, self.model = study, run, images, model
+        self.data = copy.copy(images.train)
+        device = images.device
+        self.optimizers = optimizers_of(study, run, model)
+        updates = run.epochs * images.batches
+        table = rates(self.optimizers, updates, min(images.batches, updates // 2))
+        self.rates, self.now = table.to(device), table[0].to(device)
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group, rate in zip(groups, self.now, strict=True):
+            group["lr"] = rate
+        self.done = torch.zeros(1, dtype=torch.long, device=device)
+        self.loss_sum = torch.zeros((), device=device)
+        self.order = images.order(run.seed, 0)
+        self.data.shift, self.data.flip = self.data.shift.clone(), self.data.flip.clone()
+        loss = self.loss
+        self.compiled_loss = torch.compile(loss) if study.compile else loss
+        self.history: list[dict[str, float]] = []
+        self.seconds = 0.0
+        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
+        self.graph: Any = None
+        self.start = {key: value.clone() for key, value in model.state_dict().items()}
+        self.prepare()
+
+    def loss(self, batch: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(batch.device.type, torch.bfloat16):
+            return F.cross_entropy(self.model(batch), labels)
+
+    def update(self) -> None:
+        rows = self.order.index_select(0, self.done % self.images.batches)[0]
+        self.now.copy_(self.rates.index_select(0, self.done)[0])
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        loss = self.compiled_loss(*self.data.__getitems__(rows))
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.loss_sum += loss.detach()
+        self.done += 1
+
+    def prepare(self) -> None:
+        """Some updates, which compile kernels and give optimizers their state; on a GPU one more, as a graph; and back."""
+        self.model.train()
+        if self.stream is None:
+            self.update()
+        else:
+            with torch.cuda.stream(self.stream):
+                for _ in range(3):
+                    self.update()
+            torch.cuda.synchronize()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.update()
+        self.model.load_state_dict(self.start)
+        for name, tensor in self.tensors().items():
+            if not name.startswith("model."):
+                tensor.zero_()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name."""
+        found = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for number, optimizer in enumerate(self.optimizers):
+            for place, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+                for name, tensor in optimizer.state[parameter].items():
+                    found[f"optimizer.{number}.{place}.{name}"] = tensor
+        return found | {"done": self.done}
+
+    def start_epoch(self) -> None:
+        epoch = len(self.history)
+        source = self.images.train
+        source.augment.seed = self.run.seed
+        source.start_epoch(epoch)
+        self.data.shift.copy_(source.shift)
+        self.data.flip.copy_(source.flip)
+        self.order.copy_(self.images.order(self.run.seed, epoch))
+        self.loss_sum.zero_()
+        self.model.train()
+
+    def advance(self) -> None:
+        """One update, or on a GPU its beginning."""
+        if self.stream is None:
+            self.update()
+        else:
+            with torch.cuda.stream(self.stream):
+                self.graph.replay()
+
+    def end_epoch(self) -> None:
+        held_out = accuracy(self.model, self.images.plain, self.images.heldout_rows)
+        loss = self.loss_sum.item() / self.images.batches
+        self.history.append({"loss": round(loss, 4), "heldout": round(held_out, 3)})
+        print(f"{self.run}: epoch {len(self.history)}, {self.history[-1]}", flush=True)
+
+    def save(self, path: Path) -> None:
+        tensors = {name: tensor.cpu() for name, tensor in self.tensors().items()}
+        temporary = path.with_suffix(".writing")
+        torch.save({"tensors": tensors, "history": self.history, "seconds": self.seconds}, temporary)
+        os.replace(temporary, path)
+
+    def load(self, path: Path) -> None:
+        saved = torch.load(path, weights_only=True)
+        self.history, self.seconds = saved["history"], saved["seconds"]
+        for name, tensor in self.tensors().items():
+            tensor.detach().copy_(saved["tensors"][name])
+
+    def result(self) -> dict[str, Any]:
+        found = {
+            "heldout": self.history[-1]["heldout"],
+            "test": accuracy(self.model, self.images.test, torch.arange(len(self.images.test))),
+        }
+        if self.run.settings.get("rounding") == "soft":
+            held_out = self.images.plain, self.images.heldout_rows
+            found["gap"] = accuracy(self.model, *held_out, soft=True) - found["heldout"]
+        versions = {module.__name__: module.__version__ for module in (torch, timm, hf_daq)}
+        device = self.images.device
+        return {
+            **dataclasses.asdict(self.run),
+            **{name: round(value, 3) for name, value in found.items()},
+            "history": self.history,
+            "seconds": round(self.seconds, 1),
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "training_images": len(self.images.train_rows),
+            "versions": {"python": platform.python_version(), **versions},
+        }
+
+
+def rates(optimizers: list[torch.optim.Optimizer], updates: int, warmup: int) -> Tensor:
+    """Learning rates, shape (updates, groups of all optimizers)."""
+    schedules = cosine(optimizers, updates, warmup)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    table = torch.empty(updates, len(groups))
+    for update in range(updates):
+        for schedule in schedules:
+            schedule.step_update(update + 1)
+        table[update] = torch.tensor([group["lr"] for group in groups])
+    return table
+
+
+def train(trainings: list[Training], work: Path) -> Iterator[Training]:
+    """Train them at the same time, to their ends; yields each when it is there. `seconds` are the wall clock's, of all of them
+    together by their number; those of a run that was stopped before count."""
+    left = list(trainings)
+    for training in left:
+        path = work / training.run.file
+        if path.exists():
+            training.load(path)
+    while left:
+        began = time.perf_counter()
+        for training in left:
+            training.start_epoch()
+        wait(left)
+        for _ in range(left[0].images.batches):
+            for training in left:
+                training.advance()
+        wait(left)
+        for training in left:
+            training.end_epoch()
+        for training in left:
+            training.seconds += (time.perf_counter() - began) / len(left)
+            training.save(work / training.run.file)
+        for training in [training for training in left if len(training.history) >= training.run.epochs]:
+            left.remove(training)
+            yield training
+
+
+def wait(trainings: list[Training]) -> None:
+    if any(training.stream for training in trainings):
+        torch.cuda.synchronize()
