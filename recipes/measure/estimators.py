@@ -107,8 +107,15 @@ def carry_out(study: Study, args: argparse.Namespace) -> None:
     with ProcessPoolExecutor(args.processes, fork, _start, arguments) as pool:
 
         def give(groups: list[list[Run]]) -> Iterator[list[dict[str, Any]]]:
-            futures = [pool.submit(_work, group) for group in groups]
-            return (future.result() for future in as_completed(futures))
+            """What others have finished is kept when one fails."""
+            failed = []
+            for future in as_completed([pool.submit(_work, group) for group in groups]):
+                if error := future.exception():
+                    failed.append(error)
+                else:
+                    yield future.result()
+            if failed:
+                raise failed[0]
 
         in_order(study, args, give)
 
