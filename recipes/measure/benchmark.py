@@ -56,6 +56,10 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import hf_daq
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from measure.brevitas_layers import brevitas_layer
+
 MIB = 2**20
 PARTS = ("quantizer", "step", "eval")
 DAQ = ("daq", "ste", "daq_low_memory", "daq_monitor")
@@ -272,25 +276,9 @@ def torchao(model: nn.Module, names: list[str], args: argparse.Namespace) -> Non
     quantize_(model, config, lambda module, name: name in names and isinstance(module, nn.Linear))
 
 
-def brevitas_layer(layer: Any, args: argparse.Namespace) -> nn.Module:
-    """One batch of statistics instead of 300: the timed steps come after them."""
-    import brevitas.nn
-    from brevitas.quant import Int8ActPerTensorFloat
-
-    options: dict[str, Any] = {"weight_bit_width": args.bits[0], "bias": layer.bias is not None}
-    options |= {"input_quant": Int8ActPerTensorFloat, "input_bit_width": args.bits[1], "input_collect_stats_steps": 1}
-    if isinstance(layer, nn.Conv2d):
-        shape = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
-        quantized = brevitas.nn.QuantConv2d(**{key: getattr(layer, key) for key in shape}, **options)
-    else:
-        quantized = brevitas.nn.QuantLinear(layer.in_features, layer.out_features, **options)
-    quantized.weight, quantized.bias = layer.weight, layer.bias
-    return quantized.to(layer.weight.device)
-
-
 def brevitas(model: nn.Module, names: list[str], args: argparse.Namespace) -> None:
     for name in names:
-        model.set_submodule(name, brevitas_layer(model.get_submodule(name), args))
+        model.set_submodule(name, brevitas_layer(model.get_submodule(name), args.bits))
 
 
 def nncf(model: nn.Module, batch: Tensor) -> nn.Module:
@@ -324,7 +312,7 @@ def quantizer(variant: str, layer: nn.Conv2d, x: Tensor, weight: bool, args: arg
         fake = IntxFakeQuantizer(torchao_configs(args)[not weight])
         return lambda x: fake(x.flatten(1 if weight else 2)).view_as(x)
     if variant == "brevitas":
-        quantized: Any = brevitas_layer(layer, args)
+        quantized: Any = brevitas_layer(layer, args.bits)
         module = quantized.weight_quant if weight else quantized.input_quant
         module.register_forward_hook(lambda module, inputs, output: output.value)
         return module

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 import hf_daq
 from hf_daq.nn.quantizers import Quantizer
+from measure.brevitas_layers import use_brevitas
 from measure.ewgs import use_ewgs
 from measure.learned_steps import steps_of, use_lsq, use_paretoq
 from measure.study import Run, Study
 from shared.loop import EpochShuffle, cosine
 
-OTHER = {"rate", "ewgs", "lsq", "paretoq"}
+OTHER = {"rate", "ewgs", "lsq", "paretoq", "brevitas"}
 """Settings of an estimator that are no fields of DaqConfig."""
 
 
@@ -104,13 +105,18 @@ def quantized_model(study: Study, run: Run, images: Images, state: dict[str, Ten
     model = new_model(study, images.classes)
     model.load_state_dict(state)
     model.to(images.device)
-    weight_bits, activation_bits = map(int, run.bits.split("/"))
+    weight_bits, inputs = map(int, run.bits.split("/"))
+    activation_bits = None if inputs == 32 else inputs
+    batches = list(images.first(study.calibration_batches))
+    if "brevitas" in run.settings:
+        names = list(hf_daq.plan(model, bits=2).quantized)
+        use_brevitas(model, names, (weight_bits, activation_bits), batches)
+        return model
     settings = {key: value for key, value in run.settings.items() if key not in OTHER}
-    settings |= {"weight_bits": weight_bits, "activation_bits": None if activation_bits == 32 else activation_bits}
+    settings |= {"weight_bits": weight_bits, "activation_bits": activation_bits}
     # The paper's settings at 1 bit, the defaults from 2 bits on: what the recipes train with.
     preset = {"preset": "paper"} if weight_bits == 1 else {}
     hf_daq.apply_daq(model, hf_daq.DaqConfig.from_dict(preset | settings))
-    batches = list(images.first(study.calibration_batches))
     with hf_daq.calibrate(model):
         for batch in batches:
             model(batch)
@@ -126,8 +132,9 @@ def quantized_model(study: Study, run: Run, images: Images, state: dict[str, Ten
 def optimizers_of(study: Study, run: Run, model: nn.Module) -> list[torch.optim.Optimizer]:
     """All of them take their learning rates as tensors, which a graph reads anew in every update."""
     sgd = {"lr": run.lr, "momentum": 0.9, "nesterov": True, "fused": True}
-    if run.bits == "float":
-        return [torch.optim.SGD(param_groups_weight_decay(model, study.float_weight_decay), **sgd)]
+    if run.bits == "float" or "brevitas" in run.settings:
+        decay = study.float_weight_decay if run.bits == "float" else study.weight_decay
+        return [torch.optim.SGD(param_groups_weight_decay(model, decay), **sgd)]
     adam = {"fused": True, "capturable": next(model.parameters()).is_cuda}
     *groups, quantizers = hf_daq.param_groups(model, run.lr, study.quantizer_lr, study.weight_decay)
     weights = [model.get_submodule(name).weight for name in model.daq_config.layers]

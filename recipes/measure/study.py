@@ -19,7 +19,7 @@ class Study:
     network: str
     estimators: dict[str, dict[str, Any]]
     """Fields of DaqConfig; `rate`: what the learning rate of quantized weights is multiplied by; `ewgs`: its delta; `lsq` or
-    `paretoq`: true for the quantizers of these papers."""
+    `paretoq`: true for the quantizers of these papers; `brevitas`: true for layers of that library, where it is installed."""
     grids: list[dict[str, Any]]
     float_epochs: int = 15
     float_lr: float = 0.1
