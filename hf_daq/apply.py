@@ -11,7 +11,7 @@ from .errors import ModelError
 from .model.patch import pack_layers, patch, restart_weights, start_weights, unpack_layers, unpatch
 from .model.plan import config_from
 from .model.roles import is_transformers_model
-from .nn.packed import shared_copy
+from .nn.packed import packed_layers, shared_copy
 
 
 def apply_daq(model: nn.Module, config: DaqConfig | None = None, **kwargs: Any) -> nn.Module:
@@ -82,7 +82,7 @@ def restart(model: nn.Module) -> nn.Module:
     return model
 
 
-def pack(model: nn.Module) -> nn.Module:
+def pack(model: nn.Module, *, fast: bool | None = None) -> nn.Module:
     """Replace the float weight of every quantized layer by its codes, in place, and return the model in evaluation mode.
 
     1 to 8 bits a weight, dense, and one float32 scale a layer, channel or group. On the CPU linear layers whose weights alone
@@ -92,12 +92,23 @@ def pack(model: nn.Module) -> nn.Module:
     other layers exist in float only while the layer computes: memory is saved, not time. `save_pretrained` writes a
     packed checkpoint, which opens like any other.
 
+    On a GPU linear layers whose inputs are quantized compute in integers, and weights in bfloat16 or float32 come from
+    one kernel, which for one row of inputs computes the product too.
+
+    Args:
+        fast: True also allows layers to round more than the quantized model does, where that is faster: on a GPU weights of up to 4
+            bits with bfloat16 inputs have scales in bfloat16, for torch's kernel of 4-bit weights. It is not saved. On a
+            packed model, as one opened from a folder, True and False change nothing else.
+
     Raises:
         ModelError: not quantized, packed already, wrapped or sharded. CalibrationError: not calibrated. The model is then
         left as it was.
     """
-    pack_layers(model)
-    tell_transformers(model)
+    if fast is None or not packed_layers(model):
+        pack_layers(model)
+        tell_transformers(model)
+    for layer in packed_layers(model).values():
+        layer.fast = bool(fast)
     return model.eval()
 
 

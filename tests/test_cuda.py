@@ -9,8 +9,9 @@ from text_models import tiny_llama, tokens
 from torch import nn
 
 import hf_daq
-from hf_daq.nn import kernels
+from hf_daq.nn import kernels, trust
 from hf_daq.nn.layers import quantized_layers
+from hf_daq.nn.paths import bit_for_bit
 from hf_daq.nn.settle import settled
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -114,3 +115,124 @@ def test_training_under_autocast_compiled_and_generation():
     assert torch.equal(
         there.cpu(), hf_daq.pack(llama).generate(tokens(2, 5).cuda(), max_new_tokens=8, do_sample=False).cpu()
     )
+
+
+def packed_linear(x, dtype=torch.float32, outputs=192, **options):
+    model = nn.Sequential(nn.Linear(x.shape[-1], outputs)).cuda().to(dtype)
+    hf_daq.apply_daq(model, **options, first_last_bits=options["weight_bits"])
+    with hf_daq.calibrate(model, check=False):
+        model(x)
+    return hf_daq.pack(model)
+
+
+def plain(model, x):
+    with bit_for_bit():
+        return model(x)
+
+
+def differ(one, other):
+    return ((one.double() - other.double()).norm() / other.double().norm()).item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [(4, 8), (8, 8), (2, 2)])
+@pytest.mark.parametrize("rows", [1, 16, 17, 300])
+def test_integers(bits, rows):
+    x = torch.randn(rows, 200, device="cuda")
+    options = {"weight_bits": bits[0], "activation_bits": bits[1], "weight_granularity": "channel"}
+    model = packed_linear(x, **options)
+    assert model[0].path(x) == "integers"
+    with hf_daq.integer_arithmetic(model):
+        expected = model(x)
+    assert differ(model(x), expected) < 1e-6
+    assert differ(model(x), plain(model, x)) < 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("grid", ["odd", "integer"])
+def test_integers_of_8_bits_in_bfloat16_with_odd_sizes_and_nan(grid):
+    x = torch.randn(3, 7, 205, device="cuda").bfloat16()
+    options = {"weight_bits": 8, "activation_bits": 8, "weight_grid": grid}
+    model = packed_linear(x, torch.bfloat16, 133, **options)
+    assert model[0].path(x) == "integers"
+    assert differ(model(x), plain(model, x)) < 0.01
+    x[1, 2, 3] = torch.nan
+    assert torch.equal(model(x).isnan(), plain(model, x).isnan())
+
+
+@torch.no_grad()
+def test_integers_with_a_scale_for_each_token():
+    x = torch.randn(40, 128, device="cuda")
+    options = {"weight_bits": 4, "activation_bits": 8, "activation_scale": "token", "weight_granularity": "channel"}
+    model = packed_linear(x, **options)
+    assert model[0].path(x) == "integers"
+    assert differ(model(x), plain(model, x)) < 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_one_kernel(bits, dtype, monkeypatch):
+    monkeypatch.setattr(trust, "_agreed", {})
+    x = torch.randn(1, 320, device="cuda", dtype=dtype)
+    layer = packed_linear(x, dtype, weight_bits=bits, group_size=64)[0]
+    expected = layer.coded().weight_of(layer.codes(), dtype)
+    assert torch.equal(layer.coded().weight(dtype), expected)
+    assert list(trust._agreed.values()) == [True, True]
+    assert layer.path(x) == "codes"
+    exact = nn.functional.linear(x.double(), layer.coded().weight_of(layer.codes(), torch.float32).double())
+    assert differ(layer(x), exact + layer.bias) < (1e-6 if dtype == torch.float32 else 4e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_weights_of_one_kernel_with_ragged_rows_and_three_values(granularity):
+    x = torch.randn(1, 333, device="cuda")
+    layer = packed_linear(x, weight_bits=2, weight_grid="ternary", weight_granularity=granularity)[0]
+    assert torch.equal(layer.coded().weight(torch.float32), layer.coded().weight_of(layer.codes(), torch.float32))
+    assert layer.path(x) == "codes"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("bits", "grid"), [(4, "odd"), (4, "integer"), (3, "odd")])
+@pytest.mark.parametrize("size", [None, 32, 128])
+def test_scales_in_bfloat16(bits, grid, size):
+    x = torch.randn(5, 256, device="cuda", dtype=torch.bfloat16)
+    model = packed_linear(x, torch.bfloat16, weight_bits=bits, weight_grid=grid, group_size=size)
+    exact = model(x)
+    hf_daq.pack(model, fast=True)
+    assert model[0].path(x) == "bfloat16 scales"
+    assert differ(model(x), exact) < 0.02
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["integers", "codes", "fast"])
+def test_ways_in_compiled_graphs(way):
+    torch._dynamo.reset()
+    rows = 1 if way == "codes" else 20
+    x = torch.randn(rows, 256, device="cuda", dtype=torch.bfloat16)
+    options = {"weight_bits": 4, **({"activation_bits": 8} if way == "integers" else {"group_size": 64})}
+    model = hf_daq.pack(packed_linear(x, torch.bfloat16, **options), fast=way == "fast")
+    assert differ(torch.compile(model, fullgraph=True)(x), model(x)) < 0.01
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [(4, 8), (4, None)])
+def test_ways_in_cuda_graphs(bits):
+    x = torch.randn(1, 256, device="cuda", dtype=torch.bfloat16)
+    model = packed_linear(x, torch.bfloat16, weight_bits=bits[0], activation_bits=bits[1])
+    expected = model(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = model(x)
+    graph.replay()
+    assert torch.equal(found, expected)
+
+
+def test_gradients_of_inputs_in_integers():
+    x = torch.randn(20, 64, device="cuda", requires_grad=True)
+    model = packed_linear(x.detach(), weight_bits=4, activation_bits=8)
+    model(x).sum().backward()
+    other = x.detach().clone().requires_grad_()
+    plain(model, other).sum().backward()
+    assert torch.equal(x.grad, other.grad)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..config import stored_bits
+from . import gpu
 from .bitpack import pack_bits, packed_size, unpack_bits
 from .formula import center
 from .functional import dequantize_weight
@@ -60,6 +61,9 @@ class Coded(NamedTuple):
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """As from `dequantize_weight`, bit for bit."""
+        computed = gpu.weights(self, dtype) if gpu.used(self.stream) else None
+        if computed is not None:
+            return computed
         if self._readable(dtype):
             return native_rows(self, 0, self.shape[0], dtype).view(self.shape)
         return self.weight_of(self.codes(), dtype)
@@ -94,10 +98,14 @@ def encode(codes: Tensor, bits: int, grid: str = "odd") -> Tensor:
 
 def in_memory(tensor: Tensor) -> bool:
     """Whether there are bytes of the CPU behind this tensor, and no graph is made of what happens to it."""
+    return tensor.is_cpu and at_hand(tensor)
+
+
+def at_hand(tensor: Tensor) -> bool:
+    """Whether there are bytes behind this tensor, and no graph is made of what happens to it."""
     return (
         not torch.compiler.is_compiling()
         and type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.is_cpu
         and _get_current_dispatch_mode() is None
         and torch._C._get_tracing_state() is None
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
@@ -317,7 +325,10 @@ def _(info: Any, dims: tuple[Any, ...], x: Tensor, *others: Any) -> tuple[Tensor
 
 
 def serves(layer: Any, x: Tensor) -> bool:
-    """Whether a packed layer computes from its codes: linear ones on the CPU, with weights only, but for small ones."""
+    """Whether a packed layer computes from its codes: linear ones with weights only, but for small ones; on a GPU with one row
+    of inputs."""
+    if gpu.used(x):
+        return gpu.serves_row(layer, x)
     shape = layer.shape
     if len(shape) != 2 or shape[0] * shape[1] <= _SMALL or layer.a_quant is not None:
         return False
@@ -352,6 +363,8 @@ def _computed_dtype(x: Tensor) -> torch.dtype:
 
 
 def forward(layer: Any, x: Tensor) -> Tensor:
+    if gpu.used(x):
+        return gpu.row_forward(layer, x)
     dtype, bias, autocast = _computed_dtype(x), layer.bias, torch.is_autocast_enabled("cpu")
     if autocast:
         x, bias = x.to(dtype), bias if bias is None or bias.dtype == dtype else bias.to(dtype)

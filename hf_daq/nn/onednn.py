@@ -1,4 +1,5 @@
-"""Packed layers with quantized inputs in whole numbers, on the CPU: by integers.cpp (whole.py), else oneDNN's operators in torch.
+"""Packed layers with quantized inputs in whole numbers: on the CPU by integers.cpp (whole.py), else oneDNN's operators in torch;
+linear ones on a GPU by gpu.py.
 
     output[c] = scale[c] * sum_i (code_i - zero_point) * weight[c, i] + bias[c]
 
@@ -23,11 +24,13 @@ from timm.layers.padding import pad_same
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from . import gpu
 from . import whole as machine
-from .codes import in_memory
+from .codes import at_hand
 from .formula import activation_rows, center, constants_of
 from .kernels import run_codes
 from .token import TokenQuantizer
+from .trust import agrees
 
 logger = logging.getLogger("hf_daq")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,6 +45,7 @@ class Prepared(NamedTuple):
     weight: in oneDNN's layout; None where the layer cannot go this way. scale: shape (out,), of the sums.
     ones: for odd integers of 8 bits a weight of ones, in this layout, one output a group.
     rows: shape (4,), as of `kernels.run_codes`; None where each token has a scale.
+    int8: for gpu.py, which needs nothing else.
     """
 
     sources: tuple[Any, ...]
@@ -51,6 +55,10 @@ class Prepared(NamedTuple):
     ones: Any = None
     rows: Any = None
     zero_point: int = 0
+    int8: gpu.Int8 | None = None
+
+    def computes(self, graph: bool = False) -> bool:
+        return self.weight is not None or self.int8 is not None or (self.arranged is not None and not graph)
 
 
 # ------------------------------------------------------------------------------------------------------------- which way
@@ -58,35 +66,34 @@ class Prepared(NamedTuple):
 
 def serves(layer: Any, x: Tensor) -> bool:
     """Whether the layer computes with this input in whole numbers."""
-    if layer.a_quant is None or not layer.weight_codes.is_cpu or not _suits(layer, x):
+    if layer.a_quant is None or layer.weight_codes.device != x.device or not _suits(layer, x):
         return False
     if torch.compiler.is_compiling():
         known: bool = _is_prepared(layer)
         return known
-    kept = prepared(layer)
-    return kept.arranged is not None or kept.weight is not None
+    return prepared(layer).computes()
 
 
 def _suits(layer: Any, x: Tensor) -> bool:
-    plain = x.is_cpu and x.dtype in _DTYPES and x.numel() > 0 and (x.ndim == 4 or not isinstance(layer, nn.Conv2d))
-    if not plain:
+    convolution = isinstance(layer, nn.Conv2d)
+    if not (not convolution if gpu.used(x) else x.is_cpu) or x.dtype not in _DTYPES or x.numel() == 0:
+        return False
+    if convolution and x.ndim != 4:
         return False
     if torch.is_grad_enabled():
         quantizer, bias = layer.a_quant, layer.bias
         learned = [*quantizer._parameters.values(), *(() if bias is None else (bias,))]
         if any(value.requires_grad for value in learned):
             return False
-        if x.requires_grad and (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")):
+        if x.requires_grad and (torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)):
             return False
-    if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()
-    return in_memory(x)
+    return not torch.compiler.is_exporting() if torch.compiler.is_compiling() else at_hand(x)
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[attr-defined]
 def _is_prepared(layer: Any) -> bool:
     """As `prepared`, once while a model is compiled; the graph then has what the layer keeps."""
-    return prepared(layer, graph=True).weight is not None
+    return prepared(layer, graph=True).computes(graph=True)
 
 
 def prepared(layer: Any, graph: bool = False) -> Prepared:
@@ -104,11 +111,15 @@ def prepared(layer: Any, graph: bool = False) -> Prepared:
 
 
 def _sources(layer: Any) -> tuple[Any, ...]:
-    quantizer, kept = layer.a_quant, (layer.weight_codes, layer.weight_scale)
+    quantizer, kept = layer.a_quant, [layer.weight_codes, layer.weight_scale]
+    bounds = list(quantizer._parameters.values())
+    if gpu.used(layer.weight_codes):  # where it takes long to read their values
+        kept, values = kept + bounds, []
+    else:
+        values = [value.item() for value in bounds]
     versions = (None if tensor.is_inference() else tensor._version for tensor in kept)
     places = (tensor.data_ptr() for tensor in kept)
-    bits = layer.weight_bits, layer.weight_grid, quantizer.bits
-    return *bits, *(value.item() for value in quantizer._parameters.values()), *versions, *places
+    return layer.weight_bits, layer.weight_grid, quantizer.bits, *values, *versions, *places
 
 
 # ------------------------------------------------------------------------------------------------------------ preparing
@@ -127,6 +138,9 @@ def _made(layer: Any, sources: tuple[Any, ...], graph: bool) -> Prepared:
         step = step / quantizer.levels
     scale = step.float().expand(len(whole)).contiguous()
     rows = _rounding(quantizer)
+    if gpu.used(whole):
+        int8 = gpu.int8(whole, scale, rows, quantizer.zero_point, halves)
+        return Prepared(sources, int8=int8 if int8 is not None and _adds(layer, whole, int8) else None)
     if rows is not None and not graph:
         rounding = rows[0].item(), rows[1].item(), quantizer.levels
         arranged = machine.arrange(layer, whole, scale, halves, rounding, quantizer.zero_point)
@@ -157,7 +171,8 @@ def _fits(layer: Any) -> bool:
     convolution = isinstance(layer, nn.Conv2d)
     if not convolution and len(layer.shape) != 2:
         return False  # convolutions of other kinds
-    if layer.group_size is not None or not hasattr(_ops, "qconv2d_pointwise" if convolution else "qlinear_pointwise"):
+    operator = "qconv2d_pointwise" if convolution else "qlinear_pointwise"
+    if layer.group_size is not None or (layer.weight_codes.is_cpu and not hasattr(_ops, operator)):
         return False
     largest = math.prod(layer.shape[1:]) * layer.a_quant.levels * 128
     if largest >= 2**30 or (convolution and layer.padding_mode != "zeros"):
@@ -189,13 +204,33 @@ def _is_exact(layer: Any, weight: Tensor, halves: bool) -> bool:
     return found is not None and (found - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
+def _adds(layer: Any, whole: Tensor, int8: gpu.Int8) -> bool:
+    """The same of a GPU, once for each size of a layer."""
+    zero_point = layer.a_quant.zero_point
+    rows = int8.scale.new_tensor([-zero_point, 1, 0, layer.a_quant.levels])
+    sample = int8._replace(rows=rows, scale=torch.ones_like(int8.scale))
+
+    def inputs() -> Tensor:
+        codes = _largest_codes(layer, whole).float()
+        return codes.sub_(zero_point)
+
+    def expected() -> Tensor:
+        return F.linear(inputs().double(), whole.double() + int8.halves / 2)
+
+    def found() -> Tensor:
+        return gpu.product(inputs(), sample, None, None, torch.float32)
+
+    kind = "int8", *whole.shape, int8.halves, whole.device
+    return agrees(kind, found, expected, 1e-6, "a product of whole numbers")
+
+
 def _largest_codes(layer: Any, weight: Tensor) -> Tensor:
     """Inputs of the largest codes: everywhere, and in places chosen at random, so that what is cut off of positive and of
     negative sums does not cancel out."""
     shape = (2, weight.shape[1] * getattr(layer, "groups", 1), *(2 * size + 1 for size in weight.shape[2:]))
-    codes = torch.full(shape, layer.a_quant.levels, dtype=torch.uint8)
-    codes[1] *= torch.rand(shape[1:], generator=torch.Generator().manual_seed(0)) < 0.75
-    return codes
+    codes = torch.full(shape, layer.a_quant.levels, dtype=torch.uint8, device="cpu")
+    codes[1] *= torch.rand(shape[1:], generator=torch.Generator().manual_seed(0), device="cpu") < 0.75
+    return codes.to(weight.device)
 
 
 # ------------------------------------------------------------------------------------------------------------ computing
@@ -230,6 +265,8 @@ class _Integers(torch.autograd.Function):
 
 def _output(layer: Any, x: Tensor) -> Tensor:
     found: Prepared = layer._prepared
+    if found.int8 is not None:
+        return gpu.product(x, found.int8, layer.a_quant, layer.bias, layer.a_quant.result_dtype(x))
     if found.arranged is not None and not torch.compiler.is_compiling():
         return _output_of_machine(layer, x, found.arranged)
     if found.rows is None:

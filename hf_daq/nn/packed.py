@@ -29,7 +29,12 @@ _READ_ONLY = (
     "the weight of a packed layer is computed from its codes, and nothing can be written to it; first write "
     "hf_daq.unpack(model), then merge or change weights"
 )
-_MADE = ("_prepared", "_placed")  # from what a layer has, by the ways it computes: neither copied nor saved
+_MADE = (
+    "_prepared",
+    "_placed",
+    "_int4",
+    "_step",
+)  # from what a layer has, by the ways it computes: neither copied nor saved
 _WRITING = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
 
 
@@ -54,6 +59,7 @@ class PackedLayer(DaqLayer):
     bias: of the quantized layer.
     weight: the weight in the units of the float layer, computed when it is read.
     quantizing: options of the weight quantizer that the layer had.
+    fast: whether the layer may round more than the quantized one, where that is faster. It is not saved.
 
     The weight exists in float only while the layer computes.
     """
@@ -62,6 +68,7 @@ class PackedLayer(DaqLayer):
     weight_codes: Tensor
     shape: tuple[int, ...]
     quantizing: dict[str, Any]
+    fast = False
     _prepared: Prepared | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -291,6 +298,7 @@ def unpack_layer(layer: Any, config: DaqConfig) -> None:
     weight, scale, bias = layer.weight.as_subclass(Tensor), layer.weight_scale, layer.bias
     bits, name, has_bias, span = layer.weight_bits, layer.daq_name, layer.has_bias, layer.span
     layer._forget()
+    layer.__dict__.pop("fast", None)
     own = layer._modules.pop("a_quant", None)
     holds_bias = "bias" in layer._parameters
     for key in ("weight_codes", "weight_scale", *(("bias",) if holds_bias else ()), *PLAIN):

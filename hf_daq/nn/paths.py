@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import codes, onednn
+from . import codes, gpu, onednn
 
 
 class Path(NamedTuple):
@@ -21,6 +21,7 @@ class Path(NamedTuple):
 
 
 PATHS: dict[str, Path] = {
+    "bfloat16 scales": Path(gpu.serves_int4, gpu.int4_forward),
     "integers": Path(onednn.serves, onednn.forward),
     "codes": Path(codes.serves, codes.forward),
     "unpacked": Path(lambda layer, x: True, lambda layer, x: layer.as_quantized(x)),

@@ -53,8 +53,8 @@ class Health:
         examples; None if there is nothing to compare, as in a packed model. `reconstruct` and training at few bits move
         float weights away from a good float network, so that afterwards a low figure says nothing.
     settings: arguments of `apply_daq` that bring a model that was only calibrated nearer to float, of those not in use.
-    paths, path_error: of a packed model: how many layers compute this batch in "integers", from "codes" or "unpacked", and the
-        largest error of a layer, as in `summary`.
+    paths, path_error: of a packed model: how many layers compute this batch in "integers", from "codes", "unpacked" or with
+        "bfloat16 scales", and the largest error of a layer, as in `summary`.
     """
 
     findings: list[Finding]

@@ -224,7 +224,12 @@ def paths_taken(layers: Iterable[Any]) -> tuple[dict[str, int], float | None]:
 
 def paths_text(paths: dict[str, int], error: float | None) -> str:
     """What `paths_taken` found, in words."""
-    words = {"integers": "in integers", "codes": "from codes", "unpacked": "unpacked"}
+    words = {
+        "bfloat16 scales": "with bfloat16 scales",
+        "integers": "in integers",
+        "codes": "from codes",
+        "unpacked": "unpacked",
+    }
     counts = [f"{paths[path]} {word}" for path, word in words.items() if path in paths]
     first, *others = counts
     layers = "layer" if first.startswith("1 ") else "layers"
