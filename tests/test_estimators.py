@@ -30,7 +30,7 @@ TINY = {
         "ste": {"rounding": "ste"},
         "soft": {"rounding": "soft"},
         "ewgs": {"ewgs": 1.0},
-        "lsq": {"lsq": True},
+        "all": {"distill": 0.5, "ema": 0.9, "reestimate": 2},
     },
 }
 
@@ -102,6 +102,7 @@ def study(tmp_path_factory, images):
         GRID | {"estimators": ["daq", "ewgs"], "lr": [0.05]},
         GRID | {"estimators": ["soft"], "lr": [0.05], "epochs": [1]},
         GRID | {"estimators": ["daq"], "lr": [0.01], "optimizer": "muon", "epochs": [1]},
+        GRID | {"estimators": ["all"], "lr": [0.05]},
         GRID | {"estimators": ["daq"], "lr": "best", "epochs": [3]},
     ]
     (folder / "study.yaml").write_text(yaml.safe_dump(TINY | {"grids": grids}))
@@ -121,14 +122,14 @@ def test_each_run_is_one_line_with_what_it_was(study):
     rows = read_rows(study / "results.jsonl")
     names = [(row["estimator"], row["optimizer"], row["epochs"]) for row in rows]
     sgd, soft = [("daq", "sgd", 2), ("ewgs", "sgd", 2)], ("soft", "sgd", 1)
-    assert names == [("float", "sgd", 1), *sgd, soft, ("daq", "muon", 1), ("daq", "sgd", 3)]
+    assert names == [("float", "sgd", 1), *sgd, soft, ("daq", "muon", 1), ("all", "sgd", 2), ("daq", "sgd", 3)]
     for row in rows:
         assert len(row["history"]) == row["epochs"]
         assert row["heldout"] == row["history"][-1]["heldout"]
         assert 0 < row["test"] < 100
         assert row["versions"]["hf_daq"] == hf_daq.__version__
     assert "gap" in rows[3]
-    assert rows[5]["lr"] == 0.05
+    assert rows[6]["lr"] == 0.05
     assert not list((study / "work").glob("*[!t]-*.pt"))
 
 
@@ -238,6 +239,25 @@ def test_updates_with_rates_in_tensors_are_those_of_torch(study, images, monkeyp
     for (name, one), two in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
         difference = (one.double() - two.double()).norm() / two.double().norm().clamp_min(1e-6)
         assert difference < 0.05, name
+
+
+def test_what_is_deployed_is_the_average_with_statistics_of_its_own(study, images):
+    run = Run("resnet8_cifar", "2/2", "all", {"ema": 0.5, "reestimate": 2}, "sgd", 0.05, 1, 0)
+    settings, model, _ = network(study, images, run)
+    training = side_by_side.Training(settings, run, images, model)
+    weight = model.layer1[0].conv1.weight
+    seen = [weight.detach().clone()]
+    training.start_epoch()
+    for _ in range(2):
+        training.advance()
+        seen.append(weight.detach().clone())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with training.deployed():
+        torch.testing.assert_close(weight.detach(), 0.25 * seen[0] + 0.25 * seen[1] + 0.5 * seen[2])
+        assert not torch.equal(model.layer1[0].bn1.running_mean, before["layer1.0.bn1.running_mean"])
+        assert model.layer1[0].bn1.num_batches_tracked == before["layer1.0.bn1.num_batches_tracked"]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_groups_train_the_same_network_and_the_longest_go_first():

@@ -67,13 +67,17 @@ class Worker:
 
     def __call__(self, runs: list[Run]) -> list[dict[str, Any]]:
         """The results of runs that are trained at the same time."""
+        teacher = None
         if runs[0].bits == "float":
             models = [new_model(self.study, self.images.classes).to(self.images.device) for _ in runs]
         else:
             path = self.work / f"float-{self.study.network}.pt"
             state = torch.load(path, weights_only=True)
             models = [quantized_model(self.study, run, self.images, state) for run in runs]
-        trainings = [Training(self.study, run, self.images, model) for run, model in zip(runs, models, strict=True)]
+            teacher = new_model(self.study, self.images.classes).to(self.images.device)
+            teacher.load_state_dict(state)
+        pairs = zip(runs, models, strict=True)
+        trainings = [Training(self.study, run, self.images, model, teacher) for run, model in pairs]
         rows = []
         for training in train(trainings, self.work):
             rows.append(training.result())

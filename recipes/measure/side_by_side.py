@@ -9,6 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from measure.brevitas_layers import use_brevitas
 from measure.ewgs import use_ewgs
 from measure.learned_steps import steps_of, use_lsq, use_paretoq
 from measure.study import Run, Study
+from shared.distillation import Distillation, distill
 from shared.loop import EpochShuffle, cosine
 
-OTHER = {"rate", "ewgs", "lsq", "paretoq", "brevitas"}
+OTHER = {"rate", "ewgs", "lsq", "paretoq", "brevitas", "distill", "ema", "reestimate"}
 """Settings of an estimator that are no fields of DaqConfig."""
 
 
@@ -71,7 +73,9 @@ class Images:
         return order.view(self.batches, self.batch_size).to(self.device)
 
     def first(self, count: int) -> Iterator[Tensor]:
-        """Batches to calibrate with."""
+        """Batches to calibrate with, the same for all runs."""
+        self.train.augment.seed = 0
+        self.train.start_epoch(0)
         for rows in itertools.islice(self.order(0, 0), count):
             yield self.train.__getitems__(rows)[0]
 
@@ -189,8 +193,9 @@ class Training:
     lie in tensors on the device. `tensors` are all that it changes.
     """
 
-    def __init__(self, study: Study, run: Run, images: Images, model: nn.Module):
+    def __init__(self, study: Study, run: Run, images: Images, model: nn.Module, teacher: nn.Module | None = None):
         self.study, self.run, self.images, self.model = study, run, images, model
+        self.teacher = teacher.eval() if teacher and "distill" in run.settings else None
         self.data = copy.copy(images.train)
         device = images.device
         self.optimizers = optimizers_of(study, run, model)
@@ -211,11 +216,21 @@ class Training:
         self.stream = torch.cuda.Stream() if device.type == "cuda" else None
         self.graph: Any = None
         self.start = {key: value.clone() for key, value in model.state_dict().items()}
+        self.averaged: list[Tensor] = []
+        if "ema" in run.settings:
+            self.learned = [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
+            self.averaged = [tensor.detach().clone() for tensor in self.learned]
         self.prepare()
 
     def loss(self, batch: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(batch.device.type, torch.bfloat16):
-            return F.cross_entropy(self.model(batch), labels)
+            outputs = self.model(batch)
+            loss = F.cross_entropy(outputs, labels)
+            if self.teacher is not None:
+                with torch.no_grad():
+                    target = self.teacher(batch)
+                loss = distill(loss, outputs, target, Distillation(self.run.settings["distill"], temperature=1.0))
+        return loss
 
     def update(self) -> None:
         rows = self.order.index_select(0, self.done % self.images.batches)[0]
@@ -228,6 +243,10 @@ class Training:
             optimizer.step()
         self.loss_sum += loss.detach()
         self.done += 1
+        if self.averaged:
+            torch._foreach_lerp_(
+                self.averaged, [tensor.detach() for tensor in self.learned], 1 - self.run.settings["ema"]
+            )
 
     def prepare(self) -> None:
         """Some updates, which compile kernels and give optimizers their state; on a GPU one more, as a graph; and back."""
@@ -244,8 +263,10 @@ class Training:
                 self.update()
         self.model.load_state_dict(self.start)
         for name, tensor in self.tensors().items():
-            if not name.startswith("model."):
+            if not name.startswith(("model.", "averaged.")):
                 tensor.zero_()
+        for average, tensor in zip(self.averaged, self.learned if self.averaged else [], strict=True):
+            average.copy_(tensor.detach())
 
     def tensors(self) -> dict[str, Tensor]:
         """By name."""
@@ -254,6 +275,7 @@ class Training:
             for place, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
                 for name, tensor in optimizer.state[parameter].items():
                     found[f"optimizer.{number}.{place}.{name}"] = tensor
+        found |= {f"averaged.{number}": tensor for number, tensor in enumerate(self.averaged)}
         return found | {"done": self.done}
 
     def start_epoch(self) -> None:
@@ -276,10 +298,25 @@ class Training:
                 self.graph.replay()
 
     def end_epoch(self) -> None:
-        held_out = accuracy(self.model, self.images.plain, self.images.heldout_rows)
+        with self.deployed():
+            held_out = accuracy(self.model, self.images.plain, self.images.heldout_rows)
         loss = self.loss_sum.item() / self.images.batches
         self.history.append({"loss": round(loss, 4), "heldout": round(held_out, 3)})
         print(f"{self.run}: epoch {len(self.history)}, {self.history[-1]}", flush=True)
+
+    @contextmanager
+    def deployed(self) -> Iterator[None]:
+        """Inside, the network has the averages of its weights, and the statistics of its last codes, where the run says so."""
+        kept = [tensor.detach().clone() for tensor in (*self.model.parameters(), *self.model.buffers())]
+        with torch.no_grad():
+            for tensor, average in zip(self.learned if self.averaged else [], self.averaged, strict=True):
+                tensor.copy_(average)
+        if "reestimate" in self.run.settings and len(self.history) >= self.run.epochs - 1:
+            hf_daq.reestimate_batch_norm(self.model, list(self.images.first(self.run.settings["reestimate"])))
+        yield
+        with torch.no_grad():
+            for tensor, old in zip((*self.model.parameters(), *self.model.buffers()), kept, strict=True):
+                tensor.copy_(old)
 
     def save(self, path: Path) -> None:
         tensors = {name: tensor.cpu() for name, tensor in self.tensors().items()}
@@ -294,13 +331,12 @@ class Training:
             tensor.detach().copy_(saved["tensors"][name])
 
     def result(self) -> dict[str, Any]:
-        found = {
-            "heldout": self.history[-1]["heldout"],
-            "test": accuracy(self.model, self.images.test, torch.arange(len(self.images.test))),
-        }
-        if self.run.settings.get("rounding") == "soft":
-            held_out = self.images.plain, self.images.heldout_rows
-            found["gap"] = accuracy(self.model, *held_out, soft=True) - found["heldout"]
+        found = {"heldout": self.history[-1]["heldout"]}
+        with self.deployed():
+            found["test"] = accuracy(self.model, self.images.test, torch.arange(len(self.images.test)))
+            if self.run.settings.get("rounding") == "soft":
+                held_out = self.images.plain, self.images.heldout_rows
+                found["gap"] = accuracy(self.model, *held_out, soft=True) - found["heldout"]
         versions = {module.__name__: module.__version__ for module in (torch, timm, hf_daq)}
         device = self.images.device
         return {
