@@ -16,6 +16,7 @@ deployed; `gap` is what the soft quantizer has more in training, before it is ro
 """
 
 import argparse
+import copy
 import itertools
 import json
 import multiprocessing
@@ -66,18 +67,14 @@ class Worker:
         self.study, self.images, self.work = study, images.to(args.device), args.work
 
     def __call__(self, runs: list[Run]) -> list[dict[str, Any]]:
-        """The results of runs that are trained at the same time."""
+        """The results of runs that are trained at the same time, and start with the same network."""
+        start = new_model(self.study, self.images.classes).to(self.images.device)
         teacher = None
-        if runs[0].bits == "float":
-            models = [new_model(self.study, self.images.classes).to(self.images.device) for _ in runs]
-        else:
-            path = self.work / f"float-{self.study.network}.pt"
-            state = torch.load(path, weights_only=True)
-            models = [quantized_model(self.study, run, self.images, state) for run in runs]
-            teacher = new_model(self.study, self.images.classes).to(self.images.device)
-            teacher.load_state_dict(state)
-        pairs = zip(runs, models, strict=True)
-        trainings = [Training(self.study, run, self.images, model, teacher) for run, model in pairs]
+        if runs[0].bits != "float":
+            state = torch.load(self.work / f"float-{self.study.network}.pt", weights_only=True)
+            start.load_state_dict(state)
+            start, teacher = quantized_model(self.study, runs[0], self.images, state), start
+        trainings = [Training(self.study, run, self.images, copy.deepcopy(start), teacher) for run in runs]
         rows = []
         for training in train(trainings, self.work):
             rows.append(training.result())
