@@ -123,6 +123,7 @@ def test_one_compiled_graph_with_either_way():
         assert weights[0].path(row) == "unpacked"  # nothing is compiled here but by torch.compile
         for network, inputs in [(model, x), (weights, row), (weights, torch.randn(3, 205))]:
             torch._dynamo.reset()
+            network(inputs)
             found = torch.compile(network, fullgraph=True, backend="aot_eager")(inputs)
             assert close(found, plain(network, inputs))
     torch._dynamo.reset()

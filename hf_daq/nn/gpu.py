@@ -38,6 +38,12 @@ def used(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
+@torch._dynamo.assume_constant_result  # type: ignore[attr-defined]
+def in_graph() -> bool:
+    """Whether a graph is made to be run here; not to be exported. In graphs older versions of torch always say that it is."""
+    return not torch.compiler.is_exporting()
+
+
 def _run(compiled: Kernels, tensors: tuple[Tensor, ...], constants: tuple[Any, ...], shapes: tuple[Any, ...]) -> Any:
     """Compiled, but in a graph of others and where nothing can be compiled. Kernels of all sizes serve those above 1."""
     one = any(1 in tensor.shape and 1 not in shape for tensor, shape in zip(tensors, shapes, strict=True))
@@ -185,10 +191,11 @@ def serves_row(layer: Any, x: Tensor) -> bool:
 
 def _serves(coded: Any, dtype: torch.dtype) -> bool:
     count, stream = math.prod(coded.shape), coded.stream
-    if not _SMALL < count < _MANY or dtype not in _ROUNDING or torch.compiler.is_exporting():
+    if not _SMALL < count < _MANY or dtype not in _ROUNDING:
         return False
     if torch.compiler.is_compiling():
-        return True
+        known: bool = in_graph()
+        return known
     fits = stream.numel() == packed_size(count, stored_bits(coded.bits, coded.grid))
     return (
         fits
@@ -342,9 +349,16 @@ def serves_int4(layer: Any, x: Tensor) -> bool:
         and (bias is None or bias.dtype == x.dtype)
         and not torch.is_autocast_enabled(x.device.type)
         and not (torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in learned))
-        and not torch.compiler.is_exporting()
-        and _has_int4(layer)
+        and (_known_int4(layer) if torch.compiler.is_compiling() else _has_int4(layer))
     )
+
+
+def _known_int4(layer: Any) -> bool:
+    """In a graph: where a forward before found that it serves, or it can be found while the graph is made."""
+    kept: Int4 | None = layer._int4
+    if kept is not None:
+        return kept.weight is not None and in_graph()
+    return not torch.compiler.is_exporting() and _has_int4(layer)
 
 
 def int4_forward(layer: Any, x: Tensor) -> Tensor:

@@ -69,7 +69,10 @@ def serves(layer: Any, x: Tensor) -> bool:
     if layer.a_quant is None or layer.weight_codes.device != x.device or not _suits(layer, x):
         return False
     if torch.compiler.is_compiling():
-        known: bool = _is_prepared(layer)
+        kept: Prepared | None = layer._prepared
+        if kept is not None and kept.int8 is not None:
+            return gpu.in_graph()  # type: ignore[no-any-return]
+        known: bool = not torch.compiler.is_exporting() and _is_prepared(layer)
         return known
     return prepared(layer).computes()
 
@@ -87,7 +90,7 @@ def _suits(layer: Any, x: Tensor) -> bool:
             return False
         if x.requires_grad and (torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)):
             return False
-    return not torch.compiler.is_exporting() if torch.compiler.is_compiling() else at_hand(x)
+    return torch.compiler.is_compiling() or at_hand(x)
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[attr-defined]

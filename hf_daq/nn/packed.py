@@ -18,6 +18,7 @@ from ..errors import ModelError
 from .base import DaqLayer
 from .bitpack import packed_size, unpack_rows
 from .codes import Coded, encode
+from .gpu import Int4
 from .layers import LAYER_TYPES, QuantizedLayer, quantize_layer
 from .onednn import Prepared
 from .paths import output, path_of
@@ -70,6 +71,7 @@ class PackedLayer(DaqLayer):
     quantizing: dict[str, Any]
     fast = False
     _prepared: Prepared | None = None
+    _int4: Int4 | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """A float layer: adapters are built with the class of the layer beside them. Copies come without arguments."""
