@@ -354,11 +354,14 @@ def serves_int4(layer: Any, x: Tensor) -> bool:
 
 
 def _known_int4(layer: Any) -> bool:
-    """In a graph: where a forward before found that it serves, or it can be found while the graph is made."""
+    """In a graph: found while it is made; where `is_exporting` says so in every graph, in a forward before."""
+    if not torch.compiler.is_exporting():
+        found: bool = _has_int4(layer)
+        return found
+    if not in_graph():
+        return False
     kept: Int4 | None = layer._int4
-    if kept is not None:
-        return kept.weight is not None and in_graph()
-    return not torch.compiler.is_exporting() and _has_int4(layer)
+    return kept is not None and kept.weight is not None
 
 
 def int4_forward(layer: Any, x: Tensor) -> Tensor:

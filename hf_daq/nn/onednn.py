@@ -69,10 +69,7 @@ def serves(layer: Any, x: Tensor) -> bool:
     if layer.a_quant is None or layer.weight_codes.device != x.device or not _suits(layer, x):
         return False
     if torch.compiler.is_compiling():
-        kept: Prepared | None = layer._prepared
-        if kept is not None and kept.int8 is not None:
-            return gpu.in_graph()  # type: ignore[no-any-return]
-        known: bool = not torch.compiler.is_exporting() and _is_prepared(layer)
+        known: bool = _is_prepared(layer) if not torch.compiler.is_exporting() else _was_prepared(layer, x)
         return known
     return prepared(layer).computes()
 
@@ -97,6 +94,14 @@ def _suits(layer: Any, x: Tensor) -> bool:
 def _is_prepared(layer: Any) -> bool:
     """As `prepared`, once while a model is compiled; the graph then has what the layer keeps."""
     return prepared(layer, graph=True).computes(graph=True)
+
+
+def _was_prepared(layer: Any, x: Tensor) -> bool:
+    """On a GPU, whether a forward prepared the layer, where `is_exporting` says so in every graph."""
+    if not gpu.used(x) or not gpu.in_graph():
+        return False
+    kept: Prepared | None = layer._prepared
+    return kept is not None and kept.int8 is not None
 
 
 def prepared(layer: Any, graph: bool = False) -> Prepared:
