@@ -83,7 +83,7 @@ def calibrate(model: nn.Module, *, check: bool = True) -> Iterator[nn.Module]:
         )
     refuse_wrapped(model)
     refuse_adapted_weights(model, "calibrated")
-    if any(is_shard(layer.weight) for layer in layers.values()):
+    if any(is_shard(layer.first_parameter) for layer in layers.values()):
         raise ModelError(f"calibrate cannot see through a sharded model; the order is: {ORDER}")
     if any(layer.weight.is_meta for layer in layers.values()):
         raise ModelError(f"calibrate needs the weights, and the model is offloaded; {ONLOAD}")

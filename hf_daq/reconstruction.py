@@ -85,7 +85,7 @@ def _checked(model: nn.Module, what: str) -> dict[str, QuantizedLayer]:
         state = "packed: hf_daq.unpack(model) comes first" if packed_layers(model) else "not quantized, or wrapped"
         raise ModelError(f"{what} needs the model that apply_daq returned; this one is {state}")
     refuse_wrapped(model)
-    if any(is_shard(layer.weight) for layer in layers.values()):
+    if any(is_shard(layer.first_parameter) for layer in layers.values()):
         raise ModelError(f"{what} needs whole weights, and the model is sharded; the order is: {ORDER}")
     check_calibrated(layers, what)
     refuse_adapted_weights(model, "reconstructed")

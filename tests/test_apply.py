@@ -99,15 +99,12 @@ def parametrized(layer):
     nn.utils.parametrize.register_parametrization(layer, "weight", Symmetric())
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
 @pytest.mark.parametrize(
     ("change", "call"),
     [
         (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), r"utils.prune.remove\(layer, 'weight'\)"),
         (lambda layer: prune.random_unstructured(layer, "bias", 2), r"utils.prune.remove\(layer, 'bias'\)"),
-        (nn.utils.weight_norm, r"utils.remove_weight_norm\(layer, 'weight'\)"),
         (nn.utils.spectral_norm, r"utils.remove_spectral_norm\(layer, 'weight'\)"),
-        (nn.utils.parametrizations.weight_norm, "remove_parametrizations"),
         (spectral, "remove_parametrizations"),
         (nn.utils.parametrizations.orthogonal, "remove_parametrizations"),
         (parametrized, "remove_parametrizations"),

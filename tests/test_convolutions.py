@@ -175,15 +175,14 @@ def test_onnx_with_8_bit_outputs(tmp_path):
     assert report.passed
 
 
-def test_normalized_weights_stay_in_full_precision_and_are_named():
-    old = nn.utils.weight_norm
-    with pytest.warns(FutureWarning):
-        net = nn.Sequential(old(nn.Conv1d(4, 4, 3)), nn.Conv1d(4, 4, 3), nn.Conv1d(4, 4, 3))
-    nn.utils.parametrizations.weight_norm(net[2])
+def test_weights_with_spectral_normalization_stay_in_full_precision_and_are_named():
+    old, new = nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm
+    net = nn.Sequential(old(nn.Conv1d(4, 4, 3)), nn.Conv1d(4, 4, 3), new(nn.Conv1d(4, 4, 3)))
     assert computed_weights(net).keys() == {"0", "2"}
     plan = hf_daq.plan(net, bits=4, first_last_bits=4)
     assert plan.quantized.keys() == {"1"}
-    assert "torch.nn.utils.remove_weight_norm(layer, 'weight') makes it one" in plan.unsupported["0"].reason
+    assert plan.unsupported.keys() == {"0", "2"}
+    assert "torch.nn.utils.remove_spectral_norm(layer, 'weight') makes it one" in plan.unsupported["0"].reason
     hf_daq.apply_daq(net, bits=4, first_last_bits=4)
     assert quantized_layers(net).keys() == {"1"}
 

@@ -284,8 +284,7 @@ def _packed_bytes(
         total += packed_bytes(layer.parameters, layer.weight_bits, math.prod(scale[1]), config.grid(layer.weight_bits))
         shift = header.tensors.get(f"{name}.w_quant.shift")
         if shift is not None and f"{name}.bias" not in header.tensors:  # the bias that the correction becomes
-            dtype, _ = header.tensors.get(f"{name}.weight", ("F32", ()))
-            total += _size(dtype, shift[1])
+            total += layer.float_bytes // layer.parameters * math.prod(shift[1])
     return total
 
 

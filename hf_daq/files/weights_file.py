@@ -38,13 +38,13 @@ def header_metadata(
 
     Args:
         names: layer -> its name in the file, where that is another.
-        weights: layer of experts -> the tensors in the file that hold its weight, where these are others than in the model.
+        weights: of `weights_elsewhere`, with the names in the file, where these are others than in the model.
     """
     content: dict[str, Any] = {"hf_daq_version": __version__, "quantization_config": model.daq_config.to_dict()}
     shapes = _shapes(model)
     if shapes:
         content["shapes"] = shapes
-    held = {name: [key] for name, key in weights_of_experts(model).items()} if weights is None else weights
+    held = weights_elsewhere(model) if weights is None else weights
     if held:
         content["weights"] = dict(held)
     tied = {name: layer.owner.daq_name for name, layer in daq_layers(model).items() if layer.owner is not None}
@@ -61,13 +61,14 @@ def _shapes(model: nn.Module) -> dict[str, list[int]]:
     """Of packed weights and those of experts, by the layers that have them."""
     packed = {name: list(layer.shape) for name, layer in packed_layers(model).items() if layer.owner is None}
     modules = dict(model.named_modules())
-    return packed | {name: list(modules[name].sizes) for name in weights_of_experts(model)}  # type: ignore[arg-type, call-overload]
+    sizes = {name: getattr(modules[name], "sizes", None) for name in weights_elsewhere(model)}
+    return packed | {name: list(size or modules[name].weight_shape()) for name, size in sizes.items()}  # type: ignore[operator]
 
 
-def weights_of_experts(model: nn.Module) -> dict[str, str]:
-    """Trainable layers of experts, each with the name of its weight in the state dict."""
-    keys = {name: layer.weight_key(name) for name, layer in quantized_layers(model).items()}
-    return {name: key for name, key in keys.items() if key != f"{name}.weight"}
+def weights_elsewhere(model: nn.Module) -> dict[str, list[str]]:
+    """Trainable layers whose weight has another name in the state dict than "weight", each with those of what it is made of."""
+    keys = {name: layer.weight_keys(name) for name, layer in quantized_layers(model).items()}
+    return {name: own for name, own in keys.items() if own != [f"{name}.weight"]}
 
 
 def write_checkpoint(

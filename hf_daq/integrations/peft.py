@@ -28,6 +28,7 @@ from ..nn.kept import Fingerprint
 from ..nn.packed import PackedLayer
 from ..nn.quantizers import is_shard
 from ..nn.siblings import once
+from ..nn.weight_norm import Normed
 
 INSIDE, WITH_BOUNDS = "daq", "daq_bounds"
 
@@ -248,6 +249,8 @@ def inside(config: Any, adapter_name: str, target: Any, **kwargs: Any) -> nn.Mod
         problem = f"computes with the weight of layer {target.owner.daq_name!r}"
     elif isinstance(target, DaqLayer) and target.standardizes:
         problem = "standardizes its weight in every forward"
+    elif isinstance(target, Normed):
+        problem = "normalizes its weight in every forward"
     elif getattr(target, "groups", 1) > 1:
         problem = "is a convolution with groups"
     else:

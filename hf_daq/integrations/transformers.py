@@ -42,7 +42,7 @@ from ..files.header import (
     weights_files,
 )
 from ..files.push import push_folder
-from ..files.weights_file import check_values, header_metadata, layer_problem, weights_of_experts
+from ..files.weights_file import check_values, header_metadata, layer_problem, weights_elsewhere
 from ..model.patch import patch, start_layer, start_weights, unpatch
 from ..model.roles import is_transformers_model, weight_modules
 from ..model.unchanged import check_opens, check_unchanged
@@ -163,11 +163,11 @@ def _names_in_file(model: Any) -> dict[str, str]:
 
 
 def _weights_in_file(model: Any) -> dict[str, list[str]]:
-    """Layer of experts -> the tensors that hold its weight in the file, where transformers has one for each expert."""
+    """Layer -> the tensors that hold its weight in the file, where transformers has one for each expert."""
     found = {}
-    for name, key in weights_of_experts(model).items():
-        sizes = model.get_parameter(key).shape
-        keys = revert_weight_conversion(model, {key: torch.empty(sizes, device="meta")})
+    for name, own in weights_elsewhere(model).items():
+        tensors = {key: torch.empty(model.get_parameter(key).shape, device="meta") for key in own}
+        keys = revert_weight_conversion(model, tensors)
         forms = Counter(map(starred, keys))
         found[name] = sorted({starred(key) if forms[starred(key)] > 1 else key for key in keys})
     return found
@@ -399,8 +399,8 @@ def _check_loaded(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
     kinds = model.named_parameters, model.named_buffers
     tensors = {name: tensor for named in kinds for name, tensor in named(remove_duplicate=False)}
     for name, layer in daq_layers(model).items():
-        fresh = layer.owner is None and isinstance(layer, QuantizedLayer)
-        if fresh and not getattr(layer.weight, "_is_hf_initialized", False):
+        fresh = isinstance(layer, QuantizedLayer) and layer.owner is None
+        if fresh and not getattr(layer.first_parameter, "_is_hf_initialized", False):  # type: ignore[attr-defined]
             _start_new(layer, model.daq_config)  # type: ignore[arg-type]
         for key in layer.state_dict():
             if "_quant." not in key and layer.w_quant is not None:

@@ -56,7 +56,9 @@ def _check(optimizer: Optimizer, *_: Any) -> None:
         return
     _checked.add(optimizer)
     own = _parameters(optimizer)
-    models = [m for m in list(_models) if any(id(layer.weight) in own for layer in quantized_layers(m).values())]
+    models = [
+        m for m in list(_models) if any(id(layer.first_parameter) in own for layer in quantized_layers(m).values())
+    ]
     for model in models:
         if processes() > 1 and not _is_wrapped(model) and not any(map(is_shard, model.parameters())):
             logger.warning(
@@ -69,7 +71,7 @@ def _check(optimizer: Optimizer, *_: Any) -> None:
         f"{name}.{side}": id(parameter)
         for model in models
         for name, layer in quantized_layers(model).items()
-        if id(layer.weight) in own
+        if id(layer.first_parameter) in own
         for side, quantizer in layer.quantizers.items()
         for parameter in quantizer.parameters()
         if parameter.requires_grad and id(parameter) not in own

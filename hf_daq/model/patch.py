@@ -22,6 +22,7 @@ from ..nn.quantizers import is_shard
 from ..nn.siblings import groups_left, link, regroup, with_owners
 from ..nn.swap import hides_forward
 from ..nn.tied import tie_layer, unpack_tied
+from ..nn.weight_norm import give_norms_back, hold_norms
 from .guards import ORDER, refuse_wrapped, watch
 from .plan import Plan, plan
 from .roles import computed_weights, kept_computed_weights
@@ -49,6 +50,7 @@ def patch(model: nn.Module, config: DaqConfig) -> None:
     holders = _holders(model, planned.quantized)
     _check_forwards(holders)
     split_experts(holders.values())
+    hold_norms(holders.values())
     split(model.get_submodule(name.rpartition(".")[0]) for name in planned.quantized)
     for name, row in planned.quantized.items():
         assert row.weight_bits is not None
@@ -117,7 +119,7 @@ def restart_weights(model: nn.Module) -> None:
         state = "packed: hf_daq.unpack(model) comes first" if packed_layers(model) else "not quantized, or wrapped"
         raise ModelError(f"restart needs the model that apply_daq returned; this one is {state}")
     for name, layer in layers.items():
-        if is_shard(layer.weight):
+        if is_shard(layer.first_parameter):
             raise ModelError("restart needs whole weights, and the model is sharded: restart before it is prepared")
         if not layer.calibrated:
             raise CalibrationError(f"layer {name!r} is not calibrated: `with hf_daq.calibrate(model): model(batch)`")
@@ -144,6 +146,7 @@ def quantize_replaced(model: nn.Module, before: dict[str, DaqLayer]) -> None:
         layer: Any = modules.get(name)
         if isinstance(layer, DaqLayer):
             continue
+        hold_norms(() if layer is None or config.packed else (layer,))
         if type(layer) not in LAYER_TYPES or config.packed:
             del bits[name]
             continue
@@ -184,11 +187,12 @@ def unpatch(model: nn.Module, quantized: bool = False) -> None:
                 bias = layer.quantized_bias()
                 if bias is not None and layer.w_quant.shift is not None:
                     layer.bias = nn.Parameter(bias.clone())
-                layer.weight.copy_(values[name])
+                layer.write_weight(values[name])
     for layer in layers.values():
         restore_layer(layer)
     join_experts(model)
     join(model)
+    give_norms_back(model)
     switch_fast_paths(model, True)
     for module in model.modules():
         if hasattr(module, "daq_qkv_bias_separate"):
@@ -207,7 +211,7 @@ def pack_layers(model: nn.Module) -> None:
     refuse_wrapped(model)
     check_unchanged(model)
     for layer in layers.values():
-        if is_shard(layer.weight):
+        if is_shard(layer.first_parameter):
             raise ModelError("the model is sharded; gather and save it, open it again, then pack it")
         if layer.weight.is_meta:
             raise ModelError(f"the model is offloaded; {ONLOAD}")

@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..nn.attention import Projection, projections
 from ..nn.layers import CONVOLUTIONS, LAYER_TYPES, TRANSPOSED
 from ..nn.subclasses import know_subclasses
+from ..nn.weight_norm import Normed, as_normed
 from ..text import add_row, as_text, bits_text, cell, plain_table, shape_text
 from .macs import count_macs
 from .roles import (
@@ -174,11 +175,11 @@ def plan(model: nn.Module, config: DaqConfig | None = None, inputs: Any = None, 
 
 
 def _layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """By name, with the projections of attentions in the place of these."""
+    """By name, with the projections of attentions in the place of these, and layers with weight normalization as they will be."""
     found: dict[str, nn.Module] = {}
     for name, module in weight_modules(model):
         parts: dict[str, nn.Module] = {**projections(module)}
-        found |= {f"{name}.{part}".lstrip("."): layer for part, layer in parts.items()} or {name: module}
+        found |= {f"{name}.{part}".lstrip("."): layer for part, layer in parts.items()} or {name: as_normed(module)}
     return found
 
 
@@ -337,8 +338,12 @@ def _saved_bytes(module: Any, row: PlannedLayer, config: DaqConfig) -> int:
         packed += 8  # bounds of the inputs, both in float32
     if isinstance(module, CONVOLUTIONS + TRANSPOSED) and module.bias is None and config.bias_correction:
         packed += shape[0] * module.weight.itemsize
-    own = {name: value for name, value in module.named_parameters(recurse=False) if name != "bias"}
-    float_bytes: int = sum(value.nbytes for value in (own | {"weight": module.weight}).values())
+    if isinstance(module, Normed):
+        own = module.parts
+    else:  # a projection has its weight elsewhere
+        held = {name: value for name, value in module.named_parameters(recurse=False) if name != "bias"}
+        own = list((held | {"weight": module.weight}).values())
+    float_bytes: int = sum(value.nbytes for value in own)
     return float_bytes - packed
 
 

@@ -20,6 +20,7 @@ from ..nn.experts import ExpertsLinear, SplitExperts, fused_experts
 from ..nn.layers import CONVOLUTIONS, LAYER_TYPES, TRANSPOSED
 from ..nn.packed import PackedLayer
 from ..nn.tied import TIED_TYPES
+from ..nn.weight_norm import Normed, normed_type
 from .traced import likely_ends, traced_ends
 
 _ROUTER_NAMES = ("gate", "shared_expert_gate", "router")
@@ -29,6 +30,7 @@ _NOT_THE_VALUES = ("dtype", "device", "shape", "data", "requires_grad", "ndim")
 def weight_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules that own a weight of two or more dimensions: convolutions, linear layers, and all that resembles them. Of
     fused experts, the layers into which they can be split, though they are no modules of the model yet."""
+    inside: set[str] = set()  # of layers whose weight is computed
     for name, module in model.named_modules():
         if layers := fused_experts(module):
             yield from ((f"{name}.{key}".lstrip("."), ExpertsLinear(module, own)) for key, own in layers.items())
@@ -39,6 +41,9 @@ def weight_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         if issubclass(type(module), tuple(LAYER_TYPES)) and parametrize.is_parametrized(module, "weight"):
             yield name, module
+            inside.add(f"{name}.parametrizations.weight".lstrip("."))
+            continue
+        if name in inside:
             continue
         if isinstance(module, DaqMultiheadAttention) and isinstance(
             module.q_proj, DaqLayer
@@ -217,11 +222,12 @@ def _tied_pairs(model: nn.Module) -> list[tuple[str, str]]:
 
 
 def computed_weights(model: nn.Module) -> dict[str, str]:
-    """Layers whose weight or bias is no Parameter but computed from others, as pruning and normalization of weights do it, with
-    the call that makes it one again."""
+    """Layers whose weight or bias is no Parameter but computed from others, as pruning and spectral normalization do it, with the
+    call that makes it one again. Weight normalization is no such case: it has a quantized form."""
     found = {}
     for name, module in model.named_modules():
-        if issubclass(type(module), tuple(LAYER_TYPES)):
+        known = issubclass(type(module), tuple(LAYER_TYPES))
+        if known and not isinstance(module, Normed) and normed_type(module) is None:
             for key in ("weight", "bias"):
                 if call := _call_to_undo(module, key):
                     found[name] = call
@@ -229,8 +235,7 @@ def computed_weights(model: nn.Module) -> dict[str, str]:
 
 
 def kept_computed_weights(model: nn.Module) -> dict[str, str]:
-    """Those of `computed_weights` that stay in full precision, with the reason. Speech models normalize the weights of most
-    convolutions in that way."""
+    """Those of `computed_weights` that stay in full precision, with the reason."""
     kinds = (nn.Conv1d, nn.Conv3d, *TRANSPOSED)
     return {
         name: f"its weight is computed; {call} makes it one"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..nn.attention import Projection
 from ..nn.experts import ExpertsLinear
@@ -64,7 +65,7 @@ def _own(module: Any) -> list[Tensor]:
         return module.float_values()
     if isinstance(module, ExpertsLinear):
         return [value for value in (module.weight, module.bias) if value is not None]
-    return list(module.parameters(recurse=False))
+    return list(module.parameters(recurse=is_parametrized(module)))
 
 
 def too_little(parts: Iterable[InFloat], total: int) -> bool:

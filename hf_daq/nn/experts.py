@@ -163,8 +163,8 @@ class DaqExpertsLinear(QuantizedLayer, ExpertsLinear):  # type: ignore[misc]
         layer.per_expert = config.weight_granularity == "tensor"
         return config.per_row().replace(bias_correction=False)
 
-    def weight_key(self, name: str) -> str:
-        return f"{name.rpartition('.')[0]}.{self.place[1]}".lstrip(".")
+    def weight_keys(self, name: str) -> list[str]:
+        return [f"{name.rpartition('.')[0]}.{self.place[1]}".lstrip(".")]
 
     def drop_parameters(self) -> None:
         module, parameter = self.place
@@ -202,6 +202,9 @@ class OneExpert:
 
     def stored(self, weight: Tensor) -> Tensor:
         return weight
+
+    def write_weight(self, weight: Tensor) -> None:
+        self.weight.copy_(weight)
 
     def codes(self) -> Tensor:
         return self.w_quant.codes(self.float_weight())

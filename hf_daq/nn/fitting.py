@@ -34,14 +34,17 @@ def whole_or_not(*layers: QuantizedLayer) -> Iterator[None]:
     """Layers whose changes inside are interrupted are as they were."""
     before = [{name: value.clone() for name, value in layer.state_dict().items()} for layer in layers]
     # Of some the weight is a part of what the module around them has.
-    weights = [None if "weight" in state else layer.weight.clone() for layer, state in zip(layers, before, strict=True)]
+    weights = [
+        None if layer.parameter_names[0] in state else layer.weight.clone()
+        for layer, state in zip(layers, before, strict=True)
+    ]
     try:
         yield
     except BaseException:
         for layer, state, weight in zip(layers, before, weights, strict=True):
             layer.load_state_dict(state)
             if weight is not None:
-                layer.weight.copy_(weight)
+                layer.write_weight(weight)
         raise
 
 
@@ -122,5 +125,5 @@ def _write_weight(
 
 def _write_values(layer: QuantizedLayer | OneExpert, values: Tensor, steps: Tensor) -> None:
     weight = values.reshape(layer.weight_shape())
-    layer.weight.copy_(layer.stored(weight.to(layer.weight.dtype)))
+    layer.write_weight(layer.stored(weight.to(layer.weight.dtype)))
     layer.w_quant.set_bounds(layer.float_weight(), steps)

@@ -42,6 +42,8 @@ class QuantizedLayer(DaqLayer):
     called, or a forward learns.
     """
 
+    parameter_names: ClassVar[tuple[str, ...]] = ("weight",)
+    """Of what the weight is made of; the first has its shape."""
     weight: Any
     w_quant: WeightQuantizer
     low_memory: bool
@@ -57,9 +59,9 @@ class QuantizedLayer(DaqLayer):
         """The config of a model as it holds for a float layer of `float_class`."""
         return config
 
-    def weight_key(self, name: str) -> str:
-        """In state dicts, for a layer of this name."""
-        return f"{name}.weight"
+    def weight_keys(self, name: str) -> list[str]:
+        """The names of `parameter_names` in state dicts, for a layer of this name."""
+        return [f"{name}.{key}" for key in self.parameter_names]
 
     def drop_parameters(self) -> None:
         """For codes that take their place."""
@@ -75,11 +77,24 @@ class QuantizedLayer(DaqLayer):
         """Shape of `float_weight`: (out, in / groups, ...)."""
         return tuple(self.weight.shape)
 
+    @property
+    def first_parameter(self) -> Any:
+        """Of `parameter_names`."""
+        return self.weight
+
+    def write_weight(self, weight: Tensor) -> None:
+        """Write values of `stored` to the parameters."""
+        self.weight.copy_(weight)
+
+    def slope(self) -> Tensor | None:
+        """How much of a small change of the first parameter is in the weight; None where it is the weight."""
+        return None
+
     def codes(self) -> Tensor:
         return self.w_quant.codes(self.float_weight())
 
     def quantized_bias(self) -> Tensor | None:
-        return self.w_quant.shifted(self.bias, self.weight.dtype)
+        return self.w_quant.shifted(self.bias, self.weight_dtype)
 
     @property
     def weight_bits(self) -> int:  # type: ignore[override]
@@ -142,13 +157,13 @@ class QuantizedLayer(DaqLayer):
         """Whether nothing learns here, and changes of these parameters can be seen."""
         if self._sharded or (torch.is_grad_enabled() and any(source.requires_grad for source in sources)):
             return False
-        if self.weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        if self.first_parameter.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
         return all(type(source) in (Tensor, nn.Parameter) and not source.is_inference() for source in sources)
 
     def _kept_weight(self, sources: list[Any]) -> Tensor:
         kept = self._kept
-        options = self.w_quant.result_dtype(self.weight), self.w_quant.training
+        options = self.w_quant.result_dtype(self.first_parameter), self.w_quant.training
         known = kept is not None and kept.options == options and kept.source.fits(sources)
         if kept is not None and known and kept.weight is not None:
             return kept.weight
@@ -164,7 +179,7 @@ class QuantizedLayer(DaqLayer):
 
     def train(self, mode: bool = True) -> Any:
         self._forget()
-        self._sharded = is_shard(self.weight)  # whole weights of all layers would undo the sharding
+        self._sharded = is_shard(self.first_parameter)  # whole weights of all layers would undo the sharding
         return super().train(mode)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -350,6 +365,10 @@ class StandardizedConv(_TimmConv):
         flat = self.weight.reshape(1, self.out_channels, -1)
         weight = F.batch_norm(flat, None, None, weight=gain, training=True, momentum=0.0, eps=self.eps)
         return weight.reshape_as(self.weight)
+
+    def slope(self) -> Tensor:
+        weight: Tensor = self.weight
+        return (self.float_weight().flatten(1).std(1) / weight.flatten(1).std(1)).view(-1, 1, 1, 1)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.same_pad:

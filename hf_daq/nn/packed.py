@@ -18,6 +18,7 @@ from ..errors import ModelError
 from .base import DaqLayer
 from .bitpack import packed_size, unpack_rows
 from .codes import Coded, encode
+from .computed import ComputedWeight
 from .gpu import Int4
 from .layers import LAYER_TYPES, QuantizedLayer, quantize_layer
 from .onednn import Prepared
@@ -36,20 +37,10 @@ _MADE = (
     "_int4",
     "_step",
 )  # from what a layer has, by the ways it computes: neither copied nor saved
-_WRITING = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
 
 
-class _ComputedWeight(Tensor):
-    """A weight that is computed when it is read: what is written to it would be lost."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-        if in_place or name in _WRITING or func == Tensor.data.__set__:  # type: ignore[attr-defined]
-            raise ModelError(_READ_ONLY)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+class _PackedWeight(ComputedWeight):
+    problem = _READ_ONLY
 
 
 class PackedLayer(DaqLayer):
@@ -156,7 +147,7 @@ class PackedLayer(DaqLayer):
         stored = self.stored(self._weight())
         if torch.compiler.is_compiling():
             return stored
-        computed: Any = stored.as_subclass(_ComputedWeight)
+        computed: Any = stored.as_subclass(_PackedWeight)
         computed._is_hf_initialized = True  # transformers initializes what is not
         return computed  # type: ignore[no-any-return]
 

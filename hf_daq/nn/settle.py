@@ -32,7 +32,7 @@ def settled(model: nn.Module, gathered: Mapping[str, Tensor] | None = None) -> M
     alone = gathered is None and processes() == 1
     replaced: dict[int, Tensor] = {}
     for name, layer in quantized_layers(model).items():
-        weight = tensors.get(layer.weight_key(name))
+        weight = tensors.get(layer.weight_keys(name)[0])
         if layer.owner is not None or weight is None or weight.is_meta or not layer.calibrated:
             continue
         moved = _settled_weight(_with_tensors(layer, name, tensors))
@@ -47,18 +47,24 @@ def settled(model: nn.Module, gathered: Mapping[str, Tensor] | None = None) -> M
 
 def _with_tensors(layer: QuantizedLayer, name: str, tensors: Mapping[str, Tensor]) -> Any:
     """A copy of the layer that computes with these tensors."""
-    copied, quantizer = copy.copy(layer), copy.copy(layer.w_quant)
-    for part, prefix in ((copied, name), (quantizer, f"{name}.w_quant")):
-        parameters: dict[str, Any] = {key: tensors.get(f"{prefix}.{key}") for key in part._parameters}
-        part._parameters = parameters
-    copied._parameters["weight"] = tensors[layer.weight_key(name)]  # type: ignore[assignment]
-    copied._modules = layer._modules | {"w_quant": quantizer}
+    copied = _part_with(layer, name, tensors)
+    (key, *_), (full, *_) = layer.parameter_names, layer.weight_keys(name)
+    if not full.startswith(f"{name}."):  # a parameter of the module around it
+        copied._parameters[key] = tensors[full]
+    return copied
+
+
+def _part_with(part: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> Any:
+    copied: Any = copy.copy(part)
+    copied._parameters = {key: tensors.get(f"{name}.{key}") for key in part._parameters}
+    children = part._modules.items()
+    copied._modules = {key: child and _part_with(child, f"{name}.{key}", tensors) for key, child in children}
     return copied
 
 
 def _settled_weight(layer: Any) -> Tensor | None:
     """The weight of a layer in which what was near a threshold has moved; None where nothing was."""
-    if layer.standardizes:
+    if layer.slope() is not None:
         return _settled_parameter(layer)
     whole = layer.float_weight()
     quantizer, weight = _by_rows(layer.w_quant, whole)
@@ -77,20 +83,20 @@ def _settled_weight(layer: Any) -> Tensor | None:
 
 
 def _settled_parameter(layer: Any) -> Tensor | None:
-    """The same where the weight is what standardizing made of the parameter: affine in each channel of it."""
+    """The same where the weight is computed from a parameter of its shape."""
     quantizer: WeightQuantizer = layer.w_quant
-    weight = original = layer.weight
+    place, _, key = layer.parameter_names[0].rpartition(".")
+    parameters = layer.get_submodule(place)._parameters
+    parameter = original = parameters[key]
     codes = quantizer.codes(layer.float_weight())
     for _ in range(_ROUNDS):
         before = layer.float_weight()
         moved = _moved(quantizer, before, codes)
         if moved is before:
             break
-        factor = before.flatten(1).std(1) / weight.flatten(1).std(1)
-        weight = weight + (moved - before) / factor.view(-1, 1, 1, 1)
-        layer._parameters["weight"] = weight
+        parameters[key] = parameter = parameter + layer.stored(moved - before) / layer.slope()
     same = torch.equal(quantizer.codes(layer.float_weight()), codes)
-    return weight if same and weight is not original else None
+    return parameter if same and parameter is not original else None
 
 
 def _apart(quantizer: WeightQuantizer, weight: Tensor) -> bool:

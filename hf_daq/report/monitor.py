@@ -137,7 +137,7 @@ class _Window:
     def __init__(self, layer: QuantizedLayer) -> None:
         self.layer = layer
         self.weights = math.prod(layer.weight_shape())
-        self.mesh = getattr(layer.weight, "device_mesh", None)
+        self.mesh = getattr(layer.first_parameter, "device_mesh", None)
         self.codes = self.own_codes()
         self.direction = torch.zeros_like(self.codes, dtype=torch.int8)  # of the last change
         self.oscillated = torch.zeros_like(self.codes, dtype=torch.bool)
@@ -210,9 +210,10 @@ class _Window:
 @contextmanager
 def _gathered(layer: QuantizedLayer) -> Iterator[None]:
     """Inside, a layer that FSDP2 shards has whole weights and bounds. All ranks have to come here."""
-    modules: list[nn.Module] = [layer, *layer.quantizers.values()]
+    modules: dict[nn.Module, None] = dict.fromkeys([*layer.modules(), *layer.quantizers.values()])
     kept = [(module, dict(module._parameters)) for module in modules]
-    found: dict[str, Any] = {"weight": layer.weight}  # which experts have in the module around them
+    around = len(layer.parameter_names) == 1  # experts have it in the module around them
+    found: dict[str, Any] = {"weight": layer.weight} if around else {}
     try:
         for module, parameters in kept:
             for name, value in (parameters | (found if module is layer else {})).items():
@@ -239,7 +240,7 @@ def _plain(name: str) -> str:
 
 def _check(layers: Mapping[str, QuantizedLayer]) -> None:
     for name, layer in layers.items():
-        if layer.weight.ndim < 2:  # FSDP1 and ZeRO-3 leave vectors
+        if layer.first_parameter.ndim < 2:  # FSDP1 and ZeRO-3 leave vectors
             raise ModelError(
                 f"Monitor can gather what FSDP2 shards, and {name!r} is sharded in another way: shard with FSDP2 "
                 "(fsdp_version: 2 for Accelerate), or leave the monitor out of this run"

@@ -60,14 +60,16 @@ class UNet(nn.Module):
 
 
 class Speech(nn.Module):
-    """Sound to sound: strided Conv1d, torch's own encoder, transposed Conv1d."""
+    """Sound to sound: strided Conv1d, torch's own encoder, transposed Conv1d, some with weight normalization."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = nn.Sequential(nn.Conv1d(1, 16, 8, 4), nn.GELU(), nn.Conv1d(16, 32, 4, 2, groups=2), nn.GELU())
+        norm = nn.utils.parametrizations.weight_norm
+        second = norm(nn.Conv1d(16, 32, 4, 2, groups=2), dim=2)
+        self.encoder = nn.Sequential(nn.Conv1d(1, 16, 8, 4), nn.GELU(), second, nn.GELU())
         layer = nn.TransformerEncoderLayer(32, 4, 48, 0.0, batch_first=True)
         self.mixer = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.decoder = nn.Sequential(nn.ConvTranspose1d(32, 16, 4, 2), nn.GELU(), nn.ConvTranspose1d(16, 1, 8, 4))
+        self.decoder = nn.Sequential(norm(nn.ConvTranspose1d(32, 16, 4, 2)), nn.GELU(), nn.ConvTranspose1d(16, 1, 8, 4))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.encoder(x)

@@ -87,10 +87,6 @@ def _timm_wrapper() -> Any:
     return tf.TimmWrapperForImageClassification(config)
 
 
-def _no_form(kind: str) -> str:
-    return f"no quantized form of {kind}"
-
-
 ARCHITECTURES: dict[str, Tiny] = {
     "bert": Tiny(
         of(tf.BertForSequenceClassification, tf.BertConfig, **BERT, num_labels=5),
@@ -547,8 +543,8 @@ ARCHITECTURES: dict[str, Tiny] = {
             ctc_zero_infinity=True,
         ),
         "audio",
-        14,
-        {"first layer": 1, _no_form("ParametrizedConv1d"): 1, _no_form("ParametrizationList"): 1, "head": 1},
+        15,
+        {"first layer": 1, "head": 1},
         tf.Wav2Vec2Model,
     ),
 }
