@@ -77,11 +77,14 @@ def test_the_standard_error_is_that_of_the_mean():
 def test_the_study_that_is_shipped_can_be_read_and_its_settings_exist():
     study = read_study(RECIPES / "configs" / "estimators.yaml")
     first = list(runs_of(study, study.grids[0], []))
-    assert len({run.file for run in first}) == len(first) == 2 * 2 * 4 * 3
+    assert len({run.file for run in first}) == len(first) == 3 * 2 * 4 * 3
     assert [run.seed for run in first] == sorted(run.seed for run in first)
+    other = read_study(RECIPES / "configs" / "estimators_resnet20.yaml")
+    for grid in (*study.grids, *other.grids):
+        assert set(grid) == {"part", *GRID, "estimators", "lr"}
     for settings in study.estimators.values():
         hf_daq.DaqConfig(bits=2, **{key: value for key, value in settings.items() if key not in side_by_side.OTHER})
-    with pytest.raises(SystemExit, match="no shorter run of daq at 1/1 with sgd"):
+    with pytest.raises(SystemExit, match="no other run of daq at 1/1 with sgd"):
         list(runs_of(study, GRID | {"estimators": ["daq"], "lr": "best", "epochs": [60]}, []))
 
 

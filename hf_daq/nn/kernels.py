@@ -32,6 +32,7 @@ from .formula import (
 logger = logging.getLogger("hf_daq")
 _FEW, _MANY = 2**16, 2**31  # elements between which tensors go to a compiled kernel
 _FEW_CODES = 2**12  # of those whose codes are wanted: a kernel that returns one tensor starts sooner
+_FEW_ON_GPU = 2**6  # one kernel starts sooner than the forty of the eager form
 _said: list[str] = []
 
 
@@ -250,10 +251,12 @@ def _compiles_rows(x: Tensor, soft: Soft) -> bool:
 def _compiles(x: Tensor, value: Tensor, soft: Soft, few: int | None = None) -> bool:
     """Whether the compiled kernels serve: many elements and float32 arithmetic. In somebody else's compilation the eager
     form fuses with its neighbours, and a trace shows it."""
+    few = _FEW if few is None else few
     return (
         not torch.compiler.is_compiling()
         and soft is None
-        and (_FEW if few is None else few) < x.numel() < _MANY
+        and (min(few, _FEW_ON_GPU) if x.is_cuda else few) < x.numel() < _MANY
+        and (value.shape[-1] == 1 or value.shape[-1] < x.numel())
         and value.dtype == torch.float32
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]

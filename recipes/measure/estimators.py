@@ -21,6 +21,7 @@ import itertools
 import json
 import multiprocessing
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -44,6 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dataset", default="cifar10", help="a Hub id, a folder of parquet files, or digits")
     add("--results", type=Path, default=RECIPES / "results" / "estimators.jsonl")
     add("--work", type=Path, default=Path("runs/estimators"), help="folder of the float network and of checkpoints")
+    add("--parts", nargs="+", help="grids of these parts only")
     add("--table", action="store_true", help="print the table of what is there, and run nothing")
     add("--report", type=Path, help="folder for the table and the figure, estimators.md and .png")
     add("--device", choices=["cpu", "cuda"], default="cpu")
@@ -108,10 +110,11 @@ def carry_out(study: Study, args: argparse.Namespace) -> None:
     with ProcessPoolExecutor(args.processes, fork, _start, arguments) as pool:
 
         def give(groups: list[list[Run]]) -> Iterator[list[dict[str, Any]]]:
-            """What others have finished is kept when one fails."""
+            """What others finish is kept when one fails."""
             failed = []
             for future in as_completed([pool.submit(_work, group) for group in groups]):
                 if error := future.exception():
+                    traceback.print_exception(error)
                     failed.append(error)
                 else:
                     yield future.result()
@@ -122,13 +125,13 @@ def carry_out(study: Study, args: argparse.Namespace) -> None:
 
 
 def in_order(study: Study, args: argparse.Namespace, give: Callable) -> None:
-    """The float network, then all grids; but one that takes the best rate of earlier ones waits for them."""
+    """The float network, then all grids; those that take the best rates of earlier ones wait for them."""
     if not (args.work / f"float-{study.network}.pt").exists():
         finish([float_run(study)], args, give, anew=True)
-    for waits, grids in itertools.groupby(study.grids, lambda grid: grid["lr"] == "best"):
-        for several in [[grid] for grid in grids] if waits else [list(grids)]:
-            rows = read_rows(args.results)
-            finish([run for grid in several for run in runs_of(study, grid, rows)], args, give)
+    wanted = [grid for grid in study.grids if not args.parts or grid["part"] in args.parts]
+    for _, grids in itertools.groupby(wanted, lambda grid: grid["lr"] == "best"):
+        rows = read_rows(args.results)
+        finish([run for grid in grids for run in runs_of(study, grid, rows)], args, give)
 
 
 def finish(runs: list[Run], args: argparse.Namespace, give: Callable, anew: bool = False) -> None:

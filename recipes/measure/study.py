@@ -84,12 +84,14 @@ def runs_of(study: Study, grid: dict[str, Any], rows: list[dict[str, Any]]) -> I
 
 
 def best_rate(run: Run, rows: list[dict[str, Any]]) -> float:
-    """The learning rate with the best accuracy on held-out images in shorter runs of the same estimator."""
+    """The learning rate with the best accuracy on held-out images in runs of the same estimator that are as long, or else in
+    the longest of the shorter ones."""
     same = "network", "bits", "estimator", "optimizer"
-    alike = [row for row in rows if all(row[key] == getattr(run, key) for key in same) and row["epochs"] < run.epochs]
+    alike = [row for row in rows if all(row[key] == getattr(run, key) for key in same) and row["epochs"] <= run.epochs]
     if not alike:
-        raise SystemExit(f"lr: best, but no shorter run of {run.estimator} at {run.bits} with {run.optimizer} is there")
-    return best(alike)[0]
+        raise SystemExit(f"lr: best, but no other run of {run.estimator} at {run.bits} with {run.optimizer} is there")
+    longest = max(row["epochs"] for row in alike)
+    return best([row for row in alike if row["epochs"] == longest])[0]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
