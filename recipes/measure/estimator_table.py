@@ -10,6 +10,8 @@ import matplotlib.pyplot as plt
 from measure.plots import save
 
 Rows = list[dict[str, Any]]
+DRAWN = ("daq", "ste", "ewgs 1", "soft", "lsq", "paretoq", "brevitas")
+"""Estimators in the figure, which has no place for more."""
 
 
 def by(rows: Rows, *names: str) -> dict[Any, Rows]:
@@ -63,7 +65,11 @@ def report(rows: Rows, folder: Path) -> None:
     """Write estimators.md, and estimators.png once there is a run with quantizers."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = ["# What is measured so far", "Written by `recipes/measure/estimators.py`.", table(rows)]
-    drawn = [row for row in rows if row["optimizer"] == "sgd" and row["bits"] != "float"]
+    quantized = [row for row in rows if row["optimizer"] == "sgd" and row["bits"] != "float"]
+    # Estimators that were tried at several rates, of the network that most runs are of.
+    network = max(by(quantized, "network").values(), key=len, default=[])
+    tried = by(network, "bits", "estimator", "epochs")
+    drawn = [row for found in tried.values() if len(by(found, "lr")) > 1 for row in found if row["estimator"] in DRAWN]
     if drawn:
         draw(drawn, folder / "estimators.png")
         parts.append("![accuracy against learning rate and epochs](estimators.png)")
