@@ -1,8 +1,9 @@
 """Packed layers on a GPU.
 
-Layers whose inputs are quantized add products of whole numbers by `torch._int_mm`: as in onednn.py, with codes and weights
-in int8. Weights are computed from their codes by one compiled kernel for the whole layer, bit for bit as in torch; with one
-row of inputs, as in `generate`, a kernel reads the codes and computes the product at once.
+Layers whose inputs are quantized add products of whole numbers as in onednn.py, with codes and weights in int8. Weights are
+computed from their codes by one kernel for the whole layer, bit for bit as in torch; with one row of inputs, as in
+`generate`, a kernel reads the codes and computes the product at once. The kernels are those of triton_kernels.py; in
+graphs of `torch.compile` the same is written in operators of torch, `torch._int_mm` among them.
 
 `pack(model, fast=True)` asks for torch's kernel of 4-bit weights, which rounds scales to bfloat16.
 """
@@ -10,7 +11,6 @@ row of inputs, as in `generate`, a kernel reads the codes and computes the produ
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,12 +21,11 @@ from ..config import TERNARY, stored_bits
 from . import kernels
 from .bitpack import packed_size
 from .formula import center, round_half_down_
-from .kernels import Kernels
 from .trust import agrees
 
 _SHIFT = 128  # between codes, to 255, and int8
 _MOST = 2**31 // (128 * (255 + 64))  # columns whose sums, and half of the sum of codes, fit 32 bits
-_FEWEST_ROWS, _ALIGNED = 32, 8  # torch._int_mm takes more than 16, and multiples of 8
+_FEWEST_ROWS, _ALIGNED = 32, 16  # torch._int_mm takes more than 16, and multiples of 8; kernels read 16 bytes at once
 _SMALL, _MANY = 2**14, 2**31  # weights between which a compiled kernel serves
 _INT4_ROWS = 32  # of inputs up to which torch's kernel of 4-bit weights is taken
 _FEW_OUTPUTS = 64  # that are compared
@@ -42,14 +41,6 @@ def used(tensor: Tensor) -> bool:
 def in_graph() -> bool:
     """Whether a graph is made to be run here; not to be exported. In graphs older versions of torch always say that it is."""
     return not torch.compiler.is_exporting()
-
-
-def _run(compiled: Kernels, tensors: tuple[Tensor, ...], constants: tuple[Any, ...], shapes: tuple[Any, ...]) -> Any:
-    """Compiled, but in a graph of others and where nothing can be compiled. Kernels of all sizes serve those above 1."""
-    one = any(1 in tensor.shape and 1 not in shape for tensor, shape in zip(tensors, shapes, strict=True))
-    if one or torch.compiler.is_compiling() or not kernels.available(tensors[0].device.type):
-        return compiled.function(*tensors, *constants)
-    return compiled(tensors, constants, shapes)
 
 
 # ------------------------------------------------------------------------------------------------------- whole numbers
@@ -72,9 +63,9 @@ class Int8(NamedTuple):
 
 
 def int8(weight: Tensor, scale: Tensor, rows: Tensor | None, zero_point: int, halves: bool) -> Int8 | None:
-    """None where 32 bits do not hold the sums. weight: int8, shape (out, in)."""
+    """None where 32 bits do not hold the sums, or there are no kernels. weight: int8, shape (out, in)."""
     outputs, columns = weight.shape
-    if columns >= _MOST:
+    if columns >= _MOST or (weight.is_cuda and not kernels.available("cuda")):
         return None
     filled = F.pad(weight, (0, -columns % _ALIGNED, 0, -outputs % _ALIGNED)).contiguous()
     lacking = weight.sum(1, dtype=torch.int32) + (filled.shape[1] // 2 if halves else 0)
@@ -83,23 +74,32 @@ def int8(weight: Tensor, scale: Tensor, rows: Tensor | None, zero_point: int, ha
 
 def product(x: Tensor, layer: Int8, a_quant: Any, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What the layer gives for an input that is not quantized yet, in this dtype."""
-    columns, outputs = x.shape[-1], len(layer.scale)
-    flat = x.detach().reshape(-1, columns)
-    count = len(flat)
-    if count < _FEWEST_ROWS or columns % _ALIGNED:
-        flat = F.pad(flat, (0, -columns % _ALIGNED, 0, max(_FEWEST_ROWS - count, 0)))
-    flat = flat.contiguous()
+    flat, outputs = x.detach().reshape(-1, x.shape[-1]), len(layer.scale)
+    compute = _in_kernels if x.is_cuda and not torch.compiler.is_compiling() else _by_torch
+    return compute(flat, layer, a_quant, bias, dtype).view(*x.shape[:-1], outputs)
+
+
+def _in_kernels(x: Tensor, layer: Int8, a_quant: Any, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    from . import triton_kernels
+
+    width = layer.weight.shape[1]
     if layer.rows is None:
-        codes, factor, sums = _of_tokens(*a_quant.coded(flat))
+        parts = _of_tokens(*a_quant.coded(F.pad(x, (0, width - x.shape[1]))))
     else:
-        codes, factor, sums = _run(_rounded_kernels, (flat, layer.rows), (), ((521, 1031), (4,)))
-    found = torch._int_mm(codes, layer.weight.t())
-    if found.shape[1] != outputs:
-        found = found[:, :outputs].contiguous()
-    tensors = found, factor, sums, layer.offset, layer.scale, *(() if bias is None else (bias,))
-    shapes = (521, 1031), (521, 1), (521, 1), *[(1031,)] * (len(tensors) - 3)
-    result: Tensor = _run(_scaled_kernels, tensors, (layer.halves, dtype), shapes)
-    return result[:count].view(*x.shape[:-1], outputs)
+        parts = triton_kernels.codes(x.contiguous(), layer.rows, width)
+    return triton_kernels.linear(parts, layer, bias, dtype)
+
+
+def _by_torch(x: Tensor, layer: Int8, a_quant: Any, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The same of operators that inductor compiles."""
+    (count, columns), outputs = x.shape, len(layer.scale)
+    x = F.pad(x, (0, layer.weight.shape[1] - columns, 0, max(_FEWEST_ROWS - count, 0)))
+    codes, factor, sums = _of_tokens(*a_quant.coded(x)) if layer.rows is None else _rounded(x, layer.rows)
+    whole = (torch._int_mm(codes, layer.weight.t())[:, :outputs] + layer.offset).float()
+    if layer.halves:
+        whole = whole + sums.float() / 2
+    output = whole * layer.scale * factor
+    return (output if bias is None else output + bias.float()).to(dtype)[:count]
 
 
 def _rounded(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,19 +116,6 @@ def _of_tokens(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return whole, scale.float(), whole.sum(1, keepdim=True, dtype=torch.int32)
 
 
-def _scaled(found: Tensor, factor: Tensor, sums: Tensor, offset: Tensor, scale: Tensor, *others: Any) -> Tensor:
-    """others: the bias where there is one; `halves` and `dtype`."""
-    *bias, halves, dtype = others
-    whole = (found + offset).float()
-    if halves:
-        whole = whole + sums.float() / 2
-    output = whole * scale * factor
-    return (output + bias[0].float() if bias else output).to(dtype)  # type: ignore[no-any-return]
-
-
-_rounded_kernels, _scaled_kernels = Kernels(_rounded), Kernels(_scaled)
-
-
 # --------------------------------------------------------------------------------------------------------------- codes
 
 
@@ -138,39 +125,47 @@ def weights(coded: Any, dtype: torch.dtype) -> Tensor | None:
 
 
 def _computed(coded: Any, dtype: torch.dtype) -> Tensor:
-    tensors, constants, shapes = _arguments(coded)
-    result: Tensor = _run(_weights_kernels, tensors, (*constants, dtype), shapes)
-    return result.view(coded.shape)
+    step = _step(coded)
+    if coded.stream.is_cuda and not torch.compiler.is_compiling():
+        from . import triton_kernels
+
+        found = triton_kernels.weights(coded, step, center(coded.bits, coded.grid), dtype)
+    else:
+        found = _values(coded, step).to(dtype)
+    return found.view(coded.shape)
 
 
 def row_forward(layer: Any, x: Tensor) -> Tensor:
     """The output for an input that `serves_row`."""
-    step = None if torch.compiler.is_compiling() else _step_of(layer)
-    return one_row(x.reshape(1, -1), layer.coded(), layer.bias, step).view(*x.shape[:-1], -1)
+    coded = layer.coded()
+    step = _step(coded) if torch.compiler.is_compiling() else _step_of(layer, coded)
+    return one_row(x.reshape(1, -1), coded, step, layer.bias).view(*x.shape[:-1], -1)
 
 
-def _step_of(layer: Any) -> Tensor:
+def _step_of(layer: Any, coded: Any) -> Tensor:
     """Kept by the layer until something is written to its scale: each small operation costs as much as the product."""
-    scale: Tensor = layer.weight_scale
-    source = scale.data_ptr(), None if scale.is_inference() else scale._version
+    source = coded.scale.data_ptr(), None if coded.scale.is_inference() else coded.scale._version
     kept: tuple[Any, Tensor] | None = layer.__dict__.get("_step")
     if kept is None or kept[0] != source:
         with torch.inference_mode(False):
-            kept = layer._step = source, _step(layer.coded())
+            kept = layer._step = source, _step(coded)
     return kept[1]
 
 
-def one_row(x: Tensor, coded: Any, bias: Tensor | None, step: Tensor | None = None) -> Tensor:
-    """`F.linear` for one row of inputs, shape (1, columns), with weights and sums in float32.
+def _step(coded: Any) -> Tensor:
+    """By which two codes differ, float32, of the shape of the scale."""
+    step: Tensor = coded.scale.detach().to(torch.float32).abs() / center(coded.bits, coded.grid)
+    return step
 
-    Args:
-        bias: shape (rows,). step: of `_step`, where it is known.
-    """
-    tensors, constants, shapes = _arguments(coded, step)
-    added = () if bias is None else (bias.detach(),)
-    tensors, shapes = (*tensors, x.detach(), *added), (*shapes, (1, 1031), *[(521,)] * len(added))
-    result: Tensor = _run(_row_kernels, tensors, (*constants, x.dtype), shapes)
-    return result.view(1, -1)
+
+def one_row(x: Tensor, coded: Any, step: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` for one row of inputs, shape (1, columns), with weights and sums in float32. bias: shape (rows,)."""
+    if x.is_cuda and not torch.compiler.is_compiling():
+        from . import triton_kernels
+
+        return triton_kernels.one_row(x.detach(), coded, step, center(coded.bits, coded.grid), bias)
+    output = (_values(coded, step) * x.float()).sum(1)
+    return (output if bias is None else output + bias.float()).to(x.dtype)[None]
 
 
 def serves_row(layer: Any, x: Tensor) -> bool:
@@ -181,11 +176,14 @@ def serves_row(layer: Any, x: Tensor) -> bool:
         len(shape) == 2
         and layer.a_quant is None
         and x.numel() == shape[1] == x.shape[-1]
+        and shape[1] % 8 == 0 == (layer.group_size or 0) % 8
+        and layer.weight_grid != "ternary"
         and x.device == layer.weight_codes.device
         and (bias is None or bias.dtype == x.dtype)
         and not torch.is_autocast_enabled(x.device.type)
         and not (torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in learned))
         and _serves(layer.coded(), x.dtype)
+        and (torch.compiler.is_compiling() or _row_works(layer.coded(), x.dtype))
     )
 
 
@@ -206,38 +204,15 @@ def _serves(coded: Any, dtype: torch.dtype) -> bool:
     )
 
 
-def _step(coded: Any) -> Tensor:
-    """By which two codes differ, float32, of the shape of the scale."""
-    step: Tensor = coded.scale.detach().to(torch.float32).abs() / center(coded.bits, coded.grid)
-    return step
-
-
-def _arguments(coded: Any, step: Tensor | None = None) -> tuple[Any, Any, Any]:
-    """Of `_values`, and shapes to compile with."""
-    sizes = _sizes.__wrapped__ if torch.compiler.is_compiling() else _sizes
-    rows, groups = sizes(coded.shape[0], coded.columns(), coded.group_size, coded.stream.device)
-    step = _step(coded) if step is None else step
-    steps = {"tensor": 1, "channel": 521, "group": 4168}[coded.granularity()]
-    shapes = (2**20 - 3,), (steps,), (521,), (1031,)
-    return (coded.stream, step, rows, groups), (coded.bits, coded.grid), shapes
-
-
-@cache
-def _sizes(rows: int, columns: int, group_size: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tensors whose lengths tell a kernel its sizes: numbers of rows, whatever is in it, and the group of each column."""
-    with torch.inference_mode(False):
-        column = torch.arange(columns, dtype=torch.int32, device=device)
-        return torch.zeros(rows, dtype=torch.int8, device=device), column // (group_size or columns)
-
-
-def _values(stream: Tensor, step: Tensor, rows: Tensor, groups: Tensor, bits: int, grid: str) -> Tensor:
-    """The weight in float32, shape (len(rows), len(groups))."""
-    count, columns = rows.shape[0], groups.shape[0]
-    row = torch.arange(count, dtype=torch.int32, device=stream.device)[:, None]
-    place = row * columns + torch.arange(columns, dtype=torch.int32, device=stream.device)
-    if step.shape[0] > 1:
-        step = _at(step, row * (step.shape[0] // count) + groups)
-    return (_codes(stream, place, stored_bits(bits, grid)).float() - center(bits, grid)) * step
+def _values(coded: Any, step: Tensor) -> Tensor:
+    """The weight in float32, shape (rows, columns)."""
+    rows, columns = coded.shape[0], coded.columns()
+    row, column = (torch.arange(size, dtype=torch.int32, device=step.device) for size in (rows, columns))
+    row = row[:, None]
+    codes = _codes(coded.stream, row * columns + column, stored_bits(coded.bits, coded.grid))
+    if len(step) > 1:
+        step = _at(step, row * (len(step) // rows) + column // (coded.group_size or columns))
+    return (codes.float() - center(coded.bits, coded.grid)) * step
 
 
 def _codes(stream: Tensor, place: Tensor, bits: float) -> Tensor:
@@ -263,32 +238,21 @@ def _at(values: Tensor, places: Tensor) -> Tensor:
     return found
 
 
-def _weights(*arguments: Any) -> Tensor:
-    *coded, dtype = arguments
-    return _values(*coded).to(dtype)
-
-
-def _row(stream: Tensor, step: Tensor, rows: Tensor, groups: Tensor, x: Tensor, *others: Any) -> Tensor:
-    """others: the bias where there is one; the rest of `_values`; the dtype."""
-    *bias, bits, grid, dtype = others
-    output = (_values(stream, step, rows, groups, bits, grid) * x.float()).sum(1)
-    return (output + bias[0].float() if bias else output).to(dtype)  # type: ignore[no-any-return]
-
-
-_weights_kernels, _row_kernels = Kernels(_weights), Kernels(_row)
-
-
 def _works(coded: Any, dtype: torch.dtype) -> bool:
     """Whether kernels can be compiled, and gave what torch gives for the first weight of this kind."""
     device = coded.stream.device
     if not kernels.available(device.type):
         return False
-    ragged = coded.columns() % math.lcm(coded.group_size or 1, 40) != 0  # compilers simplify what is not
     sample = _Sample(coded, dtype)
-    kind = coded.bits, coded.grid, coded.granularity(), ragged, dtype, device
-    return agrees(("weights", *kind), sample.weight, sample.expected_weight, 0.0, "a kernel of weights") and agrees(
-        ("row", *kind), sample.outputs, sample.expected_outputs, _ROUNDING[dtype], "a kernel of codes"
-    )
+    kind = coded.bits, coded.grid, coded.granularity(), coded.columns() % 8 == 0, dtype, device
+    return agrees(("weights", *kind), sample.weight, sample.expected_weight, 0.0, "a kernel of weights")
+
+
+def _row_works(coded: Any, dtype: torch.dtype) -> bool:
+    """The same of `one_row`."""
+    sample, group_size = _Sample(coded, dtype), coded.group_size
+    kind = "row", coded.bits, coded.grid, coded.granularity(), group_size, dtype, coded.stream.device
+    return agrees(kind, sample.outputs, sample.expected_outputs, _ROUNDING[dtype], "a kernel of codes")
 
 
 class _Sample(NamedTuple):
@@ -312,7 +276,8 @@ class _Sample(NamedTuple):
         return expected
 
     def outputs(self) -> Tensor:
-        return one_row(self.inputs(), self.ones(), None)[0, :_FEW_OUTPUTS]
+        ones = self.ones()
+        return one_row(self.inputs(), ones, _step(ones), None)[0, :_FEW_OUTPUTS]
 
     def expected_outputs(self) -> Tensor:
         weight = self._replace(dtype=torch.float32).expected_weight().flatten(1)[:_FEW_OUTPUTS]
