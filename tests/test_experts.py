@@ -157,6 +157,42 @@ def test_loss_and_gradients_are_those_of_linear_layers(name, config):
             torch.testing.assert_close(parameter.grad, own[key].grad, rtol=1e-4, atol=1e-5 * max(scale, 1e-3))
 
 
+@pytest.mark.parametrize("config", [CONFIG, WEIGHTS.replace(group_size=20)])
+def test_outputs_and_gradients_of_llama_4_are_those_of_its_own_products(config):
+    model = calibrated("llama4", config).double().train()
+    (fused,) = experts_of(model)
+    first, down = expert_layers(fused).values()
+    x = torch.randn(4, 5, 32, generator=torch.Generator().manual_seed(0)).double()
+    x[torch.rand(4, 5, generator=torch.Generator().manual_seed(1)) < 0.6] = 0  # tokens of other experts
+    x.requires_grad_()
+
+    def product(layer, x, seen):
+        weight = layer.stored(layer.w_quant(layer.float_weight()))
+        rows = x[seen] if layer.a_quant is None else layer.a_quant(x[seen])
+        return torch.bmm(torch.zeros_like(x).index_put((seen,), rows), weight)
+
+    def own(hidden_states):
+        x = hidden_states.view(4, -1, 32)
+        seen = x.detach().ne(0).any(2)
+        seen[0] |= ~seen.any(0)  # a token of zeros
+        gate, up = product(first, x, seen).chunk(2, dim=-1)
+        return product(down, up * fused.act_fn(gate), seen).view(-1, 32)
+
+    seed, found = torch.randn(20, 32).double(), []
+    learning = [fused.gate_up_proj, fused.down_proj, *(p for p in fused.parameters() if p.requires_grad)]
+    for forward in (fused, own):
+        output = forward(x.view(-1, 32))
+        found.append([output, *torch.autograd.grad(output, [x, *learning], seed)])
+    assert all(gradient.any() for gradient in found[0])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
+
+
+def test_a_graph_of_llama_4_gives_the_same():
+    model = calibrated("llama4").eval()
+    expected = logits(model, "llama4")
+    torch.testing.assert_close(logits(torch.compile(model, backend="eager"), "llama4"), expected)
+
+
 def logits(model, name="mixtral"):
     with torch.no_grad(), bit_for_bit():
         return tiny.outputs(model, tiny.inputs(name))

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..nn.attention import PROJECTIONS, projections
 from ..nn.base import DaqLayer
-from ..nn.experts import ExpertsLinear, fused_experts
+from ..nn.experts import ExpertsLinear, fused_experts, pair_count
 from ..nn.layers import CONVOLUTIONS, TRANSPOSED, evaluating
 from .batch import examples_in, run
 from .roles import largest_weight
@@ -30,6 +30,8 @@ def macs_of(layer: Any, x: Tensor | None, output: Any) -> int | None:
         return x.numel() * size // layer.in_channels
     if isinstance(layer, CONVOLUTIONS):
         return int(output.numel()) * size // layer.out_channels
+    if isinstance(layer, nn.Linear | Conv1D) and not isinstance(output, Tensor):  # a router, which gives more than one
+        return None if x is None else x.numel() * size // x.shape[-1]
     if isinstance(layer, nn.Linear | Conv1D):
         return int(output.numel()) * size // (layer.out_features if isinstance(layer, nn.Linear) else layer.nf)
     return None
@@ -75,10 +77,9 @@ def _hook(
     parts, prefix = fused_experts(module), f"{name}." if name else ""
 
     def of_experts(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        tensors = (value for value in (*args, *named.values()) if isinstance(value, Tensor))
-        chosen = next(value for value in tensors if not value.is_floating_point())
+        pairs = pair_count(module, (*args, *named.values()))
         for part, parameter in parts.items():
-            add(prefix + part, chosen.numel() * math.prod(ExpertsLinear(module, parameter).sizes[1:]))
+            add(prefix + part, pairs * math.prod(ExpertsLinear(module, parameter).sizes[1:]))
 
     def of_attention(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         counts = macs_of_projections(module, args, named)

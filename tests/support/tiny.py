@@ -362,6 +362,22 @@ ARCHITECTURES: dict[str, Tiny] = {
         {"embedding": 1, "router": 1, "head": 1},
         tf.DeepseekV3Model,
     ),
+    "llama4": Tiny(
+        of(
+            tf.Llama4ForCausalLM,
+            tf.Llama4TextConfig,
+            **LLAMA | {"intermediate_size": 48},
+            head_dim=8,
+            intermediate_size_mlp=44,
+            num_local_experts=4,
+            num_experts_per_tok=1,
+            interleave_moe_layer_step=2,
+            attn_temperature_tuning=False,
+        ),
+        "decoder",
+        16,
+        {"embedding": 1, "router": 1, "head": 1},  # no base: its class names another prefix than it has
+    ),
     "gpt_oss": Tiny(
         of(
             tf.GptOssForCausalLM,
