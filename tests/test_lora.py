@@ -14,10 +14,11 @@ from text_models import tiny_bert, tiny_llama, tokens
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 import hf_daq
 from hf_daq.errors import ModelError
+from hf_daq.nn.adapted import add_adapters_
 from hf_daq.nn.layers import quantized_layers
 from hf_daq.nn.paths import bit_for_bit
 
@@ -25,6 +26,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 TEXT, IMAGES = tokens(2), torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 QKV = ["q_proj", "v_proj", "down_proj"]
+
+
+def tiny_moe():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32, "num_experts": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_experts_per_tok": 1}
+    experts = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, **heads, **experts)).eval()
 
 
 def tiny_gpt2():
@@ -50,6 +59,7 @@ def tiny_cnn():
 
 NETWORKS = {
     "llama": (tiny_llama, QKV, {"group_size": 8}),
+    "moe": (tiny_moe, ["q_proj", "v_proj", "o_proj"], {"group_size": 8, "activation_bits": 8}),
     "bert": (tiny_bert, ["query", "dense", "classifier"], {"activation_bits": 8}),
     "gpt2": (tiny_gpt2, ["c_attn", "c_proj"], {"weight_granularity": "channel"}),
     "vit": (tiny_vit, ["qkv", "fc2", "head"], {"activation_bits": 8, "bias_correction": True}),
@@ -189,13 +199,45 @@ def test_adapters_on_codes_are_merged_one_by_one_as_together():
         adapted.merge_adapter(safe_merge=True, adapter_names=["default"])
 
 
-def test_no_weight_of_a_packed_layer_is_kept_for_the_backward():
+@pytest.mark.parametrize("kind", ["packed", "quantized", "float"])
+def test_no_weight_is_kept_for_the_backward(kind):
+    model = tiny_llama() if kind == "float" else quantized()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    shapes = {
+        model.get_submodule(f"model.layers.0.{name}").weight.shape for name in ("self_attn.q_proj", "mlp.down_proj")
+    }
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda x: x):
-        peft.get_peft_model(hf_daq.pack(quantized()), lora()).train()(TEXT, labels=TEXT)
-    model = quantized()
-    shapes = {layer.weight.shape for layer in quantized_layers(model).values()}
+
+    def pack(saved):
+        if saved.untyped_storage().data_ptr() not in weights:
+            kept.append(saved.shape)
+        return saved
+
+    every = [*QKV, "k_proj", "o_proj", "gate_proj", "up_proj"]
+    adapted = peft.get_peft_model(hf_daq.pack(model) if kind == "packed" else model, lora(every)).train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        adapted(TEXT, labels=TEXT)
+    assert kept
     assert not (shapes | {shape[::-1] for shape in shapes}) & set(kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_are_added_in_parts(monkeypatch, dtype):
+    monkeypatch.setattr("hf_daq.nn.adapted._TILE", 96)
+    generator = torch.Generator().manual_seed(0)
+    factors = [
+        torch.randn(shape, generator=generator) for shape in ((2, 6, 3, 3), (8, 2, 1, 1), (4, 6, 3, 3), (8, 4, 1, 1))
+    ]
+    factors = [factor.requires_grad_() for factor in factors]
+    weight = torch.randn(8, 6, 3, 3, generator=generator).to(dtype)
+    expected = weight
+    for scaling, a, b in ((0.5, *factors[:2]), (3.0, *factors[2:])):
+        expected = (expected + (b.flatten(1) @ a.flatten(1)).view_as(weight) * scaling).to(dtype)
+    found = add_adapters_(weight.clone(), (0.5, 3.0), *factors)
+    torch.testing.assert_close(found, expected)
+    of_output = torch.randn(weight.shape, generator=generator).to(dtype)
+    wanted, grads = (torch.autograd.grad(output, factors, of_output) for output in (expected, found))
+    torch.testing.assert_close(grads, wanted)
 
 
 @pytest.mark.parametrize("how", ["daq", "daq_bounds"])
@@ -310,11 +352,13 @@ def test_bfloat16_and_autocast_merge_exactly(dtype):
         assert torch.equal(outputs(merged, TEXT), trained)
 
 
-@pytest.mark.parametrize("low_memory", [False, True])
-def test_gradient_checkpointing_changes_no_gradient(low_memory):
+@pytest.mark.parametrize("kind", ["packed", "quantized", "low_memory"])
+def test_gradient_checkpointing_changes_no_gradient(kind):
     grads = []
     for checkpointing in (False, True):
-        model = randomized(peft.get_peft_model(quantized(low_memory=low_memory), lora(init_lora_weights="daq_bounds")))
+        model = quantized(activation_bits=8, low_memory=kind == "low_memory")
+        model = hf_daq.pack(model) if kind == "packed" else model
+        model = randomized(peft.get_peft_model(model, lora(init_lora_weights="daq_bounds")))
         if checkpointing:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)

@@ -19,14 +19,16 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError
+from ..nn.adapted import add_adapters_
 from ..nn.base import DaqLayer
 from ..nn.kept import Fingerprint
+from ..nn.layers import QuantizedLayer
 from ..nn.packed import PackedLayer
 from ..nn.quantizers import is_shard
+from ..nn.recompute import without_weight
 from ..nn.siblings import once
 from ..nn.weight_norm import Normed
 
@@ -41,7 +43,7 @@ class InsideLora:
     packed_w_quant: the weight quantizer of a packed base layer, which has none; it is frozen, and in no file. In a tuple, for
         it is no module of this one.
 
-    Of a packed layer no weight is kept for the backward: it is computed from codes and adapters once more.
+    No weight is kept for the backward: it is computed from W, or its codes, and the adapters once more.
     """
 
     adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, "lora_w_quant")
@@ -78,46 +80,80 @@ class InsideLora:
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.lora_A]
-        if isinstance(self.base_layer, PackedLayer):
-            x = x if self.base_layer.a_quant is None else once(self.base_layer, x, self.base_layer.a_quant)
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                forward = self._packed_forward
-                return checkpoint(forward, x, names, use_reentrant=False, preserve_rng_state=False)
-            return self._packed_forward(x, names)
-        parameters = {"weight": self._adapted_weight(names), **self._own_bounds(names)}
-        return functional_call(self.base_layer, parameters, (x, *args), kwargs, tie_weights=False)
+        if isinstance(self.base_layer, DaqLayer):
+            return self._quantized_forward(x, names)
 
-    def _packed_forward(self: Any, x: Tensor, names: list[str]) -> Tensor:
-        weight = self._packed_quantizer(names)(self._of_shape(self._sum(names)))
-        return self.base_layer.compute(x, weight, self.base_layer.bias)  # type: ignore[no-any-return]
+        def compute(x: Tensor) -> Tensor:
+            parameters = {"weight": self._weight(names)}
+            output: Tensor = functional_call(self.base_layer, parameters, (x, *args), kwargs, tie_weights=False)
+            return output
 
-    def _packed_quantizer(self: Any, names: list[str]) -> Any:
-        own = self._own_quantizer(names)
-        return own or self.packed_w_quant[0].to(self.base_layer.weight_codes.device).train(self.training)
+        return without_weight(compute, x)
 
-    def _of_shape(self: Any, weight: Tensor) -> Tensor:
-        """A weight as the base layer has it, in the shape in which it is quantized."""
-        return weight.t() if isinstance(self.base_layer, Conv1D) else weight
+    def _quantized_forward(self: Any, x: Tensor, names: list[str]) -> Tensor:
+        layer = self.base_layer
+        if isinstance(layer, QuantizedLayer):
+            layer._check_calibrated()
+        inside = getattr(layer, "low_memory", False) and layer.a_quant is not None
+        if not inside and layer.a_quant is not None:
+            x = once(layer, x, layer.a_quant)
 
-    def _adapted_weight(self: Any, names: list[str]) -> Tensor:
-        """`W + s B A`, with gradients; where nothing learns it is kept until one of its parts changes."""
-        parts = [self.base_layer.weight]
-        parts += [part[name].weight for name in names for part in (self.lora_A, self.lora_B)]
-        if self.training or self._sharded or torch.compiler.is_compiling() or not _may_keep(parts):
+        def compute(x: Tensor) -> Tensor:
+            own = self._own_quantizer(names)
+            bias = layer.quantized_bias() if own is None else own.shifted(layer.bias, layer.weight_dtype)
+            output: Tensor = layer.compute(layer.a_quant(x) if inside else x, self._weight(names), bias)
+            return output
+
+        return without_weight(compute, x)
+
+    def _weight(self: Any, names: list[str]) -> Tensor:
+        """What the base layer computes with, with gradients; where nothing learns it is kept until one of its parts changes."""
+        quantizer = self._quantizer(names)
+        parts = [] if self.packed_w_quant else [self.base_layer.weight]
+        parts += [*self._factors(names), *(() if quantizer is None else quantizer.parameters())]
+        unkept = self.training or self._sharded or self.packed_w_quant or torch.compiler.is_compiling()
+        if unkept or not _may_keep(parts):
             self._known = None
-            return self._sum(names)  # type: ignore[no-any-return]
-        options = names, [self.scaling[name] for name in names]
+            return self._computed_weight(names)  # type: ignore[no-any-return]
+        dtype = None if quantizer is None else quantizer.result_dtype(parts[0])
+        options = names, self._scalings(names), dtype
         if self._known is None or self._known[1] != options or not self._known[0].fits(parts):
             with torch.inference_mode(False), torch.no_grad():
-                self._known = Fingerprint(parts), options, self._sum(names)
+                self._known = Fingerprint(parts), options, self._computed_weight(names)
         return self._known[2]  # type: ignore[no-any-return]
 
+    def _computed_weight(self: Any, names: list[str]) -> Tensor:
+        quantizer, weight = self._quantizer(names), self._sum(names)
+        return self._stored(weight) if quantizer is None else quantizer(weight)  # type: ignore[no-any-return]
+
+    def _quantizer(self: Any, names: list[str]) -> Any:
+        """The weight quantizer; None for a layer in float."""
+        own = self._own_quantizer(names)
+        if own is not None or not isinstance(self.base_layer, DaqLayer):
+            return own
+        if self.packed_w_quant:
+            return self.packed_w_quant[0].to(self.base_layer.weight_codes.device).train(self.training)
+        return self.base_layer.w_quant
+
+    def _stored(self: Any, weight: Tensor) -> Tensor:
+        """A weight in the shape in which it is quantized, as the base layer has it; or the other way round."""
+        return weight.t() if isinstance(self.base_layer, Conv1D) else weight
+
+    def _factors(self: Any, names: list[str]) -> list[Tensor]:
+        return [part[name].weight for name in names for part in (self.lora_A, self.lora_B)]
+
+    def _scalings(self: Any, names: list[str]) -> tuple[float, ...]:
+        return tuple(self.scaling[name] for name in names)
+
     def _sum(self: Any, names: list[str]) -> Tensor:
-        weight: Tensor = self.base_layer.weight
+        """`W + s B A`, in the shape in which it is quantized."""
+        layer = self.base_layer
+        if isinstance(layer, PackedLayer):
+            weight = layer.float_weight()
+        else:
+            weight = self._stored(layer.weight).clone(memory_format=torch.contiguous_format)
         with torch.autocast(weight.device.type, enabled=False):  # what is merged is no product in bfloat16 either
-            for name in names:
-                weight = (weight + self.get_delta_weight(name)).to(weight.dtype)
-        return weight
+            return add_adapters_(weight, self._scalings(names), *self._factors(names))
 
     def _own_quantizer(self: Any, names: list[str]) -> Any:
         """The weight quantizer that one of these adapters has of its own; None without one."""
@@ -141,6 +177,12 @@ class InsideLora:
                 "model as it was when the adapter was made"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+
+    def _get_base_layer_device_and_dtype(self: Any, base_layer: Any) -> Any:
+        """Without the weight of a packed layer, which would be computed."""
+        if isinstance(base_layer, PackedLayer):
+            return base_layer.weight_codes.device, base_layer.weight_dtype
+        return super()._get_base_layer_device_and_dtype(base_layer)  # type: ignore[misc]
 
     def train(self: Any, mode: bool = True) -> Any:
         self._sharded = self._has_shards()  # whole weights of all layers would undo the sharding
@@ -168,7 +210,7 @@ class InsideLora:
         if isinstance(self.base_layer, PackedLayer):
             self._merge_codes(names, safe_merge)
             return
-        merged = {"weight": self._sum(names), **self._own_bounds([*self.merged_adapters, *names])}
+        merged = {"weight": self._stored(self._sum(names)), **self._own_bounds([*self.merged_adapters, *names])}
         _check_finite(names, merged.values() if safe_merge else ())
         for key, value in merged.items():
             parameter = self.base_layer.get_parameter(key)
@@ -182,10 +224,10 @@ class InsideLora:
         already start once more with the others."""
         layer, names = self.base_layer, [*self.merged_adapters, *names]
         self._put_codes_back()
-        weight, quantizer = self._sum(names), self._packed_quantizer(names)
+        weight, quantizer = self._sum(names), self._quantizer(names)
         _check_finite(names, (weight, quantizer.scale) if safe_merge else ())
         self._unmerged |= {"weight_codes": layer.weight_codes, "weight_scale": layer.weight_scale}
-        layer.write_codes(quantizer.codes(self._of_shape(weight)), quantizer.output_scale)
+        layer.write_codes(quantizer.codes(weight), quantizer.output_scale)
         self.merged_adapters[:] = names
 
     def _put_codes_back(self: Any) -> None:

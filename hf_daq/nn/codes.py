@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ _SMALL = 2**14  # weights up to which nothing is compiled: torch is as fast
 _ROWS = {torch.float32: 32, torch.float16: 32, torch.bfloat16: 16}
 """Of inputs, up to which the product reads codes; with more, a product of floats is faster."""
 _TILE = 2**22  # bytes of float weights that stay in the cache
+_PART = 2**20  # weights
 _PER_THREAD = 2**17  # weights that are worth a thread
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _forked: list[bool] = []
@@ -67,6 +69,16 @@ class Coded(NamedTuple):
         if self._readable(dtype):
             return native_rows(self, 0, self.shape[0], dtype).view(self.shape)
         return self.weight_of(self.codes(), dtype)
+
+    def parts(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """`weight`, some rows after the other where native.cpp reads them; else all of them at once."""
+        rows = max(1, _PART // self.columns())
+        if not self._readable(dtype):
+            yield self.weight(dtype)
+            return
+        for first in range(0, self.shape[0], rows):
+            part = native_rows(self, first, min(first + rows, self.shape[0]), dtype)
+            yield part.view(-1, *self.shape[1:])
 
     def weight_of(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight that these codes mean, computed by torch."""

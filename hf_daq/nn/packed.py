@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from .layers import LAYER_TYPES, QuantizedLayer, quantize_layer
 from .onednn import Prepared
 from .paths import output, path_of
 from .quantizers import WeightQuantizer
+from .recompute import without_weight
 from .siblings import once
 from .swap import change_class
 
@@ -78,28 +78,11 @@ class PackedLayer(DaqLayer):
     def as_quantized(self, x: Tensor) -> Tensor:
         """What the quantized layer computes, bit for bit."""
         x = x if self.a_quant is None else once(self, x, self.a_quant)
-        weight = self.quantized_weight(x.dtype)
-        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            with self._recomputing(weight):
-                result: Tensor = self.compute(x, weight, self.bias)
-        else:
-            result = self.compute(x, weight, self.bias)
-        return result
 
-    @contextmanager
-    def _recomputing(self, weight: Tensor) -> Iterator[None]:
-        """The weight, where it is saved for the backward inside, is computed from the codes once more."""
-        address, dtype = weight.untyped_storage().data_ptr(), weight.dtype
+        def compute(x: Tensor) -> Tensor:
+            return self.compute(x, self.quantized_weight(x.dtype), self.bias)
 
-        def pack(saved: Tensor) -> Any:
-            is_weight = saved.untyped_storage().data_ptr() == address
-            return (saved.shape, saved.stride(), saved.storage_offset()) if is_weight else saved
-
-        def unpack(packed: Any) -> Tensor:
-            return packed if isinstance(packed, Tensor) else self.quantized_weight(dtype).as_strided(*packed)
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            yield
+        return without_weight(compute, x) if x.requires_grad else compute(x)
 
     def weight_shape(self) -> tuple[int, ...]:
         return self.shape
@@ -127,7 +110,8 @@ class PackedLayer(DaqLayer):
         device = self.weight_codes.device
         quantizer = WeightQuantizer(bits, self.shape, group_size=size, grid=grid, device=device, **self.quantizing)
         quantizer.train(self.training)
-        return _on_codes(quantizer, self._weight(), self.weight_scale, self.span)
+        parts = [self.float_weight()] if self.coded().granularity() == "tensor" else self._parts()
+        return _on_codes(quantizer, parts, self.weight_scale, self.span)
 
     @torch.no_grad()
     def write_codes(self, codes: Tensor, scale: Tensor) -> None:
@@ -136,15 +120,22 @@ class PackedLayer(DaqLayer):
         self.weight_scale = scale.detach().float().clone()
         self._forget()
 
-    def _weight(self) -> Tensor:
+    def float_weight(self) -> Tensor:
         """`weight`, of `weight_shape`."""
+        return self._of_float(self.quantized_weight())
+
+    def _of_float(self, weight: Tensor) -> Tensor:
+        """Rows of the quantized weight in the units of the float layer; written over."""
         # The scale of a layer turns quantized inputs, which span one unit, into outputs.
-        weight = self.quantized_weight()
-        return weight if self.a_quant is None else weight / self.a_quant.span.to(weight.dtype)
+        return weight if self.a_quant is None else weight.div_(self.a_quant.span.to(weight.dtype))
+
+    def _parts(self) -> Iterator[Tensor]:
+        """`float_weight`, some rows after the other: adapters that are made between would lie in the place of whole ones."""
+        return map(self._of_float, self.coded().parts(self.weight_dtype))
 
     @property
     def weight(self) -> Tensor:
-        stored = self.stored(self._weight())
+        stored = self.stored(self.float_weight())
         if torch.compiler.is_compiling():
             return stored
         computed: Any = stored.as_subclass(_PackedWeight)
@@ -304,17 +295,19 @@ def unpack_layer(layer: Any, config: DaqConfig) -> None:
     layer._modules["a_quant"] = own
     if layer.w_quant.shift is not None:
         layer.w_quant.shift.copy_(torch.zeros_like(layer.w_quant.shift) if has_bias else bias)
-    _on_codes(layer.w_quant, layer.float_weight(), scale, span)
+    _on_codes(layer.w_quant, [layer.float_weight()], scale, span)
     if own is not None:
         own.requires_grad_(True)
         own.finish()
 
 
 @torch.no_grad()
-def _on_codes(quantizer: WeightQuantizer, weight: Tensor, scale: Tensor, span: Tensor | float) -> WeightQuantizer:
-    """The quantizer, with bounds that give this weight the codes that it was computed from."""
+def _on_codes(
+    quantizer: WeightQuantizer, parts: Iterable[Tensor], scale: Tensor, span: Tensor | float
+) -> WeightQuantizer:
+    """The quantizer, with bounds that give this weight, in parts of some rows, the codes that it was computed from."""
     largest = scale.abs().clamp_min(1e-12)
-    quantizer.set_bounds(weight, largest / span.to(scale.dtype) if isinstance(span, Tensor) else largest)
+    quantizer.set_bounds(parts, largest / span.to(scale.dtype) if isinstance(span, Tensor) else largest)
     quantizer.scale.copy_(scale)
     quantizer.finish()
     return quantizer

@@ -7,7 +7,7 @@ gives them values; `calibrated` says which.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from .formula import center, levels
 from .functional import quantize_activation, quantize_weight, snap_scale
 
 _SMALLEST_SCALE = 1e-8
+_TILE = 2**20  # elements in a copy
 _ON_A_BOUND = 1e-4  # codes: calibration often puts a bound on the largest value, and rounding moves it a little
 
 
@@ -48,8 +49,12 @@ def _norm(rows: Tensor, dims: tuple[int, ...]) -> Tensor:
     wide_dtype = torch.promote_types(rows.dtype, torch.float32)
     if len(dims) == rows.ndim:
         rows = torch.linalg.vector_norm(rows, dim=dims[1:] or None, keepdim=True, dtype=wide_dtype)
-    norm: Tensor = torch.linalg.vector_norm(rows, dim=dims, keepdim=True, dtype=wide_dtype)
-    return norm
+    if 0 in dims or rows.dtype == wide_dtype or rows.numel() <= _TILE or not rows.is_cpu:
+        norm: Tensor = torch.linalg.vector_norm(rows, dim=dims, keepdim=True, dtype=wide_dtype)
+        return norm
+    # torch would make a wide copy of all of them first.
+    parts = torch.split(rows, max(1, _TILE * len(rows) // rows.numel()))
+    return torch.cat([torch.linalg.vector_norm(part, dim=dims, keepdim=True, dtype=wide_dtype) for part in parts])
 
 
 class Quantizer(nn.Module):
@@ -222,7 +227,8 @@ class WeightQuantizer(BoundedQuantizer):
         shape (rows, group_size), with zeros after the last column of a channel."""
         if self.groups == 1:
             return weight
-        return F.pad(weight.flatten(1), (0, self.padding)).reshape(-1, self.group_size)
+        flat = weight.flatten(1)
+        return (F.pad(flat, (0, self.padding)) if self.padding else flat).reshape(-1, self.group_size)
 
     def unrows(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
         """Inverse of `rows`, for a weight of this shape."""
@@ -266,9 +272,11 @@ class WeightQuantizer(BoundedQuantizer):
         return offset + unit * self.lower.view_as(offset), offset + unit * self.upper.view_as(offset)
 
     @torch.no_grad()
-    def set_bounds(self, weight: Tensor, outermost: Tensor) -> None:
-        """Put the bounds where the code 0 of this weight stands for `-outermost`, shape (rows,), and zero is at `center`."""
-        offset, unit = (value.flatten() for value in self.statistics(self.rows(weight)))
+    def set_bounds(self, parts: Iterable[Tensor], outermost: Tensor) -> None:
+        """Put the bounds where the code 0 of this weight, given in parts of some channels, stands for `-outermost`, shape
+        (rows,), and zero is at `center`. With the granularity "tensor" there is one part."""
+        statistics = zip(*(self.statistics(self.rows(part)) for part in parts), strict=True)
+        offset, unit = (torch.cat(values).flatten() for values in statistics)
         self.lower.copy_((-outermost - offset) / unit)
         self.upper.copy_((outermost * (self.levels / self.center - 1) - offset) / unit)
 
