@@ -109,6 +109,7 @@ def pack(model: nn.Module, *, fast: bool | None = None) -> nn.Module:
         tell_transformers(model)
     for layer in packed_layers(model).values():
         layer.fast = bool(fast)
+        layer._forget()
     return model.eval()
 
 

@@ -56,7 +56,10 @@ def test_a_written_scale_is_noticed_in_a_product_of_codes(kernels, monkeypatch):
         before = model(x)
         assert model[0].path(x) == "codes"
         assert close(before, plain(model, x))
+        assert torch.equal(gpu.at_once(model[0], x), before)
+        assert gpu.at_once(model[0], x.repeat(2, 1)) is None
         model[0].weight_scale.mul_(2)
+        assert gpu.at_once(model[0], x) is None
         assert not close(model(x), before, 0.1)
         assert close(model(x), plain(model, x))
 

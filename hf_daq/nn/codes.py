@@ -394,6 +394,8 @@ def at_once(layer: Any, x: Tensor) -> Tensor | None:
     """The output of a layer that computed from its codes before, where nothing but numbers is asked for; else None."""
     if torch.compiler.is_compiling():
         return None
+    if gpu.used(x):
+        return gpu.at_once(layer, x) if x.ndim > 0 and at_hand(x) else None
     kept: _Placed | None = layer.__dict__.get("_placed")
     if kept is None or x.dtype not in kept.dtypes or x.ndim == 0 or x.shape[-1] != kept.coded.shape[1]:
         return None

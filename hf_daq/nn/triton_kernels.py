@@ -185,6 +185,7 @@ def _linear(
     halves: tl.constexpr,
     has_bias: tl.constexpr,
     even: tl.constexpr,
+    few: tl.constexpr,
     tall: tl.constexpr,
     wide: tl.constexpr,
     deep: tl.constexpr,
@@ -197,11 +198,14 @@ def _linear(
     found = tl.zeros((tall, wide), tl.int32)
     for first in range(0, width, deep):
         place = first + tl.arange(0, deep)
-        if even:
-            left, right = tl.load(of_row + place[None, :]), tl.load(of_column + place[:, None])
+        left_of, right_of = of_row + place[None, :], of_column + place[:, None]
+        if few:  # else all programs would read one line of inputs for rows that are not there
+            left = tl.load(left_of, mask=(row < count)[:, None] & (place[None, :] < width), other=0)
+        elif even:
+            left = tl.load(left_of)
         else:
-            left = tl.load(of_row + place[None, :], mask=place[None, :] < width, other=0)
-            right = tl.load(of_column + place[:, None], mask=place[:, None] < width, other=0)
+            left = tl.load(left_of, mask=place[None, :] < width, other=0)
+        right = tl.load(right_of) if even else tl.load(right_of, mask=place[:, None] < width, other=0)
         found = tl.dot(left, right, found, out_dtype=tl.int32)
     valid = column < outputs
     whole = (found + tl.load(offset + column, mask=valid, other=0)[None, :]).to(tl.float32)
@@ -232,7 +236,7 @@ def linear(parts: tuple[Tensor, Tensor, Tensor], layer: Any, bias: Tensor | None
         out if bias is None else bias.contiguous(),
         out,
     )
-    options = {"halves": layer.halves, "has_bias": bias is not None, "even": width % deep == 0}
+    options = {"halves": layer.halves, "has_bias": bias is not None, "even": width % deep == 0, "few": count < tall}
     tiles = {"tall": tall, "wide": wide, "deep": deep, "num_warps": 8 if many else 4, "num_stages": 3}
     grid = (triton.cdiv(count, tall) * triton.cdiv(outputs, wide),)
     with _on(out):
