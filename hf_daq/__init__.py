@@ -18,6 +18,7 @@ from .integrations import registration as registration
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .allocation import allocate
     from .apply import apply_daq, pack, remove_daq, restart, unpack
     from .batch_norm import reestimate_batch_norm
     from .calibration import calibrate
@@ -50,6 +51,7 @@ __all__ = [
     "MonitorCallback",
     "Result",
     "__version__",
+    "allocate",
     "apply_daq",
     "calibrate",
     "compare",
@@ -84,6 +86,7 @@ _FILES = {
     "Monitor": "report.monitor",
     "MonitorCallback": "integrations.trainer",
     "Result": "files.facts",
+    "allocate": "allocation",
     "apply_daq": "apply",
     "calibrate": "calibration",
     "compare": "report.compare",

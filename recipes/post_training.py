@@ -3,6 +3,7 @@
     python recipes/post_training.py --dataset path/to/photographs
     python recipes/post_training.py --dataset path/to/photographs --bits 4/8 4/4 --output results.json
     python recipes/post_training.py --dataset path/to/photographs --bits 4/4 --finetune_minutes 10
+    python recipes/post_training.py --dataset path/to/photographs --bits 4/8 --allocate
 
 The network is EfficientNet-Lite0 with the ImageNet weights that a small package ships:
 
@@ -46,6 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--bits", nargs="+", type=bits, default=[(8, 8), (4, 8)], metavar="W/A", help="weight bits / activation bits")
     add("--granularity", choices=("tensor", "channel"), default="channel", help="one set of weight bounds per ...")
     add("--weight_grid", default="auto", help="as of hf_daq.DaqConfig")
+    add("--allocate", action="store_true", help="W is the mean; hf_daq.allocate finds the bits of each layer")
     add("--calibration_images", type=int, help="photographs that are not measured; half of them by default")
     add("--batch_size", type=int, default=32)
     add("--finetune_minutes", type=float, default=0.0, help="of distillation after reconstruction, for each W/A")
@@ -156,7 +158,10 @@ def calibrated(
     """A calibrated copy of the float network."""
     model = copy.deepcopy(model)
     options = {"weight_granularity": args.granularity, "weight_grid": args.weight_grid}
-    hf_daq.apply_daq(model, weight_bits=weight_bits, activation_bits=activation_bits, **options)
+    config = hf_daq.DaqConfig(weight_bits=weight_bits, activation_bits=activation_bits, **options)
+    if args.allocate:
+        config = hf_daq.allocate(model, batches, config, average_bits=weight_bits).config
+    hf_daq.apply_daq(model, config)
     with hf_daq.calibrate(model):
         for batch in tqdm(batches, "calibration", leave=False):
             model(batch)

@@ -12,7 +12,7 @@ from models import images, small_timm
 import hf_daq
 
 NAMES = ("plan", "DaqConfig", "apply_daq", "param_groups", "save_pretrained", "from_pretrained", "export_onnx")
-NAMES += ("reconstruct", "reestimate_batch_norm", "report")
+NAMES += ("reconstruct", "reestimate_batch_norm", "report", "allocate")
 
 
 def example(name):
@@ -25,7 +25,7 @@ def example(name):
 def test_examples_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, batch = small_timm(), images(2, 32)
-    if name not in ("plan", "DaqConfig", "apply_daq"):
+    if name not in ("plan", "DaqConfig", "apply_daq", "allocate"):
         hf_daq.apply_daq(model, bits=3)
         with hf_daq.calibrate(model):
             model(batch)

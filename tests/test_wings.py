@@ -9,7 +9,7 @@ import hf_daq
 
 GROUND, FRONT = (
     ("errors", "version", "config", "text"),
-    ("apply", "batch_norm", "calibration", "checkpoint", "plots", "quantization", "reconstruction"),
+    ("allocation", "apply", "batch_norm", "calibration", "checkpoint", "plots", "quantization", "reconstruction"),
 )
 MAY_IMPORT = {
     "ground": "",
@@ -63,6 +63,7 @@ HOMES = {
     "errors": "DaqError",
     "version": "__version__",
     "config": "DaqConfig",
+    "allocation": "allocate",
     "apply": "apply_daq remove_daq pack unpack restart",
     "calibration": "calibrate",
     "quantization": "quantize",

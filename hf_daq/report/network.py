@@ -27,9 +27,9 @@ def network_sqnr(model: nn.Module, batch: Any, measured: list[Measurement]) -> f
     in_float = float_network(measured)
     if in_float is None:
         return None
-    quantized = _outputs(model, batch)
+    quantized = answers(model, batch)
     with in_float:
-        reference = _outputs(model, batch)
+        reference = answers(model, batch)
     energy = signal = noise = 0.0
     for y, q in zip(reference, quantized, strict=True):
         if y.shape != q.shape or count_bad(y) or count_bad(q):
@@ -50,7 +50,7 @@ def float_network(measured: list[Measurement]) -> AbstractContextManager[Any] | 
     return replaced_forwards({found.layer: found.float_output for found in measured}) if layers and known else None
 
 
-def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
+def answers(model: nn.Module, batch: Any) -> list[Tensor]:
     """The output of each call, float32 or wider, shape (examples or tokens, values). Every pass has the same random numbers."""
     found = []
     with left_as_it_was(model):
