@@ -77,7 +77,7 @@ def export_onnx(
             number of rows, 2 at least. Two rows are traced; the number of rows stays free in the file, and the length
             of token sequences too where the model allows. All are used to verify and for the ranges of `int8_outputs`;
             a few hundred are enough.
-        weights: "int8", or "int4": weights of up to 3 bits take half a byte in the file and run like int8.
+        weights: "int8", or "int4": weights of up to 3 bits, and of 4 on the grid "integer", take half a byte in the file and run like int8.
         runtime: the one the file is for. "onnxruntime": convolutions without groups are written as products of gathered
             codes with a matrix, because ONNX Runtime has no fast integer convolution with a float output, and those with
             groups as float ones of the codes; the height and width of images are fixed. OpenVINO computes something else
