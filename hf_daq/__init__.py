@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .report.monitor import Monitor
     from .report.page import report
     from .report.summary import summary
+    from .transitions import TransitionScheduler, dampening
 
 __all__ = [
     "CardFacts",
@@ -50,11 +51,13 @@ __all__ = [
     "Monitor",
     "MonitorCallback",
     "Result",
+    "TransitionScheduler",
     "__version__",
     "allocate",
     "apply_daq",
     "calibrate",
     "compare",
+    "dampening",
     "export_compressed_tensors",
     "export_gguf",
     "export_onnx",
@@ -86,10 +89,12 @@ _FILES = {
     "Monitor": "report.monitor",
     "MonitorCallback": "integrations.trainer",
     "Result": "files.facts",
+    "TransitionScheduler": "transitions",
     "allocate": "allocation",
     "apply_daq": "apply",
     "calibrate": "calibration",
     "compare": "report.compare",
+    "dampening": "transitions",
     "export_compressed_tensors": "export.compressed_tensors",
     "export_gguf": "export.gguf",
     "export_onnx": "export.onnx",

@@ -46,7 +46,7 @@ import hf_daq
 import networks.cifar_resnet  # noqa: F401  registers resnet20_cifar and resnet8_cifar with timm
 from shared import finish, loop, options
 from shared.data import eval_name, load_splits, split_pair
-from shared.distillation import Distillation, distill
+from shared.distillation import Distillation, distill, last_features
 from shared.loop import (
     EpochShuffle,
     find_checkpoint,
@@ -366,13 +366,15 @@ class Run(loop.Run):
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor], teacher: nn.Module | None) -> Tensor:
         images, labels = batch
         images = images.contiguous(memory_format=self.memory_format)
-        logits = model(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.cfg.label_smoothing)
         if teacher is None:
-            return loss
-        with torch.no_grad(), self.accelerator.autocast():
-            teacher_logits = teacher(images)
-        return distill(loss, logits, teacher_logits, self.cfg.distillation)
+            return F.cross_entropy(model(images), labels, label_smoothing=self.cfg.label_smoothing)
+        settings = self.cfg.distillation
+        with last_features(settings, self.accelerator.unwrap_model(model), teacher) as features:
+            logits = model(images)
+            with torch.no_grad(), self.accelerator.autocast():
+                teacher_logits = teacher(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.cfg.label_smoothing)
+        return distill(loss, logits, teacher_logits, settings, features)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> float:
@@ -440,7 +442,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             progress.start_phase("quantized")
         start = f"{cfg.output_dir}/float" if cfg.float_epochs else cfg.checkpoint
         model = create_float_model(cfg, images, preprocessing, start).to(accelerator.device)
-        teacher = copy.deepcopy(model).eval().requires_grad_(False) if cfg.distillation.alpha else None
+        teacher = copy.deepcopy(model).eval().requires_grad_(False) if cfg.distillation.wanted else None
         if checkpoint is None:
             results["float"] = run.evaluate(model)
 
@@ -451,7 +453,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         with hf_daq.calibrate(model):
             for batch, _ in itertools.islice(run.train_loader, cfg.calibration_batches):
                 model(batch)
-        *groups, quantizers = hf_daq.param_groups(model, cfg.lr, cfg.quantizer_lr, cfg.weight_decay)
+        quantized_lr = cfg.lr if cfg.transition_target else None
+        *groups, quantizers = hf_daq.param_groups(
+            model, cfg.lr, cfg.quantizer_lr, cfg.weight_decay, quantized_lr=quantized_lr
+        )
 
         if cfg.optimizer == "adamw":
             optimizers = [weight_optimizer([*groups, quantizers], cfg, cfg.lr)]

@@ -48,7 +48,7 @@ from transformers import (
 import hf_daq
 from shared import finish, loop, options
 from shared.data import closest_name, load_splits
-from shared.distillation import Distillation, distill
+from shared.distillation import Distillation, distill, last_features
 from shared.loop import (
     EpochShuffle,
     find_checkpoint,
@@ -269,12 +269,14 @@ class Run(loop.Run):
     metric, higher_is_better = "loss", False
 
     def loss(self, model: nn.Module, batch: Tensor, teacher: nn.Module | None) -> Tensor:
-        logits, losses = forward(model, batch)
         if teacher is None:
-            return losses.mean()
-        with torch.no_grad(), self.accelerator.autocast():
-            teacher_logits, _ = forward(teacher, batch)
-        return distill(losses.mean(), logits, teacher_logits, self.cfg.distillation)
+            return forward(model, batch)[1].mean()
+        settings = self.cfg.distillation
+        with last_features(settings, self.accelerator.unwrap_model(model), teacher) as features:
+            logits, losses = forward(model, batch)
+            with torch.no_grad(), self.accelerator.autocast():
+                teacher_logits, _ = forward(teacher, batch)
+        return distill(losses.mean(), logits, teacher_logits, settings, features)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> float:
@@ -351,7 +353,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         start = f"{cfg.output_dir}/float" if cfg.float_epochs else start
         model = create_float_model(tokenizer, cfg, start).to(accelerator.device)
         teacher = None
-        if cfg.distillation.alpha:
+        if cfg.distillation.wanted:
             teacher = create_float_model(tokenizer, cfg, start).to(accelerator.device).eval().requires_grad_(False)
         if checkpoint is None:
             results["float"] = run.evaluate(model)
@@ -363,7 +365,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         with hf_daq.calibrate(model):
             for blocks in itertools.islice(run.train_loader, cfg.calibration_batches):
                 forward(model, blocks)
-        groups = hf_daq.param_groups(model, cfg.lr, cfg.quantizer_lr, cfg.weight_decay)
+        quantized_lr = cfg.lr if cfg.transition_target else None
+        groups = hf_daq.param_groups(model, cfg.lr, cfg.quantizer_lr, cfg.weight_decay, quantized_lr=quantized_lr)
 
         model, [optimizer] = prepare(accelerator, cfg, model, torch.optim.AdamW(groups, betas=(0.9, 0.95)))
         if checkpoint is None:

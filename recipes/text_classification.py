@@ -48,7 +48,7 @@ from transformers import (
 import hf_daq
 from shared import finish, loop, options
 from shared.data import closest_name, eval_name, load_splits, split_pair
-from shared.distillation import Distillation, distill
+from shared.distillation import Distillation, distill, last_features
 from shared.options import RunOptions, daq_config
 
 # ---------------------------------------------------------------------------------------------------------- knobs
@@ -207,11 +207,13 @@ class DistillationTrainer(Trainer):
         self.distillation = distillation
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any):
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        if self.teacher is not None and model.training:
+        if self.teacher is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        with last_features(self.distillation, self.accelerator.unwrap_model(model), self.teacher) as features:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
             with torch.no_grad(), self.accelerator.autocast():
                 teacher_logits = self.teacher(**inputs).logits
-            loss = distill(loss, outputs.logits, teacher_logits, self.distillation)
+        loss = distill(loss, outputs.logits, teacher_logits, self.distillation, features)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -323,7 +325,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     if cfg.epochs and "quantized" not in results:
         start = f"{cfg.output_dir}/float" if cfg.float_epochs else cfg.checkpoint
-        teacher = load_float(start, texts) if cfg.distillation.alpha else None
+        teacher = load_float(start, texts) if cfg.distillation.wanted else None
         arguments = training_arguments(cfg, "quantized", cfg.epochs)
         model = load_float(start, texts)
 

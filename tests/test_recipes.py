@@ -326,6 +326,7 @@ def stop_after(monkeypatch, count: int):
 
 # 22 updates an epoch: the run stops within and at the end of an epoch and of a phase.
 DIGITS = "--float_epochs 2 --epochs 2 --batch_size 64 --checkpoint_every 11 --distillation.alpha 0.5"
+DIGITS += " --distillation.features 0.1 --transition_target 0.01 --dampening 1e-4"
 
 
 @pytest.fixture(scope="module")

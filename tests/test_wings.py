@@ -9,7 +9,17 @@ import hf_daq
 
 GROUND, FRONT = (
     ("errors", "version", "config", "text"),
-    ("allocation", "apply", "batch_norm", "calibration", "checkpoint", "plots", "quantization", "reconstruction"),
+    (
+        "allocation",
+        "apply",
+        "batch_norm",
+        "calibration",
+        "checkpoint",
+        "plots",
+        "quantization",
+        "reconstruction",
+        "transitions",
+    ),
 )
 MAY_IMPORT = {
     "ground": "",
@@ -69,6 +79,7 @@ HOMES = {
     "quantization": "quantize",
     "reconstruction": "reconstruct",
     "batch_norm": "reestimate_batch_norm",
+    "transitions": "TransitionScheduler dampening",
     "checkpoint": "save_pretrained from_pretrained push_to_hub",
     "nn.integers": "integer_arithmetic",
     "model.param_groups": "param_groups",

@@ -12,7 +12,14 @@ from ..nn.packed import packed_layers
 from ..nn.quantizers import Quantizer
 
 
-def param_groups(model: Any, lr: float, quantizer_lr: float = 1e-3, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+def param_groups(
+    model: Any,
+    lr: float,
+    quantizer_lr: float = 1e-3,
+    weight_decay: float = 0.0,
+    *,
+    quantized_lr: float | None = None,
+) -> list[dict[str, Any]]:
     """Parameter groups for any torch optimizer.
 
         groups = hf_daq.param_groups(model, lr=1e-4, weight_decay=0.01)
@@ -23,9 +30,11 @@ def param_groups(model: Any, lr: float, quantizer_lr: float = 1e-3, weight_decay
         lr: learning rate of weights, biases and normalization layers.
         quantizer_lr: learning rate of bounds and scales. They have no weight decay.
         weight_decay: weight decay of all parameters with two or more dimensions, except those that `model.no_weight_decay()` names.
+        quantized_lr: learning rate of the weights that are quantized, which are then a group of their own, "quantized"; None
+            for `lr`, in one group with the others.
 
     Returns:
-        Groups with the keys "name" ("decay", "no_decay", "quantizer"), "params", "lr" and "weight_decay". Frozen
+        Groups with the keys "name" ("decay", "no_decay", "quantized", "quantizer"), "params", "lr" and "weight_decay". Frozen
         parameters are left out, and so are empty groups.
 
     Raises:
@@ -49,8 +58,11 @@ def param_groups(model: Any, lr: float, quantizer_lr: float = 1e-3, weight_decay
         if isinstance(module, Quantizer)  # an adapter may have one of its own
         for parameter in module.parameters()
     }
+    quantized: set[int] = set()
+    if quantized_lr is not None:
+        quantized = {id(parameter) for layer in layers.values() for parameter in layer._parameters.values()}
     undecayed = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
-    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "quantizer": []}
+    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "quantized": [], "quantizer": []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -58,11 +70,14 @@ def param_groups(model: Any, lr: float, quantizer_lr: float = 1e-3, weight_decay
             groups["quantizer"].append(parameter)
         elif parameter.ndim <= 1 or name.endswith("bias") or name in undecayed:
             groups["no_decay"].append(parameter)
+        elif id(parameter) in quantized:
+            groups["quantized"].append(parameter)
         else:
             groups["decay"].append(parameter)
     settings = {
         "decay": (lr, weight_decay),
         "no_decay": (lr, 0.0),
+        "quantized": (quantized_lr or 0.0, weight_decay),
         "quantizer": (quantizer_lr, 0.0),
     }
     return [

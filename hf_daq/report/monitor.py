@@ -78,10 +78,10 @@ class Monitor:
         if not self.layers:
             packed = "hf_daq.unpack(model) makes a packed one trainable" if packed_layers(model) else "apply_daq first"
             raise ModelError(f"Monitor found no quantized layer that trains in {type(model).__name__}: {packed}")
-        _check(self.layers)
+        check_monitored(self.layers)
         self.steps = 0
         self.history: list[dict[str, Any]] = []
-        self._open: dict[str, _Window] = {}
+        self._open: dict[str, CodeWindow] = {}
 
     def step(self) -> dict[str, float]:
         """Call once after each `optimizer.step()`, of accumulated gradients too.
@@ -94,8 +94,8 @@ class Monitor:
         left = -self.steps % self.every
         if left == self.window:
             self.close()
-            _check(self.layers)
-            self._open = {name: _Window(layer) for name, layer in self.layers.items()}
+            check_monitored(self.layers)
+            self._open = {name: CodeWindow(layer) for name, layer in self.layers.items()}
         elif self._open:
             for window in self._open.values():
                 window.compare()
@@ -131,7 +131,7 @@ class Monitor:
         return found
 
 
-class _Window:
+class CodeWindow:
     """What is known of one layer while a window is open. Of a sharded layer each rank keeps a part of the codes."""
 
     def __init__(self, layer: QuantizedLayer) -> None:
@@ -238,7 +238,7 @@ def _plain(name: str) -> str:
     return ".".join(parts[1:] if parts[0] == "module" else parts)
 
 
-def _check(layers: Mapping[str, QuantizedLayer]) -> None:
+def check_monitored(layers: Mapping[str, QuantizedLayer]) -> None:
     for name, layer in layers.items():
         if layer.first_parameter.ndim < 2:  # FSDP1 and ZeRO-3 leave vectors
             raise ModelError(

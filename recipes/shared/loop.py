@@ -95,6 +95,7 @@ class Run:
     updates: int = field(default=0, init=False)  # of this phase
     phase_start: float = field(default=0.0, init=False)
     monitor: hf_daq.Monitor | None = field(default=None, init=False)
+    transitions: hf_daq.TransitionScheduler | None = field(default=None, init=False)
 
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool]
@@ -145,6 +146,9 @@ def train_phase(
     updates = min(epochs * per_epoch, cfg.max_steps or sys.maxsize)
     run.optimizers, run.updates = optimizers, updates
     schedules = cosine(optimizers, updates, min(round(cfg.warmup_epochs * per_epoch), updates // 2))
+    if cfg.transition_target and progress.phase == "quantized":
+        run.transitions = hf_daq.TransitionScheduler(model, optimizers[0], updates, cfg.transition_target)
+        accelerator.register_for_checkpointing(run.transitions)
     if checkpoint:
         accelerator.load_state(str(checkpoint))
     if cfg.monitor_every and progress.phase == "quantized":
@@ -202,8 +206,14 @@ def train_epoch(
             break
         for schedule in schedules:
             schedule.step_update(progress.update + 1)
+        if run.transitions:
+            run.transitions.apply()
         with accelerator.accumulate(model):
             loss = run.loss(model, batch, teacher)
+            if cfg.dampening and progress.phase == "quantized":
+                done = progress.update / run.updates
+                factor = cfg.dampening * 0.5 * (1 - math.cos(math.pi * done))
+                loss = loss + factor * hf_daq.dampening(accelerator.unwrap_model(model))
             accelerator.backward(loss)
             if cfg.clip_grad and accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), cfg.clip_grad)
@@ -216,6 +226,8 @@ def train_epoch(
             continue
         progress.update, progress.total_updates = progress.update + 1, progress.total_updates + 1
         bar.update()
+        if run.transitions:
+            run.transitions.step()
         if run.monitor and (values := run.monitor.step()):
             run.log(values)
         if progress.update % cfg.log_every == 0:

@@ -62,6 +62,11 @@ class LoopOptions(RunOptions):
     """Largest norm of the gradient; null for no limit."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Type of matrix products; bounds and scales stay in float32."""
+    transition_target: float = 0.0
+    """Share of the weights that are to change their code in an update, at the start of the DAQ phase; then the learning rate of
+    quantized weights follows it (hf_daq.TransitionScheduler). 0 for the cosine."""
+    dampening: float = 0.0
+    """Factor of hf_daq.dampening in the loss at the end of the DAQ phase, to which it grows by a cosine; 0 for none."""
     compile: bool = False
     """Whether torch.compile compiles the whole network."""
     max_steps: int | None = None
