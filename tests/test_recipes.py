@@ -543,6 +543,17 @@ def test_post_training_measures_every_state_of_a_network(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out" / "lite0.json").read_text())["results"] == rows
 
 
+def test_post_training_allocates_bits():
+    torch.manual_seed(0)
+    small = timm.create_model("test_efficientnet", num_classes=1000).eval()
+    args = post_training.parse(["--dataset", "photographs", "--allocate"])
+    model = post_training.calibrated(small, 4, 8, [torch.randn(4, 3, 64, 64)], args)
+    sizes = {name: small.get_submodule(name).weight.numel() for name in model.daq_config.layers}
+    bits = {name: entry["weight_bits"] for name, entry in model.daq_config.layers.items()}
+    assert sum(sizes[name] * bits[name] for name in sizes) <= 4 * sum(sizes.values())
+    assert len(set(bits.values())) > 1
+
+
 def test_photographs_in_subfolders_have_the_classes_of_their_names(tmp_path):
     with pytest.raises(SystemExit, match="neither labels.tsv nor subfolders named 0 to 999"):
         post_training.labelled(tmp_path)
