@@ -12,6 +12,7 @@ from text_models import tiny_llama, tokens
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import hf_daq
 from hf_daq.errors import CalibrationError, ConfigError, ModelError
@@ -58,6 +59,25 @@ def test_quantized_weights_are_a_group_of_their_own():
     (weight,) = groups["quantized"]["params"]
     assert weight is model[2].weight
     assert (groups["quantized"]["lr"], groups["quantized"]["weight_decay"]) == (0.2, 0.3)
+
+
+def test_weights_of_experts_are_among_them():
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "intermediate_size": 16,
+        "num_local_experts": 2,
+    }
+    model = MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
+    hf_daq.apply_daq(model, weight_bits=2)
+    with hf_daq.calibrate(model, check=False):
+        model(tokens(2))
+    found = {
+        group["name"]: {id(p) for p in group["params"]} for group in hf_daq.param_groups(model, 0.1, quantized_lr=0.1)
+    }
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in found["quantized"]}
+    assert names >= {f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")}
 
 
 def test_the_rate_is_that_of_the_equation():

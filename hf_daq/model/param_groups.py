@@ -60,7 +60,10 @@ def param_groups(
     }
     quantized: set[int] = set()
     if quantized_lr is not None:
-        quantized = {id(parameter) for layer in layers.values() for parameter in layer._parameters.values()}
+        weights = (
+            weight for layer in layers.values() for weight in (*layer._parameters.values(), layer.first_parameter)
+        )
+        quantized = {id(weight) for weight in weights}  # experts have theirs in the module around them
     undecayed = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "quantized": [], "quantizer": []}
     for name, parameter in model.named_parameters():
