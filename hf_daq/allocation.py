@@ -185,11 +185,12 @@ def _budget(
     weights = sum(sizes.values())
     least, most = (plan(model, _with_bits(config, bits)).packed_bytes for bits in (_WIDTHS[0], _WIDTHS[-1]))
     if average_bits is not None:
-        if not _WIDTHS[0] <= average_bits <= _WIDTHS[-1]:
+        number = isinstance(average_bits, int | float) and not isinstance(average_bits, bool)
+        if not number or not _WIDTHS[0] <= average_bits <= _WIDTHS[-1]:
             raise ConfigError(f"average_bits={average_bits!r} must be a number from {_WIDTHS[0]} to {_WIDTHS[-1]}")
         return average_bits * weights
     assert packed_bytes is not None
-    if not packed_bytes >= least:
+    if not isinstance(packed_bytes, int) or packed_bytes < least:
         raise ConfigError(
             f"packed_bytes={packed_bytes!r} is out of reach: with {_WIDTHS[0]} bits everywhere the model has {least:,} bytes, with "
             f"{_WIDTHS[-1]} bits {most:,}"
@@ -226,7 +227,12 @@ class _Trials:
             self.wanted = [answers(model, batch) for batch in batches]
         if not all(self.wanted):
             raise ModelError("the model gives no tensor of real numbers to compare")
-        self.signal = sum(float((y - y.mean(0)).square().sum()) for outputs in self.wanted for y in outputs)
+        signals = [y - y.mean(0) if len(y) > 1 else y for outputs in self.wanted for y in outputs]
+        self.signal = sum(float(y.double().square().sum()) for y in signals)
+        if not math.isfinite(self.signal):
+            raise ModelError(
+                "outputs have NaN or infinite values; allocate needs inputs on which the float model is sound"
+            )
 
     def losses(self, name: str, show: Any) -> dict[int, float]:
         """Of one layer at each width; more bits are never worse."""

@@ -28,6 +28,13 @@ class Branches(nn.Module):
         return y
 
 
+class Classes(Branches):
+    """Gives nothing that can be compared."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).argmax(1)
+
+
 def network() -> Branches:
     torch.manual_seed(0)
     return Branches().eval()
@@ -89,6 +96,12 @@ def test_a_budget_in_bytes_is_kept() -> None:
         assert found.packed_bytes > size - 64 * 64 // 8 or size > most
 
 
+def test_one_example_is_enough() -> None:
+    model, x = network(), torch.randn(1, 8)
+    found = hf_daq.allocate(model, [x], average_bits=4)
+    assert 0 < found.measured <= found.uniform < 1
+
+
 def test_yaml_and_text(tmp_path: Path) -> None:
     model, x = network(), torch.randn(32, 8)
     found = hf_daq.allocate(model, [x], average_bits=3, activation_bits=8)
@@ -125,10 +138,16 @@ def test_errors() -> None:
         hf_daq.allocate(model, [x])
     with pytest.raises(ConfigError, match="one budget"):
         hf_daq.allocate(model, [x], average_bits=4, packed_bytes=10_000)
-    with pytest.raises(ConfigError, match="from 2 to 8"):
-        hf_daq.allocate(model, [x], average_bits=1.5)
-    with pytest.raises(ConfigError, match="out of reach"):
-        hf_daq.allocate(model, [x], packed_bytes=100)
+    for bits in (1.5, 9, float("nan"), True, "4 bits"):
+        with pytest.raises(ConfigError, match="from 2 to 8"):
+            hf_daq.allocate(model, [x], average_bits=bits)  # type: ignore[arg-type]
+    for size in (100, "5 MB"):
+        with pytest.raises(ConfigError, match="out of reach"):
+            hf_daq.allocate(model, [x], packed_bytes=size)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        hf_daq.allocate(model, [x / 0], average_bits=4)
+    with pytest.raises(ModelError, match="no tensor of real numbers"):
+        hf_daq.allocate(Classes(), [x], average_bits=4)
     with pytest.raises(ModelError, match="no batches"):
         hf_daq.allocate(model, [], average_bits=4)
     with pytest.raises(ModelError, match="bits are free"):
