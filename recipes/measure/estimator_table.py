@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from measure.plots import save
 
 Rows = list[dict[str, Any]]
-DRAWN = ("daq", "ste", "ewgs 1", "soft", "lsq", "paretoq", "brevitas")
+DRAWN = ("daq", "ste", "ewgs 0.001", "soft", "lsq", "paretoq", "brevitas")
 """Estimators in the figure, which has no place for more."""
 
 
@@ -77,30 +77,31 @@ def report(rows: Rows, folder: Path) -> None:
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """For each number of bits: test accuracy against the learning rate (short runs), and below against epochs (the longest)."""
+    """For each number of bits: test accuracy against the learning rate (short runs), and below against epochs (the longest). The
+    axes end 12 points below the best; what lies deeper is in the legend."""
     groups = by(rows, "bits")
-    figure, axes = plt.subplots(2, len(groups), figsize=(4.2 * len(groups), 6.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(2, len(groups), figsize=(4.6 * len(groups), 7), squeeze=False, layout="constrained")
     for ((bits,), group), (top, bottom) in zip(groups.items(), axes.T, strict=True):
         shortest, longest = (choose(row["epochs"] for row in group) for choose in (min, max))
         for (name,), found in by([row for row in group if row["epochs"] == shortest], "estimator").items():
             rates = sorted(by(found, "lr").items())
             points = [mean_and_error([row["test"] for row in same]) for _, same in rates]
+            means = [mean for mean, _ in points]
             errors = [0 if math.isnan(error) else error for _, error in points]
-            top.errorbar(
-                [lr for (lr,), _ in rates], [mean for mean, _ in points], errors, marker="o", capsize=3, label=name
-            )
+            label = f"{name}, best {max(means):.1f}"
+            top.errorbar([lr for (lr,), _ in rates], means, errors, marker="o", capsize=3, label=label)
         for (name,), found in by([row for row in group if row["epochs"] == longest], "estimator").items():
             curves = [[entry["heldout"] for entry in row["history"]] for row in best(found)[1]]
             means = [statistics.mean(values) for values in zip(*curves, strict=True)]
-            bottom.plot(range(1, len(means) + 1), means, label=name)
-        top.set(
-            xscale="log",
-            title=f"W{bits.replace('/', 'A')}, epochs: {shortest}",
-            xlabel="learning rate",
-            ylabel="test, %",
-        )
+            bottom.plot(range(1, len(means) + 1), means, label=f"{name}, last {means[-1]:.1f}")
+        ticks = sorted({row["lr"] for row in group if row["epochs"] == shortest})
+        top.set_xscale("log")
+        top.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        top.minorticks_off()
+        top.set(title=f"W{bits.replace('/', 'A')}, epochs: {shortest}", xlabel="learning rate", ylabel="test, %")
         bottom.set(title=f"epochs: {longest}, each at its best rate", xlabel="epoch", ylabel="held out, %")
-        top.legend(fontsize=8)
-        bottom.legend(fontsize=8)
+        for axis, values in ((top, [row["test"] for row in group]), (bottom, [row["heldout"] for row in group])):
+            axis.set_ylim(max(values) - 12, max(values) + 1)
+            axis.legend(fontsize=8, loc="lower right")
     save(figure, path)
     plt.close(figure)
