@@ -20,6 +20,7 @@ from .apply import apply_daq
 from .config import DaqConfig
 from .errors import ConfigError, ModelError
 from .model.batch import all_batches, examples_in
+from .model.patch import check_float_model
 from .model.plan import config_from, plan
 from .nn.init import start_from_weight
 from .nn.layers import QuantizedLayer, evaluating, quantized_layers, replaced_forwards
@@ -128,6 +129,7 @@ def allocate(
     """
     if (average_bits is None) == (packed_bytes is None):
         raise ConfigError("give one budget, either average_bits=4 or packed_bytes=5_000_000")
+    check_float_model(model)
     if config is None and not {"bits", "weight_bits"} & set(kwargs):
         kwargs["weight_bits"] = _FINE
     config = config_from(config, kwargs)

@@ -152,3 +152,5 @@ def test_errors() -> None:
         hf_daq.allocate(model, [], average_bits=4)
     with pytest.raises(ModelError, match="bits are free"):
         hf_daq.allocate(model, [x], average_bits=4, rules=[{"pattern": "*", "weight_bits": 4}])
+    with pytest.raises(ModelError, match="already quantized"):
+        hf_daq.allocate(hf_daq.apply_daq(network(), bits=4), [x], average_bits=4)

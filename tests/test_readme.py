@@ -106,6 +106,7 @@ def scope(tmp_path, monkeypatch, hub):
         "llama": hf_daq.apply_daq(tiny.build("llama"), weight_bits=8, weight_grid="odd"),
         "accelerator": Accelerator(),
         "float_model": small_timm().eval(),
+        "pretrained": small_timm().eval(),
         "labels": torch.arange(8),
         "accuracy": 0.7,
         "float_accuracy": 0.8,

@@ -42,7 +42,7 @@ logger = logging.getLogger("hf_daq")
 def patch(model: nn.Module, config: DaqConfig) -> None:
     """Give the planned layers their quantized classes (or packed ones), with quantizers without values, and keep
     the resolved config as `model.daq_config`. The model may be on the meta device. On an error it is left as it was."""
-    _check_float_model(model)
+    check_float_model(model)
     _check_computed_weights(model, config)
     planned = plan(model, config)
     if not planned.quantized:
@@ -255,7 +255,8 @@ def _dequantized_weight(name: str, layer: QuantizedLayer) -> Tensor:
     return weight if layer.a_quant is None else weight / layer.a_quant.span
 
 
-def _check_float_model(model: nn.Module) -> None:
+def check_float_model(model: nn.Module) -> None:
+    """Refuse what `apply_daq` cannot change."""
     name = type(model).__name__
     if any(base.__name__ in _WRAPPERS for base in type(model).__mro__):
         raise ModelError(f"the model is wrapped in {name}; the order is: {ORDER}")

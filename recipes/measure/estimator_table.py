@@ -68,7 +68,7 @@ def report(rows: Rows, folder: Path) -> None:
     quantized = [row for row in rows if row["optimizer"] == "sgd" and row["bits"] != "float"]
     # Estimators that were tried at several rates, of the network that most runs are of.
     network = max(by(quantized, "network").values(), key=len, default=[])
-    tried = by(network, "bits", "estimator", "epochs")
+    tried = by(network, "bits", "estimator")
     drawn = [row for found in tried.values() if len(by(found, "lr")) > 1 for row in found if row["estimator"] in DRAWN]
     if drawn:
         draw(drawn, folder / "estimators.png")
