@@ -145,7 +145,7 @@ class TransitionScheduler:
 def dampening(model: nn.Module) -> Tensor:
     """The sum of the squared distances of weights to the places of their codes, `|| w_q - clip(w) ||^2`, to be added to the loss
     (Nagel, Fournarakis, Bondarenko, Blankevoort, "Overcoming Oscillations in Quantization-Aware Training", ICML 2022, arXiv
-    2203.11086, equation 6). It keeps weights from going to and fro between two codes; the paper lets its factor grow by a
+    2203.11086). It keeps weights from going to and fro between two codes; the paper lets its factor grow by a
     cosine during training.
 
         loss = loss + factor * hf_daq.dampening(model)

@@ -80,8 +80,12 @@ def test_the_study_that_is_shipped_can_be_read_and_its_settings_exist():
     assert len({run.file for run in first}) == len(first) == 3 * 2 * 4 * 3
     assert [run.seed for run in first] == sorted(run.seed for run in first)
     other = read_study(RECIPES / "configs" / "estimators_resnet20.yaml")
-    for grid in (*study.grids, *other.grids):
-        assert set(grid) == {"part", *GRID, "estimators", "lr"}
+    for name, parsed in (("estimators.yaml", study), ("estimators_resnet20.yaml", other)):
+        first_line = (RECIPES / "configs" / name).read_text().splitlines()[0]
+        options = first_line.removeprefix("# python recipes/measure/estimators.py ").partition("[")[0]
+        assert estimators.parse(options.split()).study.name == name
+        for grid in parsed.grids:
+            assert set(grid) == {"part", *GRID, "estimators", "lr"}
     for settings in study.estimators.values():
         hf_daq.DaqConfig(bits=2, **{key: value for key, value in settings.items() if key not in side_by_side.OTHER})
     with pytest.raises(SystemExit, match="no other run of daq at 1/1 with sgd"):
