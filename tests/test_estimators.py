@@ -323,7 +323,8 @@ def test_learned_steps_start_near_the_float_network_and_learn(use):
     first, _, second = model
     plain = F.conv2d(F.conv2d(x, first.weight, first.bias).relu(), second.weight, second.bias).detach()
     use(model, x)
-    steps = learned_steps.steps_of(model)
+    learned = (learned_steps.LearnedWeights, learned_steps.LearnedInputs)
+    steps = [module.step for module in model.modules() if isinstance(module, learned)]
     assert len(steps) == 4
     y = model.train()(x)
     y.square().sum().backward()

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_TILE = (
-    2**20
-)  # elements that are computed at once on the CPU, where memory that comes and goes in large pieces is not all used again
+# Elements that are computed at once on the CPU, where memory that comes and goes in large pieces is not all used again.
+_TILE = 2**20
 
 
 class _Adapted(torch.autograd.Function):

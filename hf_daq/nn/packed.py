@@ -31,12 +31,8 @@ _READ_ONLY = (
     "the weight of a packed layer is computed from its codes, and nothing can be written to it; first write "
     "hf_daq.unpack(model), then merge or change weights"
 )
-_MADE = (
-    "_prepared",
-    "_placed",
-    "_int4",
-    "_step",
-)  # from what a layer has, by the ways it computes: neither copied nor saved
+# From what a layer has, by the ways it computes: neither copied nor saved.
+_MADE = ("_prepared", "_placed", "_int4", "_step")
 
 
 class _PackedWeight(ComputedWeight):

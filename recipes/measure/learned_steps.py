@@ -127,5 +127,6 @@ def _mean_inputs(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def steps_of(model: nn.Module) -> list[nn.Parameter]:
-    return [module.step for module in model.modules() if isinstance(module, LearnedWeights | LearnedInputs)]
+def has_steps(model: nn.Module) -> bool:
+    """Whether the quantizers of a model are of these; then nothing but steps learns in them."""
+    return any(isinstance(module, LearnedWeights | LearnedInputs) for module in model.modules())

@@ -25,7 +25,7 @@ import hf_daq
 from hf_daq.nn.quantizers import Quantizer
 from measure.brevitas_layers import use_brevitas
 from measure.ewgs import use_ewgs
-from measure.learned_steps import steps_of, use_lsq, use_paretoq
+from measure.learned_steps import has_steps, use_lsq, use_paretoq
 from measure.study import Run, Study
 from shared.distillation import Distillation, distill
 from shared.loop import EpochShuffle, cosine
@@ -140,22 +140,18 @@ def optimizers_of(study: Study, run: Run, model: nn.Module) -> list[torch.optim.
         decay = study.float_weight_decay if run.bits == "float" else study.weight_decay
         return [torch.optim.SGD(param_groups_weight_decay(model, decay), **sgd)]
     adam = {"fused": True, "capturable": next(model.parameters()).is_cuda}
-    *groups, quantizers = hf_daq.param_groups(model, run.lr, study.quantizer_lr, study.weight_decay)
-    weights = [model.get_submodule(name).weight for name in model.daq_config.layers]
-    steps = steps_of(model)  # of LSQ: they learn with the rate of the network, as its paper has it
-    known = {id(parameter) for parameter in weights + steps}
-    for group in (*groups, quantizers):
-        group["params"] = [p for p in group["params"] if id(p) not in known]
-    if steps:
-        groups.append({"params": steps, "lr": run.lr, "weight_decay": 0.0})
-    groups.append(quantizers)
-    groups = [group for group in groups if group["params"]]
-    bounds = [groups.pop()] if groups and groups[-1] is quantizers else []
-    if run.optimizer == "muon":
-        return [MatrixMuon(weights, run.lr, study.weight_decay), torch.optim.AdamW([*groups, *bounds], **adam)]
     # With its rate times r and its decay by r, a weight that gets 1/r of a gradient moves as with all of it.
     rate = run.settings.get("rate", 1.0)
-    groups.append({"params": weights, "lr": run.lr * rate, "weight_decay": study.weight_decay / rate})
+    found = hf_daq.param_groups(model, run.lr, study.quantizer_lr, study.weight_decay, quantized_lr=run.lr * rate)
+    named = {group["name"]: group for group in found}
+    quantized, bounds = named.pop("quantized"), [named.pop("quantizer")]
+    groups = [*named.values()]
+    if has_steps(model):  # of LSQ, which learn with the rate of the network, as its paper has it
+        groups.append(bounds.pop() | {"lr": run.lr})
+    if run.optimizer == "muon":
+        muon = MatrixMuon(quantized["params"], run.lr, study.weight_decay)
+        return [muon, torch.optim.AdamW([*groups, *bounds], **adam)]
+    groups.append(quantized | {"weight_decay": study.weight_decay / rate})
     if run.optimizer == "adamw":
         return [torch.optim.AdamW([*groups, *bounds], **adam)]
     return [torch.optim.SGD(groups, **sgd), *([torch.optim.Adam(bounds, **adam)] if bounds else [])]
