@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 
+import numpy as np
 import pytest
 import timm
 import timm.layers
@@ -429,6 +430,53 @@ def test_a_file_that_is_wrong_by_a_percent_is_refused(bits, tmp_path, monkeypatc
     monkeypatch.setattr(onnx_passes, "fold_batch_norm", wrong)
     with pytest.raises(ExportError, match="the input of layer 'depthwise' differ by more than rounding explains"):
         exported(model, tmp_path / "a.onnx", images(8), min_agreement=0, max_error=1)
+    assert not (tmp_path / "a.onnx").exists()
+
+
+def beside_ties():
+    """A layer, and inputs of which one in each row is half a step from two codes: the file rounds it to the other one."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 2048)
+    rules = [{"pattern": "*", "weight_bits": 4, "activation_bits": 3}]
+    model = quantized(nn.Sequential(nn.Linear(2048, 8)), x, rules=rules)
+    quantizer = model[0].a_quant
+    quantizer.lower.data.fill_(-1.0)
+    quantizer.upper.data.fill_(0.75)
+    x[:, 5] = 0.375
+    assert quantizer.codes(x[0, 5:6]).item() == 5
+    return model, x
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_codes_beside_ties_are_no_fault(runtime, tmp_path):
+    pytest.importorskip(runtime)
+    model, x = beside_ties()
+    report = export_onnx(model, tmp_path / "a.onnx", x, max_error=1e-5, runtime=runtime, runtimes=[runtime])
+    assert report.runtimes[runtime].error > 1e-3
+    assert report.runtimes[f"{runtime}, same codes"].error < 1e-6
+    assert f"{runtime}, same codes" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "words"),
+    [
+        ("weight", 1.0005, "with an RMS error of 5.0.e-04"),
+        ("weight", 1.01, "the outputs differ by more than rounding explains"),
+        ("input", 1.01, "the input of layer '0' differ by more than rounding explains"),
+    ],
+)
+def test_faults_are_found_behind_codes_beside_ties(name, factor, words, tmp_path, monkeypatch):
+    from hf_daq.export import onnx_passes
+
+    def wrong(graph):
+        kinds = ("DequantizeLinear",) if name == "weight" else ("QuantizeLinear",)
+        (node,) = (node for node in graph.nodes(*kinds) if f"0.{name}" in node.name or name == "input")
+        node.input[1] = graph.add("wrong", graph.values(node.input[1]) * np.float32(factor))
+
+    model, x = beside_ties()
+    monkeypatch.setattr(onnx_passes, "drop_traces", wrong)
+    with pytest.raises(ExportError, match=words):
+        exported(model, tmp_path / "a.onnx", x, max_error=1e-5)
     assert not (tmp_path / "a.onnx").exists()
 
 

@@ -8,6 +8,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from .onnx_files import LARGEST_FILE, size_of, write_file
 from .onnx_metadata import input_shapes, write_metadata
 from .onnx_verify import RUNTIMES, OnnxRuntime, Report, judge, verify_file
 
+_BATCHES = 4
 _TALKATIVE = "torch.onnx", "onnxscript", "torch.export", "torch.fx", "torch.utils.cpp_extension"
 _CANNOT = (
     "torch.onnx cannot export this model (it must be free of Python branches on values of tensors, and of numpy; "
@@ -98,11 +100,13 @@ def export_onnx(
             alone, or both, if they are installed, with `runtime="openvino"`.
         min_agreement: smallest share of equal top-1 of the first output (see `Agreement`). One different prediction is
             always allowed: among fewer than 200 a single one would decide.
-        max_error: largest RMS of the difference of outputs, over the RMS of the outputs. A file that misses one of the two
-            passes all the same if it is as close to the model as the reference, `integer_arithmetic`, is on these
-            inputs: a network may be that sensitive to inputs between two codes. Apart from both, without
-            `int8_outputs`, each layer of the file is held against the integers of the model on the codes that the file
-            itself computes: other codes are allowed at thresholds alone, and outputs differ by 0.1 % at most.
+        max_error: largest RMS of the difference of outputs, over the RMS of the outputs. Without
+            `int8_outputs` and `int8_inputs` a file that misses one of the two is compared once more, with the model on the
+            codes that the file itself computes: an input next to a threshold is rounded to either code by float32, which
+            may move outputs by more than all else. With them, it passes if it is as close to the model as the reference,
+            `integer_arithmetic`, is on these inputs. Apart from both, without them, each layer of the file is held
+            against the integers of the model on the codes of the file: other codes are allowed at thresholds alone, and
+            outputs differ by 0.1 % at most.
 
     Returns:
         A `Report`; print it.
@@ -139,9 +143,10 @@ def export_onnx(
         if verify:
             with _explained("the file cannot be compared with the model; report it, with the model"):
                 verify_file(report, model, layers, proto, batch, chosen)
-                if exact:
-                    check_exact(report, model, layers, proto, batch)
-            judge(report, model, batch, min_agreement, max_error)
+                check = partial(check_exact, report, model, layers, proto, batch)
+                for name in chosen if exact else ():
+                    check(name, _BATCHES)
+                judge(report, model, batch, min_agreement, max_error, check if exact else None)
             report.passed = True
     report.bytes = write_file(proto, path)
     return report

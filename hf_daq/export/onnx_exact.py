@@ -14,9 +14,8 @@ from ..errors import ExportError
 from ..model.batch import Inputs, outputs_of
 from ..nn.integers import Integers, integers
 from ..nn.layers import replaced_forwards
-from .onnx_verify import RUNTIMES, Report
+from .onnx_verify import RUNTIMES, Agreement, Comparison, Report, class_axis
 
-_BATCHES = 4
 _TIE = 1e-5
 """How far from a threshold float32 may round to either side, as a share of the range."""
 _CODES, _OUTPUTS, _OUTPUTS_IN_FLOAT = 5e-4, 1e-3, 1e-4
@@ -106,37 +105,48 @@ class _OnCodes:
         return x.double() / step + self.values.zero_point
 
 
-def check_exact(report: Report, model: nn.Module, layers: Mapping[str, Any], proto: Any, batch: Inputs) -> None:
+def check_exact(
+    report: Report,
+    model: nn.Module,
+    layers: Mapping[str, Any],
+    proto: Any,
+    batch: Inputs,
+    runtime: str,
+    batches: int | None = None,
+) -> Agreement:
     """Refuse a file that differs from the integers of the model by more than codes at thresholds explain.
 
     The model computes with the codes of the file, so that a code at a threshold changes nothing behind it, however large
     the network.
+
+    Args:
+        batches: how many of the inputs are compared; None for all.
+
+    Returns:
+        How close the outputs are.
     """
     from onnx import TensorProto
 
     from .onnx_graph import input_codes, with_outputs
 
     names = input_codes(proto)
-    for runtime in [name for name in report.runtimes if name in RUNTIMES]:
-        compute = RUNTIMES[runtime](with_outputs(proto, names, TensorProto.UINT8))
-        file, difference, total = _File(), 0.0, 0.0
-        forwards = {layer: _OnCodes(layer, name, file) for name, layer in layers.items() if layer.a_quant is not None}
-        for tensors in islice(batch.batches(), _BATCHES):
-            found = [torch.from_numpy(values.copy()) for values in compute(tensors)]
-            outputs = found[: len(found) - len(names)]
-            file.start(dict(zip(names, found[len(outputs) :], strict=True)))
-            with replaced_forwards(forwards):
-                expected = [value.cpu() for value in outputs_of(model, batch, tensors)]
-            for ours, theirs in zip(expected, outputs, strict=True):
-                if ours.is_floating_point():
-                    difference += float((theirs.double() - ours.double()).square().sum())
-                    total += float(ours.double().square().sum())
-        error = (difference / max(total, 1e-30)) ** 0.5
-        wrong = [name for name, distances in file.distances.items() if not distances.error <= _CODES]
-        if wrong or not error <= (_OUTPUTS if forwards else _OUTPUTS_IN_FLOAT):
-            where = f"the input of layer {wrong[0]!r}" if wrong else "the outputs"
-            raise ExportError(
-                f"{runtime}: the file computes something else than the model: {where} differ by more than rounding "
-                f"explains (outputs by {error:.1e}). This is a fault of the export or of {runtime}: try another `runtime=`, "
-                f"or leave what stands before it in float, and report it. Nothing was written.\n{report}"
-            )
+    compute = RUNTIMES[runtime](with_outputs(proto, names, TensorProto.UINT8))
+    file, comparison = _File(), Comparison()
+    forwards = {layer: _OnCodes(layer, name, file) for name, layer in layers.items() if layer.a_quant is not None}
+    for tensors in islice(batch.batches(), batches):
+        found = compute(tensors)
+        outputs, codes = found[: len(found) - len(names)], found[len(found) - len(names) :]
+        file.start({name: torch.from_numpy(values.copy()) for name, values in zip(names, codes, strict=True)})
+        with replaced_forwards(forwards):
+            expected = [value.cpu().numpy() for value in outputs_of(model, batch, tensors)]
+        comparison.add(expected, outputs, class_axis(model, batch, expected[0]))
+    agreement = comparison.result()
+    wrong = [name for name, distances in file.distances.items() if not distances.error <= _CODES]
+    if wrong or not agreement.error <= (_OUTPUTS if forwards else _OUTPUTS_IN_FLOAT):
+        where = f"the input of layer {wrong[0]!r}" if wrong else "the outputs"
+        raise ExportError(
+            f"{runtime}: the file computes something else than the model: {where} differ by more than rounding "
+            f"explains (outputs by {agreement.error:.1e}). This is a fault of the export or of {runtime}: try another "
+            f"`runtime=`, or leave what stands before it in float, and report it. Nothing was written.\n{report}"
+        )
+    return agreement
