@@ -182,3 +182,12 @@ def test_standardized_convolutions_are_settled_through_their_standardization():
     x = images(2, 64)
     with torch.no_grad():
         assert torch.equal(model(x), twin(x))
+
+
+def test_a_gain_of_zero_keeps_the_parameter_under_it(tmp_path):
+    model = hf_daq.apply_daq(small_timm("test_nfnet"), weight_bits=1, group_size=7)
+    layers = [layer for layer in quantized_layers(model).values() if not layer.float_weight().any()]
+    before = [layer.weight.detach().clone() for layer in layers]
+    hf_daq.save_pretrained(model, tmp_path)
+    assert layers
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True))

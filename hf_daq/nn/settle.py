@@ -94,7 +94,9 @@ def _settled_parameter(layer: Any) -> Tensor | None:
         moved = _moved(quantizer, before, codes)
         if moved is before:
             break
-        parameters[key] = parameter = parameter + layer.stored(moved - before) / layer.slope()
+        step = layer.stored(moved - before) / layer.slope()
+        # With a gain of 0, as networks start with, no parameter moves the weight.
+        parameters[key] = parameter = parameter + torch.where(step.isfinite(), step, 0)
     same = torch.equal(quantizer.codes(layer.float_weight()), codes)
     return parameter if same and parameter is not original else None
 
