@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ class _Observer:
     """The inputs of one layer, as a hook before its forward."""
 
     def __init__(self, layer: QuantizedLayer, recorder: Recorder) -> None:
-        self.recorder = recorder
+        self.recorder, self.lock = recorder, Lock()
         self.statistics = Statistics(layer.weight.device)
         self.samples = [InputSample(layer, layer.weight_shape())]
 
@@ -133,8 +134,9 @@ class _Observer:
         x = layer_input(args, kwargs).detach().to(self.statistics.sums.device)
         x = self.recorder.attended(x)
         if x.numel() > 0:
-            self.statistics.add(x)
-            self.samples[0].add(x)
+            with self.lock:
+                self.statistics.add(x)
+                self.samples[0].add(x)
 
     def parts(self, weight: Tensor) -> list[Tensor]:
         """The weight of each sample."""

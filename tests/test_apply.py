@@ -294,6 +294,22 @@ def test_a_float_state_dict_still_loads():
     assert all("_quant." in key for key in result.missing_keys)
 
 
+@pytest.mark.parametrize(
+    ("other", "problem"),
+    [
+        ({"bits": 2}, "conv.w_quant is of a model with {'bits': 3.*here it has {'bits': 2"),
+        ({"bits": 3, "weight_grid": "odd"}, "'grid': 'integer'.*'grid': 'odd'"),
+        ({"weight_bits": 3}, "Unexpected key.*conv.a_quant.lower"),
+    ],
+)
+def test_a_state_dict_of_another_quantization_is_refused(other, problem, tmp_path):
+    torch.save(calibrated(small_net(), bits=3).state_dict(), tmp_path / "model.pt")
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    with pytest.raises(RuntimeError, match=problem):
+        hf_daq.apply_daq(small_net(), **other).load_state_dict(state)
+    hf_daq.apply_daq(small_net(), bits=3).load_state_dict(state)
+
+
 def test_deepcopy_and_types():
     model = calibrated(small_net(), bits=3)
     twin = copy.deepcopy(model)

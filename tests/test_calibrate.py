@@ -2,6 +2,7 @@
 
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -132,6 +133,28 @@ def test_mistakes_are_named():
         model.hidden.weight[0, 0] = math.inf
     with pytest.raises(CalibrationError, match="weight of layer 'hidden' has NaN"), hf_daq.calibrate(model):
         model(images())
+
+
+@pytest.mark.parametrize(
+    "call", [hf_daq.pack, hf_daq.remove_daq, hf_daq.apply_daq, lambda model: hf_daq.save_pretrained(model, "never")]
+)
+def test_all_else_comes_after_calibration(call):
+    model = hf_daq.apply_daq(small_net(), bits=3)
+    with pytest.raises(ModelError, match=r"inside of `with hf_daq.calibrate"), hf_daq.calibrate(model):
+        model(images())
+        call(model, bits=4) if call is hf_daq.apply_daq else call(model)
+    with pytest.raises(CalibrationError, match="not calibrated"):
+        model(images())
+
+
+def test_batches_from_several_threads_all_count():
+    batches = [images(4, seed=seed) * (seed + 1) for seed in range(16)]
+    want = quantizer_values(calibrated(small_net(), batches, bits=4))
+    model = hf_daq.apply_daq(small_net(), bits=4)
+    with hf_daq.calibrate(model), ThreadPoolExecutor(4) as threads:
+        list(threads.map(model, batches))
+    for name, value in quantizer_values(model).items():
+        torch.testing.assert_close(value, want[name], rtol=2e-3, atol=0)
 
 
 def test_a_failed_calibration_leaves_the_quantizers_and_hooks_as_they_were():

@@ -279,6 +279,12 @@ def test_what_cannot_be_packed_or_unpacked_is_refused_and_left_as_it_was():
         hf_daq.unpack(model)
     with hf_daq.calibrate(model):
         model(images())
+    value = model.conv.weight[0, 0, 0, 0].item()
+    with torch.no_grad():
+        model.conv.weight[0, 0, 0, 0] = math.nan
+        with pytest.raises(ModelError, match="weight of layer 'conv' has NaN"):
+            hf_daq.pack(model)
+        model.conv.weight[0, 0, 0, 0] = value
     hf_daq.pack(model)
     with pytest.raises(ModelError, match="packed already"):
         hf_daq.pack(model)

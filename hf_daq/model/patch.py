@@ -216,6 +216,9 @@ def pack_layers(model: nn.Module) -> None:
         if layer.weight.is_meta:
             raise ModelError(f"the model is offloaded; {ONLOAD}")
     check_calibrated(layers, "pack")
+    for name, layer in layers.items():
+        if layer.owner is None and not torch.stack(layer.float_weight().detach().aminmax()).isfinite().all():
+            raise ModelError(f"the weight of layer {name!r} has NaN or infinite values, which no code stands for")
     for layer in _tied_first(layers):
         pack_layer(layer)
     release(model)

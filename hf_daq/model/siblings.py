@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from threading import Lock
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class Readers:
 
     def __init__(self) -> None:
         self.sequences: dict[str, int] = {}
-        self._count = 0
+        self._count, self._lock = 0, Lock()
         self._alive: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
 
     def hook(self, name: str) -> Any:
@@ -34,7 +35,8 @@ class Readers:
 
     def read(self, name: str, x: Tensor) -> None:
         """Take note of the next input of a layer."""
-        self.sequences[name] = hash((self.sequences.get(name, 0), self._number(x)))
+        with self._lock:
+            self.sequences[name] = hash((self.sequences.get(name, 0), self._number(x)))
 
     def _number(self, x: Tensor) -> int:
         """The same for the same tensor while nothing is written to it."""

@@ -113,6 +113,14 @@ class DaqLayer(Leaf):
         return all(quantizer.calibrated for quantizer in self.quantizers.values())
 
 
+def set_input_quantizer(layer: DaqLayer, quantizer: nn.Module | None) -> None:
+    """Give a layer the quantizer of its input. An entry of None would let a strict `load_state_dict` pass over bounds."""
+    if quantizer is None:
+        layer._modules.pop("a_quant", None)
+    else:
+        layer._modules["a_quant"] = quantizer
+
+
 def layer_input(args: tuple[Any, ...], named: Mapping[str, Tensor]) -> Tensor:
     """The input of a layer, which a caller may give under the name that the float layer has for it."""
     (found,) = (value for value in (*args, *named.values()) if value is not None)
@@ -124,6 +132,16 @@ def check_calibrated(layers: Mapping[str, DaqLayer], before: str) -> None:
     for name, layer in layers.items():
         if not layer.calibrated:
             raise CalibrationError(f"layer {name!r} is not calibrated; run hf_daq.calibrate(model) before {before}")
+
+
+def refuse_open(model: nn.Module) -> None:
+    """Refuse a model inside `calibrate`, whose layers are float ones there."""
+    for module in model.modules():
+        if isinstance(module._modules.get("w_quant"), WeightQuantizer) and not isinstance(module, DaqLayer):
+            raise ModelError(
+                "the model is inside of `with hf_daq.calibrate(model):`, where its layers compute in float: run batches there, and "
+                "do all else after it"
+            )
 
 
 def refuse_adapted_weights(model: nn.Module, what: str) -> None:

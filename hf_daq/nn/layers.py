@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import DaqConfig
 from ..errors import CalibrationError, ModelError
-from .base import DaqLayer, layer_input
+from .base import DaqLayer, layer_input, refuse_open, set_input_quantizer
 from .functional import node_of, recomputed
 from .kept import Fingerprint, Kept
 from .quantizers import ActivationQuantizer, WeightQuantizer, is_shard
@@ -446,6 +446,7 @@ for _float_type, _quantized_type in LAYER_TYPES.items():
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """The quantized layers of a model by name, in the order of `named_modules`."""
+    refuse_open(model)
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
 
 
@@ -475,7 +476,7 @@ def quantize_layer(layer: Any, name: str, config: DaqConfig, weight_bits: int, a
         a_quant = input_class(activation_bits, gamma=config.activation_gamma, sigma=config.activation_sigma, **shared)
     change_class(layer, quantized_class)
     layer.register_module("w_quant", w_quant)
-    layer._modules["a_quant"] = a_quant
+    set_input_quantizer(layer, a_quant)
     layer.daq_name = name
     layer.low_memory = config.low_memory
     layer.train(layer.training)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import DaqConfig, stored_bits
 from ..errors import ModelError
-from .base import DaqLayer
+from .base import DaqLayer, refuse_open, set_input_quantizer
 from .bitpack import packed_size, unpack_rows
 from .codes import Coded, encode
 from .computed import ComputedWeight
@@ -225,6 +225,7 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
 
 def daq_layers(model: nn.Module) -> dict[str, DaqLayer]:
     """The quantized and the packed layers of a model by name, in the order of `named_modules`."""
+    refuse_open(model)
     return {name: part for name, part in model.named_modules() if isinstance(part, DaqLayer)}
 
 
@@ -288,7 +289,7 @@ def unpack_layer(layer: Any, config: DaqConfig) -> None:
     if holds_bias:
         layer.register_parameter("bias", nn.Parameter(bias) if has_bias else None)
     quantize_layer(layer, name, config, bits, None)
-    layer._modules["a_quant"] = own
+    set_input_quantizer(layer, own)
     if layer.w_quant.shift is not None:
         layer.w_quant.shift.copy_(torch.zeros_like(layer.w_quant.shift) if has_bias else bias)
     _on_codes(layer.w_quant, [layer.float_weight()], scale, span)

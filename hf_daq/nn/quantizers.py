@@ -128,9 +128,27 @@ class BoundedQuantizer(Quantizer):
             positive = scale is None or loaded or bool((scale > 0).all())
             self._calibrated = positive and bool(values.isfinite().all() and (self.lower < self.upper).all())
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def _meaning(self) -> dict[str, Any]:
+        """What the values of the parameters are for."""
+        return {"bits": self.bits}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]] |= self._meaning()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         self.finish(loaded=f"{prefix}scale" in state_dict)
+        given = {key: local_metadata.get(key, own) for key, own in self._meaning().items()}
+        if strict and given != self._meaning():
+            lists[-1].append(
+                f"{prefix[:-1]} is of a model with {given}, and here it has {self._meaning()}. Quantize with the config of that "
+                "model: hf_daq.apply_daq(model, saved.daq_config); for other bits load it without the keys that have '_quant.' in "
+                "them, with strict=False, and calibrate"
+            )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As of any module, but no cast makes bounds and scales narrower than float32: it would move every code."""
@@ -194,6 +212,9 @@ class WeightQuantizer(BoundedQuantizer):
         self.shift = (
             nn.Parameter(torch.full((channels,), torch.nan, device=device, dtype=torch.float32)) if shift else None
         )
+
+    def _meaning(self) -> dict[str, Any]:
+        return super()._meaning() | {"grid": self.grid, "normalization": self.normalization}
 
     @property
     def levels(self) -> int:

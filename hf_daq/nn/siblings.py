@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from .base import DaqLayer
+from .base import DaqLayer, set_input_quantizer
 from .quantizers import is_shard
 
 
@@ -113,7 +113,7 @@ def regroup(
         for name in (first, *others):
             for key in ("input_owners", "input_readers", "_shared_result"):
                 layers[name].__dict__.pop(key, None)
-            layers[name]._modules["a_quant"] = quantizers[name]
+            set_input_quantizer(layers[name], quantizers[name])
         for name in others:
             share_input(layers[name], layers[first])
             owners[layers[name].daq_name] = layers[first].daq_name
