@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_daq.errors import ModelError
 from hf_daq.nn.formula import round_half_down_
 from hf_daq.nn.functional import dequantize_weight, quantize_activation, quantize_weight, snap_scale
 
@@ -196,6 +197,12 @@ def test_rows_equal_one_call_each():
         alone.sum().backward()
         for got, want in zip(learned, one, strict=True):
             torch.testing.assert_close(got.grad[row], want.grad[0])
+
+
+def test_transforms_of_torch_func_are_refused():
+    bounds = torch.tensor([-1.0]), torch.tensor([1.0])
+    with pytest.raises(ModelError, match=r"torch\.func.*torch\.autograd\.grad"):
+        torch.func.vmap(lambda x: quantize_activation(x, *bounds, bits=4))(torch.randn(2, 3))
 
 
 def test_there_is_no_second_derivative():

@@ -35,6 +35,23 @@ class OwnAttention(nn.MultiheadAttention):
     """Another that has none."""
 
 
+@pytest.mark.parametrize(
+    ("weight", "reason"),
+    [
+        (torch.ones(0, 4), "has no weights"),
+        (torch.ones(4, 4, dtype=torch.cfloat), "has a weight of torch.complex64"),
+        (torch.ones(4, 4).to(torch.float8_e4m3fn), "has a weight of torch.float8_e4m3fn"),
+        (torch.ones(4, 4, dtype=torch.int8), "has a weight of torch.int8"),
+    ],
+)
+def test_weights_that_have_no_codes_stay_as_they_are(weight, reason):
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    model[1].weight = nn.Parameter(weight, requires_grad=False)
+    assert hf_daq.plan(model, bits=4).unsupported["1"].reason == reason
+    hf_daq.apply_daq(model, bits=4)
+    assert type(model[1]) is nn.Linear
+
+
 def test_layer_types_without_a_quantized_form_are_reported():
     class Odd(nn.Module):
         def __init__(self):

@@ -27,6 +27,7 @@ from .roles import (
     saved_tensors,
     tied_layers,
     tied_tables,
+    unusual_weights,
     weight_modules,
 )
 from .shares import InFloat, in_float, rest_text, too_little
@@ -148,7 +149,7 @@ def plan(model: nn.Module, config: DaqConfig | None = None, inputs: Any = None, 
     know_subclasses(model)
     modules = _layers_of(model)
     tied = tied_layers(model)
-    refused = bypassed_layers(model) | refused_tables(model) | kept_computed_weights(model)
+    refused = bypassed_layers(model) | refused_tables(model) | kept_computed_weights(model) | unusual_weights(modules)
     owners, biases = tied_tables(model, refused), bias_tables(model)
     tied = {name: reason for name, reason in tied.items() if name not in owners}
     if config.layers is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -242,6 +242,19 @@ def kept_computed_weights(model: nn.Module) -> dict[str, str]:
         for name, call in computed_weights(model).items()
         if isinstance(model.get_submodule(name), kinds)
     }
+
+
+def unusual_weights(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Layers whose weight has no numbers, or none that are rounded -> why they stay in full precision."""
+    found = {}
+    for name, module in modules.items():
+        if type(module) in LAYER_TYPES:
+            weight = largest_weight(module)
+            if weight.numel() == 0:
+                found[name] = "has no weights"
+            elif not weight.is_floating_point() or weight.itemsize < 2:
+                found[name] = f"has a weight of {weight.dtype}"
+    return found
 
 
 def _call_to_undo(module: nn.Module, key: str) -> str | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..errors import ModelError
 from .formula import Constants, Soft, center, constants_of, levels, token_scale
 from .kernels import run_backward, run_forward, run_rows_backward, run_rows_forward
 
@@ -265,5 +266,10 @@ def dequantize_weight(
 def _options(
     activation: bool, bits: int, rounding: str, gamma: float, sigma: float, temperature: float, grid: str = "odd"
 ) -> tuple[Constants, str, Soft]:
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise ModelError(
+            "quantizers have no transforms of torch.func (vmap, grad, jvp, jacrev): write torch.autograd.grad, and a loop over "
+            "examples or models for vmap"
+        )
     soft = (sigma, temperature) if rounding == "soft" else None
     return constants_of(activation, bits, gamma, sigma, grid), rounding, soft
