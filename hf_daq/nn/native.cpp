@@ -381,12 +381,16 @@ struct Sums {
   double rr = 0, rk = 0, kk = 0, k = 0;
 };
 
+template <class F> static INLINE float folded(Floats v, F f) {
+  typedef float Four __attribute__((vector_size(16)));
+  Four parts[W / 4];
+  memcpy(parts, &v, sizeof v);
+  for (int i = 1; i < W / 4; i++) parts[0] = f(parts[0], parts[i]);
+  return f(f(parts[0][0], parts[0][2]), f(parts[0][1], parts[0][3]));
+}
+
 static INLINE float total(Floats v) {
-  float lanes[W];
-  memcpy(lanes, &v, sizeof v);
-  for (int half = W / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-  return lanes[0];
+  return folded(v, [](auto a, auto b) INLINE_LAMBDA { return a + b; });
 }
 
 constexpr int PIECE = 4096, CANDIDATES = 64, COARSE = 8;
@@ -415,35 +419,36 @@ struct Row {
 
   // The magnitude of the lower bound that clips nothing.
   float outermost(Grid grid) {
-    float low = 0, high = 0, above = grid.center / (grid.levels - grid.center);
+    auto smaller = [](auto a, auto b) INLINE_LAMBDA { return a < b ? a : b; };
+    auto larger = [](auto a, auto b) INLINE_LAMBDA { return a > b ? a : b; };
+    Floats least = {}, most = {};
     for (int64_t start = 0; start < size; start += PIECE) {
       int count = piece(start);
-      Floats least = {}, most = {};
       for (int i = 0; i < count; i += W) {
         Floats v = load(x + i);
-        least = v < least ? v : least, most = v > most ? v : most;
+        least = smaller(v, least), most = larger(v, most);
       }
-      for (int i = 0; i < W; i++) low = least[i] < low ? least[i] : low, high = most[i] > high ? most[i] : high;
     }
-    return -low > high * above ? -low : high * above;
+    return larger(-folded(least, smaller), folded(most, larger) * (grid.center / (grid.levels - grid.center)));
   }
 
-  Sums sums(Grid grid, float bound) {
+  template <bool CODES> INLINE Sums sums(Grid grid, float bound) {
     const float step = bound / grid.center, per_step = 1 / step, top = grid.levels - grid.center;
-    const Floats zero = {}, last = zero + grid.levels;
+    const Floats first = Floats{} + 0.5f, last = first + grid.levels;
     Sums all;
     for (int64_t start = 0; start < size; start += PIECE) {
       int count = piece(start), whole = count / W * W, i = 0;
       Floats rr[2] = {}, rk[2] = {}, kk[2] = {}, sum[2] = {};
       auto add = [&](int i, int j, Floats mask) INLINE_LAMBDA {
-        Floats v = load(x + i), p = top - v * per_step;  // from the upper bound down: then ties go to the lower code
-        p = p < zero ? zero : p;
+        Floats v = load(x + i), p = top + 0.5f - v * per_step;  // from the upper bound down: then ties go to the lower code
+        p = p < first ? first : p;
         p = p > last ? last : p;
-        Floats k = top - __builtin_convertvector(__builtin_convertvector(p + 0.5f, Ints), Floats), r = v - k * step;
+        Floats k = top - __builtin_convertvector(__builtin_convertvector(p, Ints), Floats), r = v - k * step;
         k *= mask;
-        rr[j] += r * r * mask, rk[j] += r * k, kk[j] += k * k, sum[j] += k;
+        rr[j] += r * r * mask, rk[j] += r * k, kk[j] += k * k;
+        if (CODES) sum[j] += k;
       };
-      const Floats one = zero + 1.0f;
+      const Floats one = Floats{} + 1.0f;
       for (; i + 2 * W <= whole; i += 2 * W) add(i, 0, one), add(i + W, 1, one);
       if (i < whole) add(i, 0, one), i += W;
       if (i < count) {
@@ -452,7 +457,7 @@ struct Row {
         add(i, 1, load(mask));
       }
       all.rr += total(rr[0] + rr[1]), all.rk += total(rk[0] + rk[1]), all.kk += total(kk[0] + kk[1]);
-      all.k += total(sum[0] + sum[1]);
+      if (CODES) all.k += total(sum[0] + sum[1]);
     }
     return all;
   }
@@ -471,35 +476,51 @@ struct Search {
   Row& row;
   Grid grid;
   float largest;
-  double noise, errors[CANDIDATES];
+  double noise, errors[CANDIDATES], rk[CANDIDATES], kk[CANDIDATES];
   uint64_t tried = 0;
 
   bool known(int i) const { return tried >> i & 1; }
 
-  double error(int i) {
-    if (!known(i)) {
-      Sums s = row.sums(grid, SHARES.of[i] * largest);
+  // Of these candidates, those that are there and were not tried. Nothing looks at an error before all are there, or the next
+  // candidate would wait for it.
+  __attribute__((noinline)) void attempt(int from, int to, int stride) {
+    for (int i = from; i < to; i += stride) {
+      if (i < 0 || i >= CANDIDATES || known(i)) continue;
+      Sums s = row.sums<false>(grid, SHARES.of[i] * largest);
       double left = s.kk > 0 ? s.rr - s.rk * s.rk / s.kk : s.rr;
-      errors[i] = left > 0 ? left : 0;
-      tried |= 1ull << i;
+      errors[i] = left > 0 ? left : 0, rk[i] = s.rk, kk[i] = s.kk, tried |= 1ull << i;
     }
-    return errors[i];
+  }
+
+  // Of those that were tried: the first of the best, and the first within the limit.
+  int best() const {
+    int at = 0;
+    for (uint64_t left = tried; left; left &= left - 1) {
+      int i = __builtin_ctzll(left);
+      at = errors[i] < errors[at] ? i : at;
+    }
+    return at;
+  }
+
+  int first(double limit) const {
+    uint64_t left = tried;
+    while (errors[__builtin_ctzll(left)] > limit) left &= left - 1;
+    return __builtin_ctzll(left);
   }
 
   int widest(float lowest, float tolerance) {
     int last = int(std::ceil(std::log10(largest / lowest) * ((CANDIDATES - 1) / 1.5f)));
     last = last < 2 ? 2 : last < CANDIDATES ? last : CANDIDATES - 1;
-    int stride = (last + COARSE - 2) / (COARSE - 1), at = 0;
-    for (int i = 0; i < CANDIDATES && (i <= last || at == i - stride); i += stride)
-      if (error(i) < error(at)) at = i;
-    for (int i = at - stride + 1, center = at; i < center + stride; i++)
-      if (i >= 0 && i < CANDIDATES && error(i) < errors[at]) at = i;
-    double limit = errors[at] * (1 + tolerance) + noise;
-    int before = -1, found = 0;
-    while (!known(found) || errors[found] > limit) before = known(found) ? found : before, found++;
-    for (int i = before + 1; i < found; i++)
-      if (error(i) <= limit) return i;
-    return found;
+    int stride = (last + COARSE - 2) / (COARSE - 1);
+    attempt(0, last + 1, stride);
+    for (int i = last / stride * stride; i < CANDIDATES && best() == i; attempt(i, i + 1, stride)) i += stride;
+    int center = best();
+    attempt(center - stride + 1, center + stride, 1);
+    double limit = errors[best()] * (1 + tolerance) + noise;
+    int end = first(limit), before = end - 1;
+    while (before > 0 && !known(before)) before--;
+    attempt(before + 1, end, 1);
+    return first(limit);
   }
 };
 
@@ -572,15 +593,19 @@ int daq_start(const void* weights, int kind, int64_t rows, int64_t size, int64_t
     row.size = i % groups == groups - 1 ? size - missing : size;
     const float unit = units[i];
     float bound = bounds[i] * unit;
-    if (!(bounds[i] > 0)) {
+    Sums s;
+    if (bounds[i] > 0) {
+      s = row.sums<true>(grid, bound);
+    } else {
       float largest = row.outermost(grid);
       largest = largest > 1e-3f * unit ? largest : 1e-3f * unit;
-      Search search{row, grid, largest, noise * double(unit) * unit * row.size, {}};
+      Search search{row, grid, largest, noise * double(unit) * unit * row.size};
       int found = levels > 1 && std::isfinite(unit) ? search.widest(lowest * unit, tolerance) : 0;
       bound = SHARES.of[found] * largest;
       bounds[i] = bound / unit;
+      if (search.known(found) && row.offset == 0) s.rk = search.rk[found], s.kk = search.kk[found];
+      else s = row.sums<true>(grid, bound);
     }
-    Sums s = row.sums(grid, bound);
     double step = s.kk > 0 ? (s.rk + double(bound) / center * s.kk + row.offset * s.k) / s.kk : 0;
     scales[i] = float(step * center);
     if (!std::isfinite(unit) || !std::isfinite(step)) bounds[i] = scales[i] = NAN;
