@@ -450,9 +450,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         # too: it settles which bounds learn; their values are in the checkpoint.
         hf_daq.apply_daq(model, quantization)
         run.start_epoch(0)
+        batches = [batch for batch, _ in itertools.islice(run.train_loader, cfg.calibration_batches)]
         with hf_daq.calibrate(model):
-            for batch, _ in itertools.islice(run.train_loader, cfg.calibration_batches):
+            for batch in batches:
                 model(batch)
+        if checkpoint is None and cfg.reconstruct:
+            hf_daq.reconstruct(model, batches)
         quantized_lr = cfg.lr if cfg.transition_target else None
         *groups, quantizers = hf_daq.param_groups(
             model, cfg.lr, cfg.quantizer_lr, cfg.weight_decay, quantized_lr=quantized_lr
@@ -464,7 +467,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             optimizers = [weight_optimizer(groups, cfg, cfg.lr), torch.optim.Adam([quantizers])]
         model, optimizers = prepare(accelerator, cfg, model, *optimizers)
         if checkpoint is None:
-            results["calibrated"] = run.evaluate(model)
+            results["reconstructed" if cfg.reconstruct else "calibrated"] = run.evaluate(model)
         train_phase(run, model, optimizers, cfg.epochs, checkpoint, teacher)
 
     if run.is_main:

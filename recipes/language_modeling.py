@@ -362,15 +362,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         # too: it settles which bounds learn; their values are in the checkpoint.
         hf_daq.apply_daq(model, quantization)
         run.start_epoch(0)
+        batches = list(itertools.islice(run.train_loader, cfg.calibration_batches))
         with hf_daq.calibrate(model):
-            for blocks in itertools.islice(run.train_loader, cfg.calibration_batches):
+            for blocks in batches:
                 forward(model, blocks)
+        if checkpoint is None and cfg.reconstruct:
+            hf_daq.reconstruct(model, [{"input_ids": blocks[:, :-1]} for blocks in batches])
         quantized_lr = cfg.lr if cfg.transition_target else None
         groups = hf_daq.param_groups(model, cfg.lr, cfg.quantizer_lr, cfg.weight_decay, quantized_lr=quantized_lr)
 
         model, [optimizer] = prepare(accelerator, cfg, model, torch.optim.AdamW(groups, betas=(0.9, 0.95)))
         if checkpoint is None:
-            results["calibrated"] = run.evaluate(model)
+            results["reconstructed" if cfg.reconstruct else "calibrated"] = run.evaluate(model)
         train_phase(run, model, [optimizer], cfg.epochs, checkpoint, teacher)
         describe(run)
 

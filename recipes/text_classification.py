@@ -343,11 +343,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         # The DAQ part: patch, calibrate; the optimizer gives the quantizers a learning rate of their own. A continued run
         # calibrates too: it settles which bounds learn; their values are in the checkpoint.
         hf_daq.apply_daq(model, quantization)
+        batches = list(itertools.islice(trainer.get_train_dataloader(), cfg.calibration_batches))
         with hf_daq.calibrate(model):
-            for batch in itertools.islice(trainer.get_train_dataloader(), cfg.calibration_batches):
+            for batch in batches:
                 model(**batch)
+        if cfg.reconstruct and last_checkpoint(cfg, "quantized") is None:
+            hf_daq.reconstruct(model, batches)
         if measures:
-            results["calibrated"] = measure()
+            results["reconstructed" if cfg.reconstruct else "calibrated"] = measure()
         if arguments.process_index == 0:
             write_report(report, cfg)
         if cfg.monitor_every:

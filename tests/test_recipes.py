@@ -165,6 +165,26 @@ def assert_card(output, metric, results, split, dataset):
     assert str(output) not in text
 
 
+def test_digits_start_better_from_reconstructed_weights(tmp_path):
+    run("--output_dir", tmp_path / "float", "--float_epochs", 4, "--epochs", 0)
+    args = [
+        "--float_epochs",
+        0,
+        "--checkpoint",
+        tmp_path / "float" / "float",
+        "--epochs",
+        1,
+        "--max_steps",
+        1,
+        "--daq.bits",
+        2,
+    ]
+    calibrated = run(*args, "--output_dir", tmp_path / "calibrated")
+    reconstructed = run(*args, "--output_dir", tmp_path / "reconstructed", "--reconstruct")
+    assert "calibrated" not in reconstructed
+    assert reconstructed["reconstructed"] > calibrated["calibrated"]
+
+
 def test_digits_results_and_folders(tmp_path):
     results = run("--output_dir", tmp_path, "--float_epochs", 4, "--epochs", 1, "--daq.bits", 4)
     assert results["float"] > 80
@@ -583,6 +603,29 @@ def test_sst2_configs_run(name, reviews, text_float, tmp_path):
     assert_card(tmp_path, "accuracy", results, "validation", reviews.name)
 
 
+def test_a_reconstructed_text_classifier_trains_and_continues(reviews, text_float, tmp_path, monkeypatch):
+    args = [
+        "--dataset",
+        reviews,
+        "--checkpoint",
+        text_float,
+        "--float_epochs",
+        0,
+        "--epochs",
+        1,
+        "--daq.weight_bits",
+        2,
+    ]
+    args += ["--training.max_steps", 3, "--reconstruct", *NO_HEADER]
+    calls = []
+    monkeypatch.setattr(hf_daq, "reconstruct", lambda *given, done=hf_daq.reconstruct: calls.append(done(*given)))
+    results = run_text(*args, "--output_dir", tmp_path)
+    assert set(results) == {"float", "reconstructed", "quantized", "quantized_last", "quantized_seconds"}
+    (tmp_path / "results.json").unlink()
+    run_text(*args, "--output_dir", tmp_path, "--resume")
+    assert len(calls) == 1  # the weights are in the checkpoint
+
+
 @pytest.fixture(scope="module")
 def trainer_uninterrupted(reviews, tiny_bert, tmp_path_factory):
     """Dropout, both phases, distillation, accumulation; five batches and three updates an epoch."""
@@ -699,6 +742,25 @@ def test_tinyshakespeare_configs_run(name, play, language_float, tmp_path):
         (weight, None)
     }
     assert_card(tmp_path, "loss", results, "last 10% of train", dataset_name(str(play)))
+
+
+def test_a_reconstructed_language_model_trains(play, language_float, tmp_path):
+    args = [
+        "--dataset",
+        play,
+        "--checkpoint",
+        language_float,
+        "--float_epochs",
+        0,
+        "--daq.weight_bits",
+        2,
+        "--max_steps",
+        1,
+    ]
+    reconstructed = run_language(*args, "--output_dir", tmp_path / "reconstructed", "--reconstruct")
+    calibrated = run_language(*args, "--output_dir", tmp_path / "calibrated")
+    assert "calibrated" not in reconstructed
+    assert reconstructed["reconstructed"] != calibrated["calibrated"]
 
 
 def test_the_default_run_is_the_python_docs_config():

@@ -42,6 +42,8 @@ class RunOptions:
     """Folder for networks, checkpoints and results.json."""
     export: str | None = None
     """Files to write after the last epoch: packed, onnx, compressed-tensors, gguf, separated by commas."""
+    reconstruct: bool = False
+    """Whether the calibration batches also fit the weights to the float network (hf_daq.reconstruct) before the DAQ phase trains."""
     resume: bool = False
     """Continue the stopped run in output_dir from its last checkpoint."""
     monitor_every: int = 0
