@@ -163,6 +163,23 @@ def test_grown_embeddings_are_saved(tmp_path):
     assert torch.equal(tf.AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight, model.lm_head.weight)
 
 
+def test_quantized_embeddings_do_not_grow():
+    model = hf_daq.apply_daq(tf.LlamaForCausalLM(tf.LlamaConfig(**LLAMA)), weight_bits=4, embedding_bits=4)
+    model.resize_token_embeddings(70)
+    with pytest.raises(ModelError, match="has 70 rows now, and bounds for 61.*remove_daq"):
+        model(torch.ones(1, 3, dtype=torch.long))
+    with pytest.raises(ModelError, match=r"'model.embed_tokens' has another shape, \(70, 32\)"):
+        hf_daq.pack(model)
+
+
+def test_a_weight_of_another_shape_is_refused():
+    model = hf_daq.apply_daq(nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))), weight_bits=4)
+    model[1].weight = nn.Parameter(torch.randn(3, 4))
+    model[1].bias = nn.Parameter(torch.randn(3))
+    with pytest.raises(ModelError, match=r"'1' has another shape, \(3, 4\)"):
+        hf_daq.pack(model)
+
+
 # ------------------------------------------------------------------------------------------------- parts and wholes
 
 

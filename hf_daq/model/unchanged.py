@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..config import DaqConfig
 from ..errors import ConfigError, ModelError
 from ..nn.base import DaqLayer
+from ..nn.layers import QuantizedLayer
 from ..nn.packed import daq_layers
 from .roles import computed_weights
 
@@ -62,6 +63,10 @@ def check_unchanged(model: nn.Module, adapters: bool = False) -> None:
                 f"layer {name!r} is not what model.daq_config says: {bits}, packed={config.packed}; {_AGAIN}"
             )
     for name, layer in layers.items():
+        if isinstance(layer, QuantizedLayer) and layer.owner is None and not layer.w_quant.fits(layer.weight_shape()):
+            raise ModelError(
+                f"the weight of layer {name!r} has another shape, {tuple(layer.weight_shape())}, than when it was quantized; {_AGAIN}"
+            )
         if layer.owner is not None and (layers.get(layer.owner.daq_name) is not layer.owner or not _is_tied(layer)):
             raise ModelError(
                 f"layer {name!r} does not share its weight with {layer.owner.daq_name!r} any more, as it did when both were "

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import ModelError
 from .formula import center, levels
 from .functional import quantize_activation, quantize_weight, snap_scale
 
@@ -221,6 +222,13 @@ class WeightQuantizer(BoundedQuantizer):
         """R, the last code."""
         return levels(self.bits, self.grid)
 
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether the bounds, scales and shifts are for a weight of this shape."""
+        rows = 1 if self.granularity == "tensor" else shape[0] * self.groups
+        columns = self.groups * self.group_size - self.padding
+        shifts = shape[0] if self.shift is None else len(self.shift)
+        return (len(self.scale), columns, shifts) == (rows, math.prod(shape[1:]), shape[0])
+
     @property
     def center(self) -> float:
         """The code of a weight of 0."""
@@ -320,6 +328,11 @@ class WeightQuantizer(BoundedQuantizer):
             indices: integers of any shape.
             padding_idx: row that learns nothing; None without one.
         """
+        if not self.fits(table.shape):
+            raise ModelError(
+                f"the quantized embedding has {len(table)} rows now, and bounds for {len(self.scale) // self.groups}: before its size "
+                "changes write hf_daq.remove_daq(model), after it apply_daq and calibrate anew"
+            )
         flat = indices.flatten()
         weight = F.embedding(flat, table, padding_idx)
         if flat.numel() > 0:
