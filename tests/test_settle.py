@@ -9,7 +9,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import hf_daq
+from hf_daq.nn.kernels import Kernels
 from hf_daq.nn.layers import StandardizedConv, quantized_layers
+from hf_daq.nn.parts import codes_in_parts
 from hf_daq.nn.quantizers import WeightQuantizer
 from hf_daq.nn.settle import settled
 
@@ -118,10 +120,28 @@ def test_rows_are_settled_apart_as_they_would_be_together(granularity, monkeypat
         layer.weight[5:40] = layer.weight[4]  # many rows in which nothing is near a threshold, or the same is
         layer.weight[5:40] += 1e-3 * layer.weight[5:40].std()
     together = settled(model, dict(model.state_dict()))["0.weight"]
-    monkeypatch.setattr("hf_daq.nn.settle._AT_ONCE", 100)
+    monkeypatch.setattr("hf_daq.nn.parts._AT_ONCE", 100)
     apart = settled(model, dict(model.state_dict()))["0.weight"]
     assert torch.equal(together, apart)
     assert not torch.equal(apart, layer.weight)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_part_by_part_are_those_of_the_whole(granularity, dtype, monkeypatch):
+    model = planted(4, granularity, dtype)
+    layer, whole = model[0], model[0].codes()
+    monkeypatch.setattr("hf_daq.nn.parts._AT_ONCE", 100)
+    assert torch.equal(codes_in_parts(layer.w_quant, layer.weight), whole)
+    assert torch.equal(hf_daq.pack(model)[0].codes(), whole)
+
+
+def test_packing_and_saving_compile_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_daq.nn.kernels.available", lambda device: True)
+    monkeypatch.setattr(Kernels, "_compiled", lambda *_: pytest.fail("compiled"))
+    model = hf_daq.apply_daq(nn.Sequential(nn.Linear(256, 300)), weight_bits=4, group_size=128, first_last_bits=4)
+    hf_daq.save_pretrained(model, tmp_path / "trainable")
+    hf_daq.save_pretrained(model, tmp_path / "packed", packed=True)
 
 
 def test_a_row_that_cannot_be_settled_keeps_no_other_from_it(monkeypatch):
@@ -134,7 +154,7 @@ def test_a_row_that_cannot_be_settled_keeps_no_other_from_it(monkeypatch):
         return torch.where((weight == stuck).all(1, keepdim=True), -result, result)
 
     monkeypatch.setattr("hf_daq.nn.settle._moved", losing)
-    monkeypatch.setattr("hf_daq.nn.settle._AT_ONCE", 1)
+    monkeypatch.setattr("hf_daq.nn.parts._AT_ONCE", 1)
     weight = settled(model, dict(model.state_dict()))["0.weight"]
     changed = (weight != layer.weight).any(1)
     assert not changed[3]

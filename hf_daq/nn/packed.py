@@ -21,6 +21,7 @@ from .computed import ComputedWeight
 from .gpu import Int4
 from .layers import LAYER_TYPES, QuantizedLayer, quantize_layer
 from .onednn import Prepared
+from .parts import codes_in_parts
 from .paths import output, path_of
 from .quantizers import WeightQuantizer
 from .recompute import without_weight
@@ -246,7 +247,8 @@ def pack_layer(layer: Any, values: bool = True) -> None:
     if not own:
         codes = scale = None
     elif values:
-        codes, scale = encode(layer.codes(), bits, quantizer.grid), layer.weight_scale.float().clone()
+        codes = encode(codes_in_parts(quantizer, layer.float_weight()), bits, quantizer.grid)
+        scale = layer.weight_scale.float().clone()
     else:
         size = packed_size(math.prod(shape), stored_bits(bits, quantizer.grid))
         codes = torch.zeros(size, dtype=torch.uint8, device=device)

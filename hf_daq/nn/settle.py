@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .layers import QuantizedLayer, quantized_layers
-from .quantizers import WeightQuantizer, processes
+from .parts import apart, by_rows, of_rows, parts_of
+from .quantizers import WeightQuantizer, processes, wide
 
 _ULPS = 16  # of the outermost code in float32: nearer to a threshold a weight is moved, to twice the distance
 _ROUNDS = 3  # moving weights moves their statistics a little
-_AT_ONCE = 2**16  # weights that are looked at: few enough for the cache, and for quantizers that need not be compiled
 
 
 @torch.no_grad()
@@ -67,16 +67,16 @@ def _settled_weight(layer: Any) -> Tensor | None:
     if layer.slope() is not None:
         return _settled_parameter(layer)
     whole = layer.float_weight()
-    quantizer, weight = _by_rows(layer.w_quant, whole)
+    quantizer, weight = by_rows(layer.w_quant, whole)
     result = None
     for rows in _touched(quantizer, weight):
-        before, of_rows = weight[rows], _of_rows(quantizer, rows)
-        part, codes = before, of_rows.codes(before)
+        before, own = weight[rows], of_rows(quantizer, rows)
+        part, codes = before, own.codes(before)
         for _ in range(_ROUNDS):
-            before, part = part, _moved(of_rows, part, codes)
+            before, part = part, _moved(own, part, codes)
             if part is before:
                 break
-        if torch.equal(of_rows.codes(part), codes):
+        if torch.equal(own.codes(part), codes):
             result = weight.clone() if result is None else result
             result[rows] = part
     return None if result is None else layer.stored(result if weight is whole else result.view(whole.shape))
@@ -101,41 +101,27 @@ def _settled_parameter(layer: Any) -> Tensor | None:
     return parameter if same and parameter is not original else None
 
 
-def _apart(quantizer: WeightQuantizer, weight: Tensor) -> bool:
-    """Whether rows by themselves have the codes that they have in the weight, bit for bit. Sums go by strides, and a compiled
-    kernel on a GPU rounds in its own way."""
-    return quantizer.granularity != "tensor" and weight.is_contiguous() and weight.device.type == "cpu"
-
-
-def _by_rows(quantizer: WeightQuantizer, weight: Tensor) -> tuple[WeightQuantizer, Tensor]:
-    """Both, with groups as the rows of the weight, where they all have as many columns."""
-    if quantizer.groups == 1 or quantizer.padding or not _apart(quantizer, weight):
-        return quantizer, weight
-    by_rows = copy.copy(quantizer)
-    by_rows.granularity, by_rows.groups = "channel", 1
-    return by_rows, weight.view(-1, quantizer.group_size)
-
-
 def _touched(quantizer: WeightQuantizer, weight: Tensor) -> Iterable[slice | Tensor]:
     """Rows with a weight near a threshold, as many as are looked at together; all rows where none stands by itself."""
-    if not _apart(quantizer, weight):
+    if not apart(quantizer, weight):
         return [slice(None)] if len(_near(quantizer, weight).steps) else []
-    size = max(_AT_ONCE * len(weight) // weight.numel(), 1)
-    parts = (slice(start, start + size) for start in range(0, len(weight), size))
-    found = [_near(_of_rows(quantizer, part), weight[part]).places[0] + part.start for part in parts]
+    parts = parts_of(weight)
+    size = parts[0].stop
+    perhaps = torch.cat([_perhaps_near(of_rows(quantizer, part), weight[part]) + part.start for part in parts])
+    if len(perhaps) == 0:
+        return []
+    found = [part[_near(of_rows(quantizer, part), weight[part]).places[0]] for part in torch.split(perhaps, size)]
     rows: Tensor = torch.cat(found).unique()  # type: ignore[no-untyped-call]
     return torch.split(rows, size) if len(rows) else []
 
 
-def _of_rows(quantizer: WeightQuantizer, rows: slice | Tensor) -> WeightQuantizer:
-    """The quantizer for these rows of its weight."""
-    if quantizer.granularity == "tensor":
-        return quantizer
-    part = copy.copy(quantizer)
-    values = quantizer.lower, quantizer.upper, quantizer.scale
-    lower, upper, scale = (value.view(-1, quantizer.groups)[rows].flatten() for value in values)
-    part._parameters = {"lower": lower, "upper": upper, "scale": scale, "shift": None}  # type: ignore[dict-item]
-    return part
+def _perhaps_near(quantizer: WeightQuantizer, weight: Tensor) -> Tensor:
+    """The numbers of rows that may have a weight near a threshold: in float32, and so with twice the margin."""
+    values = wide(weight)
+    start, end = quantizer.bounds(values)
+    positions = quantizer.rows(values).sub(start).mul_(quantizer.levels / (end - start))
+    away = quantizer.unrows(positions, weight.shape).flatten(1).frac_().sub_(0.5).abs_()
+    return (away.amin(1) < 2 * _margin(quantizer)).nonzero()[:, 0]
 
 
 class _Near(NamedTuple):
