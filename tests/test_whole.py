@@ -85,6 +85,68 @@ def test_half_precision_is_rounded_once(name, dtype):
     assert (found - expected).abs().max() <= torch.finfo(dtype).eps * expected.abs().max()
 
 
+def with_token_scales(columns, outputs, weight_bits, activation_bits, grid):
+    bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
+    options = {"activation_scale": "token", "weight_granularity": "channel", "weight_grid": grid}
+    model = nn.Sequential(nn.Linear(columns, outputs)).eval()
+    return hf_daq.pack(hf_daq.apply_daq(model, **bits, **options, rules=[{"pattern": "0", **bits}]))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("columns", "outputs", "rows"), [(37, 11, 1), (64, 70, 7), (3, 1, 5), (1, 1, 4), (2048, 20, 300)]
+)
+def test_rows_with_scales_of_their_own(columns, outputs, rows, threads, monkeypatch):
+    torch.manual_seed(columns)
+    monkeypatch.setattr(whole, "threads", lambda work: threads)
+    x = torch.randn(rows, columns) * torch.logspace(-6, 3, rows)[:, None]
+    x[0, 0] = -x.abs().max() * 2  # the largest of a row is half a step from two codes
+    x[rows // 2] = 0
+    for weight_bits, activation_bits, grid in [
+        (1, 8, "odd"),
+        (4, 8, "integer"),
+        (8, 8, "odd"),
+        (3, 5, "odd"),
+        (2, 2, "integer"),
+    ]:
+        model = with_token_scales(columns, outputs, weight_bits, activation_bits, grid)
+        if not in_machine(model[0]):
+            pytest.skip("this processor adds no products in 32 bits")
+        assert model[0].path(x) == "integers"
+        for one, other in zip(model(x), plain(model, x), strict=True):
+            assert close(one, other, 2e-6)
+        half = x.bfloat16()
+        with hf_daq.integer_arithmetic(model.bfloat16()):
+            expected = model(half)
+        found = model(half)
+        assert found.dtype == torch.bfloat16
+        assert ((found - expected).abs().amax(1) <= torch.finfo(torch.bfloat16).eps * expected.abs().amax(1)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_codes_of_rows_are_those_of_the_quantizer(dtype):
+    """The weight is twice the unit matrix less 1, so each output tells the code of one input."""
+    model = with_token_scales(16, 16, 8, 8, "integer")
+    layer, x = model[0], torch.randn(500, 16).mul(100 * torch.rand(500, 1)).to(dtype)
+    x[:, 3] = x.abs().amax(1)
+    layer.write_codes(torch.eye(16).to(torch.uint8) + 128, torch.full((16,), 128.0))
+    layer.bias.data.zero_()
+    codes, scale = layer.a_quant.coded(x)
+    assert layer.path(x) == "integers"
+    assert in_machine(layer) == (dtype != torch.float16)
+    assert torch.equal(onednn.forward(layer, x), ((codes.float() - 128) * scale).to(dtype))
+
+
+def test_rows_that_are_not_finite():
+    model, x = with_token_scales(37, 11, 4, 8, "integer"), torch.randn(6, 37)
+    for value, at in ((torch.nan, 36), (torch.inf, 0), (-torch.inf, 20)):
+        spoiled = x.clone()
+        spoiled[2, at] = value
+        found = model(spoiled)
+        assert torch.equal(found.isnan().all(1), torch.arange(6) == 2)
+        assert close(found[3:], plain(model, x)[3:])
+
+
 def test_codes_on_and_beside_thresholds_are_those_of_the_quantizer():
     """Each input alone makes one output, which tells its code."""
     model = packed(nn.Conv2d(1, 1, 1, bias=False), torch.randn(1, 1, 4, 4))

@@ -13,6 +13,7 @@
 typedef int32_t Ints __attribute__((vector_size(4 * W)));
 
 constexpr int64_t CACHE = 3 << 17;  // bytes of inputs in a buffer
+constexpr float SMALLEST_STEP = 1.1920929e-7f;
 
 extern "C" {
 // As whole.py declares it. `channels`, `outputs`: of all groups. kernel, stride, dilation: rows, columns.
@@ -21,8 +22,8 @@ struct Whole {
   const int32_t* first;  // of each output in these blocks: where its sum starts
   const float* scale;    // likewise, of its sum
   int64_t channels, outputs, groups, kernel[2], stride[2], dilation[2];
-  int32_t depthwise, halves, zero;  // halves: to twice the sum that of the inputs is added
-  float start, inverse, levels;
+  int32_t depthwise, halves, zero, tokens;  // halves: to twice the sum that of the inputs is added
+  float start, inverse, levels;             // tokens: a scale for each row instead of start and inverse, for linear layers
 };
 struct Image {
   const void* x;
@@ -112,6 +113,61 @@ template <class From> static bool round_to_codes(const From* x, int64_t size, co
   return bad;
 }
 
+// The scale of a row, as `formula.token_scale` has it: a number of the kind of the row. Infinite or NaN where a value is.
+static INLINE float in_kind(float value, const float*) { return value; }
+static INLINE float in_kind(float value, const uint16_t*) { return from_bfloat16(to_bfloat16(value)); }
+template <class From> static float scale_of(const From* x, int64_t size, float levels) {
+  const Floats none = {};
+  Floats most = none;
+  Numbers all;
+  int64_t i = 0;
+  for (; i + W <= size; i += W) {
+    Floats f = floats_of(x + i);
+    all.add(f);
+    f = f < none ? -f : f;
+    most = f > most ? f : most;
+  }
+  float largest = 0;
+  bool bad = all.bad();
+  for (int k = 0; k < W; k++) largest = most[k] > largest ? most[k] : largest;
+  for (; i < size; i++) {
+    const float f = std::fabs(float_of(x[i]));
+    bad |= f != f;
+    largest = f > largest ? f : largest;
+  }
+  const float step = in_kind(largest / (levels / 2), x);
+  return bad ? NAN : step > SMALLEST_STEP ? step : SMALLEST_STEP;
+}
+
+static INLINE Floats round_of(Floats v) {  // ties to even
+#if defined(__AVX512F__)
+  return (Floats)_mm512_roundscale_ps((__m512)v, 0x08);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_round_ps((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  for (int i = 0; i < W; i++) v[i] = std::nearbyint(v[i]);
+  return v;
+#endif
+}
+
+// `TokenQuantizer.codes` of a row with this scale.
+template <class From> static void round_row(const From* x, int64_t size, float scale, float levels, float zero, uint8_t* out) {
+  const float inverse = 1 / scale;
+  const Floats none = {}, least = none - zero, most = least + levels;
+  int64_t i = 0;
+  for (; i + W <= size; i += W) {
+    Floats v = round_of(floats_of(x + i) * inverse);
+    v = v > least ? v : least;
+    v = v < most ? v : most;
+    store(v + zero, out + i);
+  }
+  for (; i < size; i++) {
+    float v = std::nearbyint(float_of(x[i]) * inverse) + zero;
+    v = v > 0 ? v : 0;
+    out[i] = uint8_t(v < levels ? v : levels);
+  }
+}
+
 // ------------------------------------------------------------------------------------------------- the buffer
 
 // Memory that a thread keeps for its next task.
@@ -157,6 +213,20 @@ struct Buffer {
         for (int64_t i = 0; i < width; i++, out += pixel)
           for (int64_t c = 0; c < a.channels; c += group, x += group)
             bad |= round_to_codes(x, group, rounding, out + c / group * padded);
+    }
+    return bad;
+  }
+
+  // Rows of a linear layer, each with a scale.
+  template <class From>
+  bool read_rows(const Whole& a, const Image& b, int64_t first, int64_t rows, float* scales) const {
+    bool bad = false;
+    if (group != padded) fill(data, rows);
+    for (int64_t i = 0; i < rows; i++) {
+      const From* x = (const From*)b.x + (first + i) * a.channels;
+      scales[i] = scale_of(x, a.channels, a.levels);
+      bad |= !(scales[i] < INFINITY);
+      round_row(x, a.channels, scales[i], a.levels, float(a.zero), data + i * pixel);
     }
     return bad;
   }
@@ -315,10 +385,10 @@ static int32_t sum_of_inputs(const Runs& runs, const uint8_t* pixel, int32_t zer
   return sum;
 }
 
-// P pixels, B blocks of W outputs each; `at`: of the first in the output.
+// P pixels, with what their sums are multiplied by; B blocks of W outputs each; `at`: of the first in the output.
 template <int P, int B>
-static void tile(const Whole& a, const Runs& runs, const uint8_t* const* pixels, const int8_t* weight, const int32_t* first,
-                 const Outputs& out, const int64_t at) {
+static void tile(const Whole& a, const Runs& runs, const uint8_t* const* pixels, const float* factors,
+                 const int8_t* weight, const int32_t* first, const Outputs& out, const int64_t at) {
   const Outputs put = out;
   const int64_t outputs = a.outputs, block = runs.rows * runs.columns * runs.size * W;
   Ints sum[P][B];
@@ -346,15 +416,17 @@ static void tile(const Whole& a, const Runs& runs, const uint8_t* const* pixels,
 #pragma GCC unroll 8
   for (int i = 0; i < P; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < B; j++) put.put(__builtin_convertvector(sum[i][j], Floats), j, at + i * outputs);
+    for (int j = 0; j < B; j++) put.put(__builtin_convertvector(sum[i][j], Floats) * factors[i], j, at + i * outputs);
 }
 
-typedef void (*Tile)(const Whole&, const Runs&, const uint8_t* const*, const int8_t*, const int32_t*, const Outputs&, int64_t);
+typedef void (*Tile)(const Whole&, const Runs&, const uint8_t* const*, const float*, const int8_t*, const int32_t*,
+                     const Outputs&, int64_t);
 #define TILES(P) {tile<P, 1>, tile<P, 2>, tile<P, 3>, tile<P, 4>}
 static const Tile TILE[6][4] = {TILES(1), TILES(2), TILES(3), TILES(4), TILES(5), TILES(6)};
 
-// Blocks `from` to `to` of the outputs of each group.
-static void dense(const Whole& a, const Image& b, const Buffer& in, int64_t rows, int64_t at, int64_t from, int64_t to) {
+// Blocks `from` to `to` of the outputs of each group. scales: of the pixels, or none.
+static void dense(const Whole& a, const Image& b, const Buffer& in, const float* scales, int64_t rows, int64_t at,
+                  int64_t from, int64_t to) {
   const int64_t per_group = a.outputs / a.groups, blocks = (per_group + W - 1) / W, taps = a.kernel[0] * a.kernel[1];
   const int64_t right = a.stride[1] * in.pixel, down = a.stride[0] * in.columns * in.pixel;
   Runs runs{a.kernel[0], a.kernel[1], in.padded, a.dilation[0] * in.columns * in.pixel, a.dilation[1] * in.pixel};
@@ -370,16 +442,19 @@ static void dense(const Whole& a, const Image& b, const Buffer& in, int64_t rows
       for (int64_t p = 0, x = 0, size; p < rows * b.out_width; p += size) {
         size = part(rows * b.out_width - p, 6);
         const uint8_t* pixels[6];
+        float factors[6];
         for (int64_t i = 0; i < size; i++) {
+          factors[i] = scales ? scales[p + i] : 1;
           pixels[i] = row + x * right;
           if (++x == b.out_width) x = 0, row += down;
         }
-        TILE[size - 1][wide - 1](a, runs, pixels, weight, a.first + index * W, out, (at + p) * a.outputs + channel);
+        TILE[size - 1][wide - 1](a, runs, pixels, factors, weight, a.first + index * W, out,
+                                 (at + p) * a.outputs + channel);
       }
     }
 }
 #else
-static void dense(const Whole&, const Image&, const Buffer&, int64_t, int64_t, int64_t, int64_t) {}
+static void dense(const Whole&, const Image&, const Buffer&, const float*, int64_t, int64_t, int64_t, int64_t) {}
 #endif
 
 // ------------------------------------------------------------------------------------------------------ tasks
@@ -407,15 +482,20 @@ static int run(const Whole& a, const Image& b) {
     const int64_t first = b.out_height * chunk / chunks, last = b.out_height * (chunk + 1) / chunks;
     const int64_t needed = (last - first - 1) * a.stride[0] + reach;
     static thread_local Room room;
-    Buffer in{(uint8_t*)room.of(needed * bytes), columns, groups * padded, group, padded, uint8_t(a.zero)};
-    if (!in.data) {
+    const int64_t scales = a.tokens ? (4 * needed + 63) / 64 * 64 : 0;  // bytes
+    float* begin = (float*)room.of(scales + needed * bytes);
+    Buffer in{(uint8_t*)begin + scales, columns, groups * padded, group, padded, uint8_t(a.zero)};
+    if (!begin) {
       failed = 1;
       continue;
     }
     const int64_t top = first * a.stride[0] - b.top, at = n * b.out_height * b.out_width + first * b.out_width;
-    bad |= b.kind == BFLOAT16 ? in.read<uint16_t>(a, b, n, top, needed) : in.read<float>(a, b, n, top, needed);
+    if (a.tokens)
+      bad |= b.kind == BFLOAT16 ? in.read_rows<uint16_t>(a, b, top, needed, begin) : in.read_rows<float>(a, b, top, needed, begin);
+    else
+      bad |= b.kind == BFLOAT16 ? in.read<uint16_t>(a, b, n, top, needed) : in.read<float>(a, b, n, top, needed);
     if (deep)
-      dense(a, b, in, last - first, at, blocks * part / parts, blocks * (part + 1) / parts);
+      dense(a, b, in, a.tokens ? begin : nullptr, last - first, at, blocks * part / parts, blocks * (part + 1) / parts);
     else
       depthwise(a, b, in, last - first, at);
   }
@@ -433,6 +513,6 @@ int daq_block() {
 #endif
 }
 
-// Returns 0, 1 where memory is short, 2 where an input is NaN, whose outputs mean nothing.
+// Returns 0, 1 where memory is short, 2 where an input is NaN (or infinite, where rows have scales), whose outputs mean nothing.
 int daq_whole(const Whole* a, const Image* b) { return run(*a, *b); }
 }

@@ -71,7 +71,9 @@ def serves(layer: Any, x: Tensor) -> bool:
     if torch.compiler.is_compiling():
         known: bool = _is_prepared(layer) if not torch.compiler.is_exporting() else _was_prepared(layer, x)
         return known
-    return prepared(layer).computes()
+    # integers.cpp finds scales of rows in float32 and bfloat16.
+    in_graph = x.dtype == torch.float16 and isinstance(layer.a_quant, TokenQuantizer)
+    return prepared(layer, graph=in_graph).computes(graph=in_graph)
 
 
 def _suits(layer: Any, x: Tensor) -> bool:
@@ -149,9 +151,10 @@ def _made(layer: Any, sources: tuple[Any, ...], graph: bool) -> Prepared:
     if gpu.used(whole):
         int8 = gpu.int8(whole, scale, rows, quantizer.zero_point, halves)
         return Prepared(sources, int8=int8 if int8 is not None and _adds(layer, whole, int8) else None)
-    if rows is not None and not graph:
-        rounding = rows[0].item(), rows[1].item(), quantizer.levels
-        arranged = machine.arrange(layer, whole, scale, halves, rounding, quantizer.zero_point)
+    if not graph:
+        start, inverse = (0.0, 0.0) if rows is None else rows[:2].tolist()
+        rounding = start, inverse, quantizer.levels
+        arranged = machine.arrange(layer, whole, scale, halves, rounding, quantizer.zero_point, rows is None)
         if arranged is not None and _is_exact(layer, whole, halves):
             return Prepared(sources, arranged)
     try:

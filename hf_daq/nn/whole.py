@@ -2,7 +2,7 @@
 
     output[c] = scale[c] * sum_i (code_i - zero_point) * weight[c, i] + bias[c]
 
-as in onednn.py, where the processor adds products of bytes in 32 bits; depthwise convolutions anywhere, since floats hold
+(with a scale for each row of the input: times that before the bias) as in onednn.py, where the processor adds products of bytes in 32 bits; depthwise convolutions anywhere, since floats hold
 their few sums exactly.
 """
 
@@ -32,7 +32,7 @@ class _Whole(ctypes.Structure):
         *((name, c_void_p) for name in ("weight", "first", "scale")),
         *((name, c_int64) for name in ("channels", "outputs", "groups")),
         *((name, _PAIR) for name in ("kernel", "stride", "dilation")),
-        *((name, c_int32) for name in ("depthwise", "halves", "zero")),
+        *((name, c_int32) for name in ("depthwise", "halves", "zero", "tokens")),
         *((name, c_float) for name in ("start", "inverse", "levels")),
     )
 
@@ -61,7 +61,13 @@ class Arranged(NamedTuple):
 
 
 def arrange(
-    layer: Any, weight: Tensor, scale: Tensor, halves: bool, rounding: tuple[float, float, int], zero_point: int
+    layer: Any,
+    weight: Tensor,
+    scale: Tensor,
+    halves: bool,
+    rounding: tuple[float, float, int],
+    zero_point: int,
+    tokens: bool = False,
 ) -> Arranged | None:
     """None where integers.cpp is not there, or does not compute this layer.
 
@@ -69,6 +75,7 @@ def arrange(
         weight: int8, shape (out, in / groups, ...). scale: shape (out,).
         halves: whether the weight means half a code more.
         rounding: `start`, `inverse` of `formula.activation_rows`, and the last code.
+        tokens: whether each row has a scale instead of these two.
     """
     functions = library()
     if functions is None:
@@ -78,7 +85,7 @@ def arrange(
     groups = layer.groups if convolution else 1
     outputs, channels = len(weight), weight.shape[1] * groups
     taps = kernel[0] * kernel[1]
-    depthwise = groups == outputs == channels and taps * rounding[2] * 255 < _EXACT
+    depthwise = convolution and groups == outputs == channels and taps * rounding[2] * 255 < _EXACT
     block = functions.daq_block()
     if not depthwise and block == 0:
         return None
@@ -90,7 +97,7 @@ def arrange(
     pointers = (tensor.data_ptr() for tensor in tensors)
     steps = (layer.stride, layer.dilation) if convolution else ((1, 1), (1, 1))
     sizes = channels, outputs, groups, *(_PAIR(*pair) for pair in (kernel, *steps))
-    whole = _Whole(*pointers, *sizes, depthwise, halves, zero_point, *rounding)
+    whole = _Whole(*pointers, *sizes, depthwise, halves, zero_point, tokens, *rounding)
     return Arranged(whole, tensors, weight.numel() // (1 if depthwise else groups), {})
 
 
@@ -117,7 +124,7 @@ def _filled(tensor: Tensor, dim: int, multiple: int) -> Tensor:
 
 
 def output(layer: Any, kept: Arranged, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """None where x is not of this layer, or an input is NaN.
+    """None where x is not of this layer, or an input is NaN, or infinite where each row has a scale.
 
     Args:
         x: float32 or bfloat16. bias: float32, shape (out,). dtype: of the output, one of these.

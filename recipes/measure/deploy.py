@@ -66,6 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("models", nargs="*", metavar="MODEL=DATA")
     add("--bits", nargs="+", type=int, default=[1, 2, 3, 4, 8])
     add("--activation_bits", type=int, help="of images and texts")
+    add("--activation_scale", default="static", choices=("static", "token"), help="of texts")
     add("--weight_grid", nargs="+", default=["auto"], help="as of hf_daq.DaqConfig; one after the other")
     add("--steps", type=int, default=60, help="updates of distillation after calibration")
     add("--rows", type=int, default=256, help="examples to compare with")
@@ -110,6 +111,8 @@ def settings(kind: str, bits: int, grid: str, args: argparse.Namespace) -> hf_da
         return hf_daq.DaqConfig(weight_bits=bits, weight_grid=grid, group_size=64)
     inputs = args.activation_bits or (bits if kind == "image" else 8)
     options = {"weight_granularity": "channel", "weight_grid": grid}
+    if kind == "text":
+        options["activation_scale"] = args.activation_scale
     return hf_daq.DaqConfig(weight_bits=bits, activation_bits=inputs, **options)
 
 
