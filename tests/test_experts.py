@@ -4,12 +4,14 @@ import copy
 import pickle
 
 import pytest
+import safetensors
 import tiny
 import torch
 import torch.nn.functional as F
 import transformers as tf
 from scan_transformers import quiet
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import hf_daq
 from hf_daq import DaqConfig
@@ -317,12 +319,66 @@ def test_summary_health_and_inspect_know_experts(tmp_path):
     assert shapes[0] == shapes[1]
 
 
-def test_exports_refuse_experts(tmp_path):
+def test_onnx_files_hold_no_experts(tmp_path):
     model = calibrated("mixtral")
-    with pytest.raises(ExportError, match=r"for all experts of a mixture, which no export takes"):
-        hf_daq.export_compressed_tensors(model, tmp_path / "out")
-    with pytest.raises(ExportError, match=r"modules_to_not_convert=\['model.layers.0.mlp.experts'\]"):
+    with pytest.raises(
+        ExportError, match=r"all experts of a mixture.*modules_to_not_convert=\['model.layers.0.mlp.experts'\]"
+    ):
         hf_daq.export_onnx(model, tmp_path / "out.onnx", tiny.inputs("mixtral"))
+
+
+@pytest.mark.parametrize(
+    ("name", "packed", "config"),
+    [
+        ("mixtral", False, {"weight_bits": 4, "weight_granularity": "channel"}),
+        ("qwen3_moe", True, {"weight_bits": 2}),
+        ("qwen2_moe", True, {"weight_bits": 3, "group_size": 16}),
+        ("deepseek_v3", False, {"weight_bits": 8, "weight_grid": "integer", "group_size": 16}),
+        ("mixtral", True, {"weight_bits": 2, "weight_grid": "ternary"}),
+        (
+            "mixtral",
+            True,
+            {"weight_bits": 4, "activation_bits": 8, "rules": [{"pattern": "*.experts", "activation_bits": None}]},
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_plain_transformers_opens_experts_of_compressed_tensors(name, packed, config, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    model = calibrated(name, DaqConfig(**config)).eval()
+    model = hf_daq.pack(model) if packed else model
+    expected = logits(model, name)
+    report = hf_daq.export_compressed_tensors(model, tmp_path, tiny.inputs(name))
+    assert report.layer_error < 1e-6
+    assert report.relative_error < 1e-5
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert not experts_of(opened)
+    assert (logits(opened, name) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    names = safetensors.safe_open(tmp_path / "model.safetensors", "pt").keys()
+    assert sum(key.endswith("weight_packed") and ".experts.3." in key for key in names) == 3 * len(experts_of(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "words"),
+    [
+        (
+            "mixtral",
+            {"activation_bits": 8},
+            r'rules=\[{"pattern": \'model.layers.0.mlp.experts\', "activation_bits": None}',
+        ),
+        ("mixtral", {"weight_bits": 8, "weight_grid": "odd"}, 'weight_grid="integer"'),
+        ("gpt_oss", {}, "in one tensor on the disk"),
+        ("mixtral", {"rules": [{"pattern": "*.0.mlp.experts.*", "weight_bits": 3}]}, "differ in bits, grid or groups"),
+        ("mixtral", {"rules": [{"pattern": "*.0.mlp.experts", "skip": True}]}, "quantize all of them, or none"),
+        ("mixtral", {"rules": [{"pattern": "*.0.mlp.experts.down", "skip": True}]}, "quantize all of them, or none"),
+    ],
+)
+def test_experts_that_transformers_would_not_open_as_they_are(name, config, words, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    model = calibrated(name, DaqConfig(**{"weight_bits": 4} | config))
+    with pytest.raises(ExportError, match=words):
+        hf_daq.export_compressed_tensors(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["expert", "channel", "group"])

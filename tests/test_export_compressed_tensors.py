@@ -311,13 +311,13 @@ def test_other_files_stay_and_a_refused_export_leaves_the_last_one(tmp_path, mon
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"tokenizer.json", "config.json", "generation_config.json", "model.safetensors"}
     written = (tmp_path / "model.safetensors").read_bytes()
-    exact = export_compressed._tensors
+    exact = export_compressed.tensors_of
 
     def wrong(*args):
         tensors = exact(*args)
         return tensors | {"weight_scale": tensors["weight_scale"] * 1.02}
 
-    monkeypatch.setattr(export_compressed, "_tensors", wrong)
+    monkeypatch.setattr(export_compressed, "tensors_of", wrong)
     with pytest.raises(ExportError, match=r"layer 'model.layers.*relative error of 0.02, where 0.01 are allowed"):
         export_compressed_tensors(model, tmp_path, batch())
     assert {path.name for path in tmp_path.iterdir()} == names

@@ -10,7 +10,6 @@ integers.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,43 +25,17 @@ from ..model.roles import is_transformers_model
 from ..model.unchanged import check_unchanged
 from ..nn.attention import DaqMultiheadAttention
 from ..nn.base import check_calibrated
-from ..nn.integers import Integers, integers
+from ..nn.experts import ExpertsLinear
+from ..nn.integers import integers
 from ..nn.packed import daq_layers, shared_copy
-from .guards import layers_to_export, library, refuse_sharded
+from .compressed_experts import check_experts, each_expert, experts_layers, weight_errors
+from .compressed_layout import WIDTHS, Container, container_of, library_of, quantization_config, tensors_of
+from .guards import layers_to_export, refuse_sharded
 
-WIDTHS = (2, 3, 4, 5, 6, 7, 8)
-PACKED, WHOLE = "pack-quantized", "int-quantized"
 _TOLERANCE = {torch.float32: 1e-2, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 # An input that lies between two codes, up to rounding errors, gets either. In a deep model that moves the inputs of the
 # layers behind it, so that the outputs differ as they do when the model itself gets an input that is changed by 1e-7.
 _TOLERANCE_OF_OUTPUTS = 0.5
-
-
-@dataclass(frozen=True)
-class Container:
-    """How the layers of one group are stored.
-
-    layout: "pack-quantized" (`width` bits a weight, dense, in int32) or "int-quantized" (an int8 a weight).
-    group_size: input columns that share a scale; None for one scale an output channel.
-    input_bits: number of bits for the layer's input; None where it is not quantized.
-    tokens: whether each token has a scale.
-    halves: whether the zero point is -1/2.
-    """
-
-    bits: int
-    width: int
-    layout: str
-    group_size: int | None
-    input_bits: int | None
-    halves: bool = False
-    tokens: bool = False
-
-    def __str__(self) -> str:
-        scales = "a channel" if self.group_size is None else f"{self.group_size} columns"
-        zero = ", zero point -1/2" if self.halves else ""
-        inputs = "inputs in full precision" if self.input_bits is None else f"inputs of {self.input_bits} bits"
-        inputs += " with a scale for each token" if self.tokens else ""
-        return f"{self.bits}-bit weights as int{self.width}, {self.layout}{zero}, a scale for {scales}; {inputs}"
 
 
 @dataclass(frozen=True)
@@ -134,14 +107,14 @@ def export_compressed_tensors(
             much, and by 0.5 if inputs are quantized.
         CalibrationError: not calibrated. Nothing is then written.
     """
-    _library("quantization")
+    library_of("quantization")
     _check(model)
     if "daq_config" in vars(model):
         check_unchanged(model)
     stored: Any = shared_copy(model)
-    containers = _compress(stored, widths)
+    containers, experts = _compress(stored, widths)
     with temporary_folder(Path(directory)) as temporary:
-        stored.save_pretrained(temporary)
+        stored.save_pretrained(temporary, state_dict={**stored.state_dict(), **experts})
         del stored
         opened = _open(model, temporary) if verify else None
         compared = () if opened is None or inputs is None else _compare(model, opened, inputs)
@@ -150,11 +123,6 @@ def export_compressed_tensors(
     embeddings = sum(isinstance(layer, nn.Embedding) for layer in daq_layers(model).values())
     counts = {kind: kinds.count(kind) for kind in kinds}
     return Report(Path(directory), size, counts, embeddings, *compared)
-
-
-def _library(name: str) -> Any:
-    """A module of compressed-tensors."""
-    return library(f"compressed_tensors.{name}", "compressed-tensors")
 
 
 def _check(model: nn.Module) -> None:
@@ -173,7 +141,7 @@ def _check(model: nn.Module) -> None:
                 f"full precision, DaqConfig(..., modules_to_not_convert=[{attention!r}, ...]), or write "
                 "hf_daq.save_pretrained(model, directory)"
             )
-        if not isinstance(layer, nn.Linear | nn.Embedding):
+        if not isinstance(layer, nn.Linear | nn.Embedding | ExpertsLinear):
             kind = layer.float_class.__name__
             raise ExportError(
                 f"layer {name!r} is a {kind}, and compressed-tensors holds linear layers only; leave such layers in full "
@@ -182,61 +150,20 @@ def _check(model: nn.Module) -> None:
             )
         refuse_sharded(layer)
     check_calibrated(layers, "the export")
-
-
-# ------------------------------------------------------------------------------------------------------ numbers
-
-
-def _container(name: str, found: Integers, widths: Sequence[int]) -> Container:
-    bits, columns = found.weight_bits, found.weight.shape[1]
-    # The format has no shorter last group: groups of a common divisor repeat the scales.
-    group_size = None if found.group_size is None else math.gcd(found.group_size, columns)
-    if bits == 8 or (found.input_bits == 8 and group_size is None):  # vLLM computes with inputs in int8 only
-        return Container(bits, 8, WHOLE, group_size, found.input_bits, found.halves, found.tokens)
-    needed = bits + found.odd
-    fitting = [width for width in widths if needed <= width <= 8]
-    if not fitting:
-        raise ExportError(
-            f"layer {name!r} has weights of {bits} bits, which need {needed} or more here; widths={tuple(widths)} "
-            f"has none from {needed} to 8"
-        )
-    return Container(bits, min(fitting), PACKED, group_size, found.input_bits, tokens=found.tokens)
-
-
-def _tensors(found: Integers, container: Container, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a layer by their names in the format, without the bias."""
-    weight, scale = found.weight, found.weight_scale.expand(len(found.weight), -1)
-    if container.group_size is not None and found.group_size is not None:
-        repeats = found.group_size // container.group_size
-        scale = scale.repeat_interleave(repeats, dim=1)[:, : weight.shape[1] // container.group_size]
-    tensors = {}
-    if container.halves:
-        weight, scale = (weight - 1) // 2, scale * 2
-        tensors["weight_zero_point"] = torch.full_like(scale, -0.5, dtype=torch.float32)
-    if container.layout == PACKED:
-        pack_to_int32 = _library("compressors.pack_quantized").pack_to_int32
-        tensors["weight_packed"] = pack_to_int32(weight.to(torch.int8), container.width)
-        tensors["weight_shape"] = torch.tensor(weight.shape)
-    else:
-        tensors["weight"] = weight.to(torch.int8)
-    tensors["weight_scale"] = scale.to(dtype).contiguous()
-    if container.input_bits is not None and not container.tokens:
-        zero = found.zero_point - 2 ** (container.input_bits - 1)
-        tensors["input_scale"] = found.input_scale.to(dtype)
-        tensors["input_zero_point"] = torch.tensor([zero], dtype=torch.int8)
-    return tensors
+    check_experts(model)
 
 
 # ------------------------------------------------------------------------------------------------ the other model
 
 
 @torch.no_grad()
-def _compress(model: Any, widths: Sequence[int]) -> dict[str, Container]:
-    """Turn a copy into what is saved: its quantized layers hold only the tensors of the format."""
+def _compress(model: Any, widths: Sequence[int]) -> tuple[dict[str, Container], dict[str, Tensor]]:
+    """Turn a copy into what is saved: its quantized layers hold only the tensors of the format. Those of experts are apart, by
+    their names in the file."""
     from ..integrations.transformers import detach
 
     names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    containers = {}
+    containers, linear, experts = _compress_experts(model, widths)
     for name, layer in daq_layers(model).items():
         if isinstance(layer, nn.Embedding) or layer.owner is not None:
             stored = nn.Module()
@@ -247,68 +174,37 @@ def _compress(model: Any, widths: Sequence[int]) -> dict[str, Container]:
             model.set_submodule(name, stored)
             continue
         found = integers(layer)
-        containers[name] = _container(name, found, widths)
+        containers[name] = container_of(name, found, widths)
         stored = nn.Module()
-        for key, value in _tensors(found, containers[name], layer.weight_dtype).items():
+        for key, value in tensors_of(found, containers[name], layer.weight_dtype).items():
             stored.register_buffer(key, value)
         if found.bias is not None:
             stored.register_buffer("bias", found.bias)
         model.set_submodule(name, stored)
     detach(model)
-    linear = {name: containers.get(name) for name in names}
-    model.config.quantization_config = _quantization_config(linear, model.base_model_prefix)
-    return containers
+    # transformers takes the first scheme whose targets name experts for all of them; so theirs comes first.
+    linear |= {name: containers.get(name) for name in names}
+    model.config.quantization_config = quantization_config(linear, model.base_model_prefix)
+    return containers, experts
 
 
-def _quantization_config(linear: Mapping[str, Container | None], base: str) -> dict[str, Any]:
-    """The entry of config.json for these linear layers; None stands for full precision."""
-    targets: dict[Container | None, list[str]] = {}
-    for name, container in linear.items():
-        pattern = _pattern(name, base, linear)
-        if pattern not in targets.setdefault(container, []):
-            targets[container].append(pattern)
-    ignore = targets.pop(None, [])
-    layouts = {container.layout for container in targets if container is not None}
-    config = _library("quantization").QuantizationConfig(
-        config_groups={
-            f"group_{index}": _scheme(container, patterns)
-            for index, (container, patterns) in enumerate(targets.items())
-            if container is not None
-        },
-        format=layouts.pop() if len(layouts) == 1 else "mixed-precision",
-        quantization_status="compressed",
-        ignore=ignore,
-    )
-    return {"version": _library("version").__version__, **config.model_dump(mode="json")}
-
-
-def _scheme(container: Container, targets: list[str]) -> Any:
-    library = _library("quantization")
-    grouped = container.group_size is not None
-    weights: dict[str, Any] = {"strategy": "group" if grouped else "channel", "group_size": container.group_size}
-    if container.halves:
-        weights |= {"symmetric": False, "zp_dtype": torch.float32}
-    inputs = None
-    if container.input_bits is not None:
-        scales = {"symmetric": True, "strategy": "token", "dynamic": True}
-        scales = scales if container.tokens else {"symmetric": False, "strategy": "tensor"}
-        inputs = library.QuantizationArgs(num_bits=container.input_bits, **scales)
-    return library.QuantizationScheme(
-        targets=targets,
-        weights=library.QuantizationArgs(num_bits=container.width, **weights),
-        input_activations=inputs,
-        format=container.layout,
-    )
-
-
-def _pattern(name: str, base: str, linear: Mapping[str, Container | None]) -> str:
-    """What names a layer in this model, in its base model and in one with another head; all layers of a stack at once if
-    they are stored alike."""
-    stack = re.sub(r"(?<=\\\.)\d+(?=\\\.|$)", r"\\d+", re.escape(name))
-    alike = all(linear[other] == linear[name] for other in linear if re.fullmatch(stack, other))
-    pattern = stack if alike else re.escape(name)
-    prefix = re.escape(f"{base}.")
-    return f"re:({prefix})?{pattern.removeprefix(prefix)}$" if base else f"re:{pattern}$"
+def _compress_experts(
+    model: Any, widths: Sequence[int]
+) -> tuple[dict[str, Container], dict[str, Container | None], dict[str, Tensor]]:
+    """By layers, and by the layers of single experts in the file; and the tensors of these."""
+    containers: dict[str, Container] = {}
+    separate: dict[str, Container | None] = {}
+    tensors: dict[str, Tensor] = {}
+    layers = experts_layers(model)
+    columns = math.gcd(*(layer.sizes[-1] for layer in layers.values()))
+    for name, layer in layers.items():
+        for one, found in each_expert(model, name, layer):
+            containers[name] = separate[one] = container_of(name, found, widths, columns)
+            own = tensors_of(found, containers[name], layer.weight_dtype)
+            tensors |= {f"{one}.{key}": value for key, value in own.items()}
+    for name in layers:
+        model.set_submodule(name.rpartition(".")[0], nn.Module())
+    return containers, separate, tensors
 
 
 # ---------------------------------------------------------------------------------------------------- the folder
@@ -336,11 +232,13 @@ def _compare(model: Any, opened: Any, inputs: Mapping[str, Tensor] | Tensor) -> 
     reference: Any = shared_copy(model).eval()
     batch = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     batch = {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-    errors: dict[str, float] = {}
+    errors = weight_errors(reference, opened)
     for name, layer in daq_layers(reference).items():
-        opened.get_submodule(name).register_forward_hook(_layer_check(name, layer, errors), with_kwargs=True)
+        if name not in errors:
+            opened.get_submodule(name).register_forward_hook(_layer_check(name, layer, errors), with_kwargs=True)
+    weights = len(errors)
     got = _outputs(opened, batch)
-    if not errors:
+    if len(errors) == weights < len(daq_layers(reference)):
         raise ExportError("the inputs reach no quantized layer; pass what model(**inputs) takes for all of its parts")
     worst = max(errors, key=lambda name: errors[name])
     tolerance = _TOLERANCE.get(model.dtype, 1e-2)

@@ -28,19 +28,19 @@ def layers_to_export(model: nn.Module) -> dict[str, DaqLayer]:
     layers = daq_layers(model)
     if not layers:
         raise ExportError("there is no quantized layer; export the model that apply_daq or from_pretrained returned")
-    refuse_experts(layers)
     refuse_adapted_weights(model, "exported")
     return layers
 
 
 def refuse_experts(layers: Mapping[str, DaqLayer]) -> None:
+    """For files that have no layers of experts."""
     name = next((name for name, layer in layers.items() if isinstance(layer, ExpertsLinear)), None)
     if name is not None:
         parent = name.rpartition(".")[0]
         raise ExportError(
-            f"layer {name!r} computes for all experts of a mixture, which no export takes: save the model with "
-            "hf_daq.save_pretrained(model, directory, packed=True), or leave its experts in full precision: "
-            f"modules_to_not_convert=[{parent!r}]"
+            f"layer {name!r} computes for all experts of a mixture, which ONNX files do not hold: save the model with "
+            "hf_daq.save_pretrained(model, directory, packed=True), or with hf_daq.export_compressed_tensors where weights "
+            f"alone are quantized, or leave its experts in full precision: modules_to_not_convert=[{parent!r}]"
         )
 
 
