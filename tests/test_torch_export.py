@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import images, quantized_timm
+from models import images, quantized_timm, small_net
 from text_models import tiny_bert, tokens
 
 import hf_daq
@@ -54,3 +54,16 @@ def test_aot_inductor_compiles_it_to_a_library_that_agrees(packed, tmp_path):
     program = torch.export.export(model, (x,))
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
     assert torch.allclose(torch._inductor.aoti_load_package(path)(x), model(x), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("inputs", [None, 4])
+def test_graphs_of_torch_jit_agree(inputs):
+    model = hf_daq.apply_daq(small_net(), weight_bits=4, activation_bits=inputs).eval()
+    with hf_daq.calibrate(model):
+        model(images())
+    x = images(seed=1)
+    torch.testing.assert_close(torch.jit.trace(model, images())(x), model(x))
+    hf_daq.pack(model)
+    torch.testing.assert_close(torch.jit.trace(model, images())(x), model(x))

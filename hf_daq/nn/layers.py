@@ -140,7 +140,7 @@ class QuantizedLayer(DaqLayer):
 
     def quantized_weight(self) -> Tensor:
         """The weight the quantized layer computes with, as `float_weight`."""
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None:
             sources = self._sources()
             if self._may_keep(sources):
                 return self._kept_weight(sources)

@@ -79,7 +79,8 @@ class PackedLayer(DaqLayer):
         def compute(x: Tensor) -> Tensor:
             return self.compute(x, self.quantized_weight(x.dtype), self.bias)
 
-        return without_weight(compute, x) if x.requires_grad else compute(x)
+        traced = torch._C._get_tracing_state() is not None
+        return without_weight(compute, x) if x.requires_grad and not traced else compute(x)
 
     def weight_shape(self) -> tuple[int, ...]:
         return self.shape
