@@ -441,12 +441,15 @@ def test_closed_pipe_is_no_error(folders):
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_version_help_and_completion():
+def test_version_help_and_completion(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     assert run("--version")[0] == f"hf-daq {hf_daq.__version__}\n"
     text, _ = run("--help")
     for name in ("plan", "quantize", "evaluate", "inspect", "card", "push", "pack", "unpack", "export", "summary"):
         assert re.search(rf"^  {name} ", text, re.MULTILINE)
-        assert "Usage: " in run(name, "--help")[0]
+        usage = run(name, "--help")[0]
+        assert "Usage: " in usage
+        assert max(map(len, usage.splitlines())) <= 80
     assert "  hf-daq plan resnet18 --bits 3 " in text
     assert "..." not in text.split("\n", 1)[1], "no line is cut"
     completed = in_process(_HF_DAQ_COMPLETE="complete_bash", COMP_WORDS="hf-daq ins", COMP_CWORD="1")

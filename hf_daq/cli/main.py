@@ -343,7 +343,7 @@ def export_command(
     hf-daq export trained model.onnx --to onnx --inputs images.safetensors
     hf-daq export trained model.onnx --to onnx --runtime openvino
     hf-daq export decoder model.onnx --to onnx --cache --inputs texts.safetensors
-    hf-daq export trained folder --to compressed-tensors --inputs batch.safetensors
+    hf-daq export trained out --to compressed-tensors --inputs batch.safetensors
     hf-daq export trained model.gguf --to gguf
     """
     _refuse_same(folder, out)

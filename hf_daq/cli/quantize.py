@@ -84,9 +84,9 @@ def quantize_command(
     accuracy is measured. As many others are held back, on which it is compared with the float model.
 
     \b
-    hf-daq quantize resnet18 --data photographs --weight-bits 4 --activation-bits 8 -o small
-    hf-daq quantize ./bert --data sentences.csv --weight-bits 4 --activation-bits 8 --to onnx -o small
-    hf-daq quantize ./llama --data text.txt --weight-bits 4 --group-size 64 --to gguf -o small
+    hf-daq quantize resnet18 --data photographs --bits 4 -o small
+    hf-daq quantize ./bert --data sentences.csv --bits 8 --to onnx -o small
+    hf-daq quantize ./llama --data text.txt --weight-bits 4 --to gguf -o small
     """
     limit = minutes(reconstruct)
     chosen = chosen_config(ctx)
