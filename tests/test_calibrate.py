@@ -337,6 +337,25 @@ def test_memory_does_not_grow_with_the_batches(width):
     assert (counts / counts.mean() - 1).abs().max() < 0.5
 
 
+def test_a_full_sample_is_written_over_and_takes_no_memory_for_further_batches():
+    layer = nn.Linear(8, 8)
+    sample, positions = InputSample(layer, (8, 8)), torch.arange(1000.0)[:, None].expand(-1, 8)
+    sample.limit = 50
+    with torch.inference_mode():
+        sample.add(positions[:40])
+        sample.add(positions[40:200])
+    place = sample.rows.data_ptr()
+    for part in positions[200:].split(100):
+        sample.add(part)
+    assert sample.rows.data_ptr() == place
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.cat([torch.rand(count, generator=generator) for count in (40, 160, *[100] * 8)])
+    assert sample.rows[:, 0].sort().values.tolist() == keys.topk(50, largest=False).indices.sort().values.tolist()
+    assert torch.equal(keys[sample.rows[:, 0].long()], sample.keys)
+    sample.add(positions[:100].double() + 1e-9)  # of a wider dtype
+    assert sample.rows.dtype == torch.float64
+
+
 def test_the_samples_of_many_layers_are_bounded_together(monkeypatch):
     def limits(count):
         widths = [64, 512] * (count // 2)

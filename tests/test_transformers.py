@@ -159,10 +159,15 @@ def test_device_map(saved, device_map):
     )
 
 
-def test_offloading_to_disk_is_refused(saved, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"quantization_config": CONFIG}])
+def test_offloading_to_disk_is_refused(saved, float_dir, tmp_path, options):
+    folder = float_dir if options else saved[1]
     device_map = {"bert.embeddings": "cpu", "bert.encoder": "disk", "bert.pooler": "cpu", "classifier": "cpu"}
-    with pytest.raises(ModelError, match="must be in memory; leave 'disk' out of device_map"):
-        AutoModelForSequenceClassification.from_pretrained(saved[1], device_map=device_map, offload_folder=tmp_path)
+    for where in ({"device_map": device_map}, {"device_map": "auto", "max_memory": {"cpu": 20_000}}):
+        with pytest.raises(
+            ModelError, match="device_map puts 'bert.* on the disk; leave 'disk' out of device_map, or give"
+        ):
+            AutoModelForSequenceClassification.from_pretrained(folder, **where, **options, offload_folder=tmp_path)
 
 
 def test_modules_to_not_convert_and_the_resolved_layers_are_saved(float_dir, tmp_path):

@@ -85,8 +85,15 @@ class DaqHfQuantizer(HfQuantizer):
         return True
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise ModelError("a DAQ model must be in memory; leave 'disk' out of device_map")
+        on_disk = (
+            [name for name, place in device_map.items() if place == "disk"] if isinstance(device_map, dict) else []
+        )
+        if on_disk:
+            first = repr(on_disk[0]) if on_disk[0] else "all of it"
+            raise ModelError(
+                f"a DAQ model must be in memory, and device_map puts {first} on the disk; leave 'disk' out of device_map, "
+                "or give more max_memory"
+            )
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Called with the config before transformers looks for the weights file that it names."""

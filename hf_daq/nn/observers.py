@@ -128,6 +128,8 @@ class InputSample:
         """How many positions each one of the sample stands for."""
         return self.seen / max(len(self.keys), 1)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def add(self, x: Tensor) -> None:
         """Every position draws a number; those with the smallest numbers stay."""
         if self.convolution:
@@ -137,7 +139,8 @@ class InputSample:
         keys = torch.rand(count, generator=self.generator)
         chosen = keys.topk(self.limit, largest=False).indices if count > self.limit else torch.arange(count)
         if len(self.keys) == self.limit:
-            chosen = chosen[keys[chosen] < self.keys.max()]
+            self._replace(x, keys, chosen[keys[chosen] < self.keys.max()])
+            return
         rows, keys = rows_at(self.layer, x, chosen.to(x.device)), keys[chosen]
         if len(self.keys):
             rows, keys = torch.cat([self.rows, rows]), torch.cat([self.keys, keys])
@@ -145,6 +148,16 @@ class InputSample:
             kept = keys.topk(self.limit, largest=False).indices
             rows, keys = rows[kept.to(x.device)], keys[kept]
         self.rows, self.keys = rows, keys
+
+    def _replace(self, x: Tensor, keys: Tensor, chosen: Tensor) -> None:
+        """Write in the places of those that go: large tensors that come and go with every batch leave holes in memory."""
+        stays = torch.zeros(self.limit + len(chosen), dtype=torch.bool)
+        stays[torch.cat([self.keys, keys[chosen]]).topk(self.limit, largest=False).indices] = True
+        free, chosen = (~stays[: self.limit]).nonzero()[:, 0], chosen[stays[self.limit :]]
+        rows = rows_at(self.layer, x, chosen.to(x.device))
+        self.rows = self.rows.to(torch.promote_types(self.rows.dtype, rows.dtype))
+        self.rows[free.to(x.device)] = rows.to(self.rows.dtype)
+        self.keys[free] = keys[chosen]
 
     def reach(self, weight: Tensor) -> Tensor:
         """By what factor the energy of noise in each column of `rows` comes out of the layer: of the shape of a row."""
