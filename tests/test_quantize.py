@@ -244,6 +244,40 @@ def test_data_that_does_not_fit_says_what_to_do(root, tmp_path):
     (tmp_path / "broken" / "b.png").write_text("no image")
     with pytest.raises(DataError, match=r"[ab].png is no image that can be read"):
         read_examples(image_model, tmp_path / "broken", (2,))
+    whole = next((root / "digits").rglob("*.png")).read_bytes()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "broken" / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"[ab].png is no image that can be read"):
+        read_examples(image_model, tmp_path / "broken", (2,))
+    for texts in ([None, "a"], [1, 2]):
+        with pytest.raises(DataError, match=r"has (None|[12]) where a text is wanted"):
+            read_examples(bert, datasets.Dataset.from_dict({"text": texts}), (2,), processor=root / "bert")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{bad\n')
+    with pytest.raises(DataError, match="JSON parse error"):
+        read_examples(bert, tmp_path / "bad.jsonl", (2,), processor=root / "bert")
+    with pytest.raises(DataError, match="timm has no processor"):
+        read_examples(image_model, root / "digits", (2,), processor=root / "bert")
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9\n".encode("latin1") * 2)
+    with pytest.raises(DataError, match=r"latin.txt is no text in UTF-8 .* iconv"):
+        read_examples(bert, tmp_path / "latin.txt", (2,), processor=root / "bert")
+
+
+def test_marks_of_editors_are_no_text(root, tmp_path):
+    rows = "text,label\r\n" + "".join(f'"{text}",{index % 2}\r\n' for index, text in enumerate(sentences(4)))
+    for name, text in (("rows.csv", rows), ("rows.txt", "\r\n".join(sentences(4)))):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig", newline="")
+        (found,) = read_examples(tiny_bert(), tmp_path / name, (4,), processor=root / "bert")
+        assert sorted(found.shown) == sorted(sentences(4))
+
+
+def test_images_of_16_bits_keep_their_range(tmp_path):
+    values = np.arange(64, dtype=np.uint16).reshape(8, 8)
+    for name, pixels in (("narrow", (values * 4).astype(np.uint8)), ("wide", values * 4 * 256 + 77)):
+        (tmp_path / name).mkdir()
+        for file in ("a.png", "b.png"):
+            Image.fromarray(pixels).save(tmp_path / name / file)
+    narrow, wide = (read_examples(net(3), tmp_path / name, (2,))[0].batches[0] for name in ("narrow", "wide"))
+    assert torch.equal(narrow, wide)
 
 
 # ------------------------------------------------------------------------------------------------------- the command
@@ -311,6 +345,10 @@ def test_wrong_usage_of_the_command(root, tmp_path):
         "--runtime is for --to onnx" in run("quantize", model, *data, "--bits", 4, "--runtime", "openvino", code=2)[1]
     )
     assert "is no time such as 5m" in run("quantize", model, *data, "--bits", 4, "--reconstruct", "soon", code=2)[1]
+    same = ("--data", root / "digits", "-o", model)
+    assert "is the folder that is read" in run("quantize", model, *same, "--bits", 4, code=2)[1]
+    below = ("--data", root / "digits", "-o", "/proc/out", "--bits", 4)
+    assert "/proc/out cannot be written" in run("quantize", model, *below, code=2)[1]
     unlabelled = tmp_path / "unlabelled"
     unlabelled.mkdir()
     for name in ("a.png", "b.png"):

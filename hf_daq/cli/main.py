@@ -37,6 +37,7 @@ from .options import (
     WeightBits,
     WeightGranularity,
     chosen_config,
+    refuse_same,
 )
 from .quantize import evaluate_command, quantize_command
 
@@ -271,7 +272,7 @@ def unpack_command(
 def _convert(folder: Path, out: Path, packed: bool, probe: Path | None, as_json: bool) -> None:
     from ..files.inspect import inspect
 
-    _refuse_same(folder, out)
+    refuse_same(folder, out)
     before = inspect(folder)
     kind = "packed" if before.packed else "trainable"
     if before.packed == packed:
@@ -301,11 +302,6 @@ def _convert(folder: Path, out: Path, packed: bool, probe: Path | None, as_json:
     lines = [f"{out}: {after.tensor_bytes / 1e6:.2f} MB, of {before.tensor_bytes / 1e6:.2f} MB; {compared}"]
     lines += [f"copied: {', '.join(copied)}"] if copied else []
     show(Text("\n".join(lines)))
-
-
-def _refuse_same(folder: Path, out: Path) -> None:
-    if folder.resolve() == out.resolve():
-        raise typer.BadParameter(f"{out} is the folder that is read; name another one")
 
 
 @app.command("export")
@@ -346,7 +342,7 @@ def export_command(
     hf-daq export trained out --to compressed-tensors --inputs batch.safetensors
     hf-daq export trained model.gguf --to gguf
     """
-    _refuse_same(folder, out)
+    refuse_same(folder, out)
     options = {"runtime": runtime, "cache": cache, "int8_inputs": int8_inputs}
     options = {name: value for name, value in options.items() if value}
     for name in options if to != "onnx" else ():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import typer
@@ -108,6 +109,20 @@ Report = Annotated[
     typer.Option(metavar="FILE", dir_okay=False, help="Write a page to look at, in a browser: report.html."),
 ]
 Seed = Annotated[int, typer.Option(help="Random seed of the order of examples.")]
+
+
+def refuse_same(folder: str | Path, out: Path) -> None:
+    if Path(folder).is_dir() and Path(folder).resolve() == out.resolve():
+        raise typer.BadParameter(f"{out} is the folder that is read; name another one")
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Before the work, not after it."""
+    folder = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.is_dir())
+    try:
+        TemporaryDirectory(dir=folder).cleanup()
+    except OSError as error:
+        raise typer.BadParameter(f"{path} cannot be written: {error.strerror}") from None
 
 
 def minutes(text: str | None) -> float | None:

@@ -36,6 +36,8 @@ from .options import (
     WeightGranularity,
     chosen_config,
     minutes,
+    refuse_same,
+    refuse_unwritable,
 )
 
 
@@ -92,6 +94,9 @@ def quantize_command(
     chosen = chosen_config(ctx)
     if runtime and to != "onnx":
         raise typer.BadParameter("--runtime is for --to onnx")
+    refuse_same(model, output)
+    for path in filter(None, (output, report)):
+        refuse_unwritable(path)
     with working(f"reading {model}"):
         import hf_daq
 
@@ -149,6 +154,8 @@ def evaluate_command(
     \b
     hf-daq evaluate small --data photographs --float resnet18 --report report.html
     """
+    if report:
+        refuse_unwritable(report)
     with working(f"reading {model}"):
         import hf_daq
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm.data
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,12 @@ def read_examples(
         raise DataError(f"{_named(data)} has {len(values)} rows; two are needed at least, some hundred are good")
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed)).tolist()
     labels = _labels(model, rows)
-    if not is_timm_model(model):
+    if is_timm_model(model):
+        if processor is not None:
+            raise DataError(
+                "a model of timm has no processor: its pretrained_cfg says how images are prepared; leave out processor"
+            )
+    else:
         processor = _processor(model, processor, "AutoImageProcessor" if kind == "images" else "AutoTokenizer")
     if kind == "images":
         prepare = _image_preparation(model, processor)
@@ -164,8 +170,8 @@ def _image_preparation(model: Any, processor: Any) -> Callable[[list[Any]], Any]
         settings = timm.data.resolve_data_config({}, model=model)
         transform = timm.data.create_transform(**settings, is_training=False)
         mode = "L" if settings["input_size"][0] == 1 else "RGB"
-        return lambda images: torch.stack([transform(_opened(image).convert(mode)) for image in images])
-    return lambda images: dict(processor([_opened(image).convert("RGB") for image in images], return_tensors="pt"))
+        return lambda images: torch.stack([transform(_image(image, mode)) for image in images])
+    return lambda images: dict(processor([_image(image, "RGB") for image in images], return_tensors="pt"))
 
 
 def _sentence_preparation(model: Any, tokenizer: Any, length: int | None) -> Callable[[list[str]], Any]:
@@ -173,7 +179,16 @@ def _sentence_preparation(model: Any, tokenizer: Any, length: int | None) -> Cal
         tokenizer.pad_token = tokenizer.eos_token
     longest = min(length or _SENTENCE, _room(model), tokenizer.model_max_length)
     options = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
-    return lambda sentences: dict(tokenizer(sentences, **options))
+    return lambda sentences: dict(tokenizer(_texts(sentences), **options))
+
+
+def _texts(values: Sequence[Any]) -> list[str]:
+    for value in values:
+        if not isinstance(value, str):
+            raise DataError(
+                f"the data has {value!r} where a text is wanted: drop such rows, or name another column, column=..."
+            )
+    return list(values)
 
 
 def _room(model: Any) -> int:
@@ -182,15 +197,27 @@ def _room(model: Any) -> int:
     return found if isinstance(found, int) and found > 0 else _BLOCK
 
 
-def _opened(image: Any) -> Any:
-    from PIL import Image, UnidentifiedImageError
+def _image(image: Any, mode: str) -> Any:
+    """A file, or an image, in the mode "RGB" or "L"."""
+    from PIL import Image
 
-    if not isinstance(image, str | Path):
-        return image
     try:
-        return Image.open(image)
-    except (OSError, UnidentifiedImageError) as error:
+        if not isinstance(image, str | Path):
+            return _converted(image, mode)
+        with Image.open(image) as opened:
+            return _converted(opened, mode)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{image} is no image that can be read: {error}") from None
+
+
+def _converted(image: Any, mode: str) -> Any:
+    """Pixels of 16 bits get 8, where Pillow would cut them off at 255."""
+    from PIL import Image
+
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image)
+        image = Image.fromarray((pixels >> 8 if pixels.max() > 255 else pixels).astype(np.uint8))
+    return image.convert(mode)
 
 
 # ------------------------------------------------------------------------------------------------------- the rows
@@ -219,15 +246,24 @@ def _rows(data: Any, subset: str | None, split: str | None) -> Any:
             classes = _classes(path, files)
             return _Table({"image": files} | ({} if classes is None else {"label": classes}))
     elif path.suffix.lower() == ".txt" and path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = _text(path).splitlines()
         return _Table(text=[line for line in lines if line.strip()])
     return _opened_by_datasets(path, str(data), subset, split)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # editors on Windows put a mark in front
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}); write it as such: iconv -f latin1 -t utf-8"
+        ) from None
 
 
 def _classes(folder: Path, files: list[Path]) -> list[str] | None:
     """Class of each image: of labels.tsv, or the name of its folder."""
     if (table := folder / "labels.tsv").is_file():
-        lines = [line.split("\t") for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.split("\t") for line in _text(table).splitlines() if line.strip()]
         known = {line[0]: line[1].strip() for line in lines if len(line) > 1}
         names = [file.relative_to(folder).as_posix() for file in files]
         missing = [name for name in names if name not in known]
@@ -250,7 +286,7 @@ def _opened_by_datasets(path: Path, name: str, subset: str | None, split: str | 
             return datasets.load_dataset(builder, data_files=str(path), split="train", **_csv_options(path))
         found = datasets.load_dataset(name, subset)
     except (FileNotFoundError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
-        why = str(error).partition("\n")[0]
+        why = str(error.__cause__ or error).partition("\n")[0]
         raise DataError(
             f"{name} is no file or folder that is read here, and no data set that datasets opens: {why}"
         ) from None
@@ -267,7 +303,7 @@ def _csv_options(path: Path) -> dict[str, Any]:
     if suffix not in (".csv", ".tsv"):
         return {}
     delimiter = "\t" if suffix == ".tsv" else ","
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         first = [cell.strip() for cell in file.readline().split(delimiter)]
     options: dict[str, Any] = {"delimiter": delimiter} | ({"quoting": 3} if suffix == ".tsv" else {})
     if len(first) == 2 and not all(cell.isidentifier() for cell in first):
@@ -350,7 +386,7 @@ def _blocks(model: Any, texts: Any, counts: Sequence[int], processor: Any, lengt
     for start in range(0, len(texts), 1000):
         if len(tokens) >= sum(counts) * length:
             break
-        tokens += tokenizer("\n".join(map(str, texts[start : start + 1000])), verbose=False)["input_ids"]
+        tokens += tokenizer("\n".join(_texts(texts[start : start + 1000])), verbose=False)["input_ids"]
     if len(tokens) < 2 * length:
         raise DataError(
             f"the data has {len(tokens)} tokens; two blocks of {length} are needed at least: length=... takes less"
