@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -29,12 +29,14 @@ class _Distances:
     squares: float = 0.0
     count: int = 0
 
-    def add(self, place: Tensor, codes: Tensor, values: Integers) -> None:
-        """place: the input in steps, not rounded. Rounding moves it by half a step."""
-        tie = _TIE * 2 ** (values.input_bits or 0)
-        self.excess += float(((codes - place).abs() - 0.5 - tie).clamp_min(0).sum())
-        self.squares += float((place - values.zero_point).square().sum())
-        self.count += place.numel()
+    def add(self, x: Tensor, codes: Tensor, step: Tensor, values: Integers) -> None:
+        """codes: less the zero point, in floats. Rounding moves an input by half a step, and bounds clip it."""
+        levels, zero = 2 ** (values.input_bits or 0) - 1, values.zero_point
+        place = x.div(step).clamp_(-zero, levels - zero)
+        beyond = place.sub_(codes).abs_().sub_(0.5 + _TIE * (levels + 1)).clamp_min_(0)
+        self.excess += float(beyond.sum(dtype=torch.float64))
+        self.squares += float(torch.linalg.vector_norm(codes, dtype=torch.float64)) ** 2
+        self.count += codes.numel()
 
     @property
     def error(self) -> float:
@@ -46,8 +48,12 @@ class _Distances:
 
 @dataclass
 class _File:
-    """The codes that a file computes for a batch, by their names; and what was seen of them."""
+    """The codes that a file computes for a batch, by their names; and what was seen of them.
 
+    merges: whether there are layers without codes of their own.
+    """
+
+    merges: bool = False
     codes: dict[str, Tensor] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     merged: list[tuple[Integers, Tensor, Tensor]] = field(default_factory=list)
@@ -56,16 +62,16 @@ class _File:
     def start(self, codes: Mapping[str, Tensor]) -> None:
         self.codes, self.calls, self.merged = dict(codes), {}, []
 
-    def of_call(self, name: str, values: Integers, own: Tensor) -> Tensor | None:
+    def of_call(self, name: str, values: Integers, own: Callable[[], Tensor]) -> Tensor | None:
         """The codes of the next call of a layer. Quantizers that do the same to the same input are one in the file."""
         number = self.calls[name] = self.calls.get(name, -1) + 1
         found = self.codes.get(f"{name}.input_codes" + (f".{number}" if number else ""))
         if found is not None:
-            self.merged.append((values, own, found))
+            if self.merges:
+                self.merged.append((values, own(), found))
             return found
-        return next(
-            (codes for other, known, codes in self.merged if _same(values, other) and torch.equal(own, known)), None
-        )
+        alike = ((known, codes) for other, known, codes in self.merged if _same(values, other))
+        return next((codes for known, codes in alike if torch.equal(own(), known)), None)
 
 
 def _same(one: Integers, other: Integers) -> bool:
@@ -86,23 +92,16 @@ class _OnCodes:
         self.weight = (weight * scale).view(self.values.weight.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
-        values, own = self.values, self.layer.a_quant.codes(x)
-        codes = self.file.of_call(self.name, values, own)
-        if codes is not None and codes.shape == own.shape:
-            place = self._places(x).clamp(0, 2 ** (values.input_bits or 0) - 1)
-            codes = codes.to(x.device)
-            self.file.distances.setdefault(self.name, _Distances()).add(place, codes.double(), values)
-        else:
-            codes = own
-        step = self.layer.a_quant.scale(x) if values.tokens else values.input_scale
-        x = (codes.to(torch.float32) - values.zero_point) * step
-        output: Tensor = self.layer.compute(x, self.weight, values.bias)
+        values, quantizer = self.values, self.layer.a_quant
+        found = self.file.of_call(self.name, values, lambda: quantizer.codes(x))
+        found = found if found is not None and found.shape == x.shape else None
+        codes = (quantizer.codes(x) if found is None else found).to(x.device, torch.float32)
+        codes.sub_(values.zero_point)
+        step = quantizer.scale(x) if values.tokens else values.input_scale
+        if found is not None:
+            self.file.distances.setdefault(self.name, _Distances()).add(x, codes, step, values)
+        output: Tensor = self.layer.compute(codes.mul_(step), self.weight, values.bias)
         return output
-
-    def _places(self, x: Tensor) -> Tensor:
-        """Where inputs lie between the codes."""
-        step = self.layer.a_quant.scale(x) if self.values.tokens else self.values.input_scale
-        return x.double() / step + self.values.zero_point
 
 
 def check_exact(
@@ -131,8 +130,9 @@ def check_exact(
 
     names = input_codes(proto)
     compute = RUNTIMES[runtime](with_outputs(proto, names, TensorProto.UINT8))
-    file, comparison = _File(), Comparison()
-    forwards = {layer: _OnCodes(layer, name, file) for name, layer in layers.items() if layer.a_quant is not None}
+    quantized = {name: layer for name, layer in layers.items() if layer.a_quant is not None}
+    file = _File(merges=not {f"{name}.input_codes" for name in quantized} <= set(names))
+    forwards, comparison = {layer: _OnCodes(layer, name, file) for name, layer in quantized.items()}, Comparison()
     for tensors in islice(batch.batches(), batches):
         found = compute(tensors)
         outputs, codes = found[: len(found) - len(names)], found[len(found) - len(names) :]
