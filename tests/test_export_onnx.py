@@ -433,6 +433,59 @@ def test_a_file_that_is_wrong_by_a_percent_is_refused(bits, tmp_path, monkeypatc
     assert not (tmp_path / "a.onnx").exists()
 
 
+class Sized(nn.Module):
+    """A network that decides by the size of its images what it computes."""
+
+    def __init__(self, decide):
+        super().__init__()
+        self.first, self.second, self.decide = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3, 2, 1), decide
+
+    def forward(self, x):
+        return self.second(self.decide(self.first(x).relu())).mean((2, 3))
+
+
+def test_images_of_any_size(tmp_path):
+    core = pytest.importorskip("openvino").Core()
+    x = images(8, 32)
+    model = quantized(small_net(), x)
+    report = export_onnx(model, tmp_path / "a.onnx", x, runtime="openvino", dynamic_size=True)
+    assert list(report.inputs.values()) == [("batch", 3, "height", "width")]
+    proto = onnx.load(tmp_path / "a.onnx")
+    assert {entry.key: entry.value for entry in proto.metadata_props}["input_size"] == "[3, 32, 32]"
+    file = core.compile_model(tmp_path / "a.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for size in ((32, 32), (45, 27), (64, 96)):
+        x = torch.randn(3, 3, *size)
+        with torch.no_grad(), hf_daq.integer_arithmetic(model):
+            expected = model(x)
+        assert (torch.from_numpy(file(x.numpy())[0]) - expected).norm() <= 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("decide", "words"),
+    [
+        (
+            lambda x: x * x.new_ones(16, 16),
+            "torch.onnx cannot export this model for images of any size: leave dynamic_size",
+        ),
+        (
+            lambda x: x if torch.compiler.is_exporting() else x * (x.shape[2] / 16) ** 8,
+            "for images of 17 x 15 the file is not",
+        ),
+        (
+            lambda x: x if torch.compiler.is_exporting() or tuple(x.shape[2:]) == (16, 16) else 1 / 0,
+            "images of no other size that was tried",
+        ),
+    ],
+)
+def test_networks_of_one_size(decide, words, tmp_path):
+    pytest.importorskip("openvino")
+    x = images(4)
+    model = quantized(Sized(decide), x, weight_bits=4, activation_bits=4, rules=[{"pattern": "*", "bits": 4}])
+    with pytest.raises(ExportError, match=words):
+        export_onnx(model, tmp_path / "a.onnx", x, runtime="openvino", runtimes=["openvino"], dynamic_size=True)
+    assert not list(tmp_path.iterdir())
+
+
 def beside_ties():
     """A layer, and inputs of which one in each row is half a step from two codes: the file rounds it to the other one."""
     torch.manual_seed(0)
@@ -645,6 +698,7 @@ def test_errors(tmp_path, monkeypatch):
         ({"opset": 17}, "21 or higher"),
         ({"runtime": "tvm"}, "onnxruntime"),
         ({"runtimes": ["tvm"]}, "tvm"),
+        ({"dynamic_size": True}, 'for runtime="openvino"'),
     ):
         with pytest.raises(ExportError, match=words):
             export_onnx(model, path, x, **options)
@@ -657,6 +711,8 @@ def test_errors(tmp_path, monkeypatch):
     for inputs in ({"y": x}, x[:, :2], (x, x)):
         with pytest.raises(ExportError, match="does not run on two rows"):
             export_onnx(model, path, inputs)
+    with pytest.raises(ExportError, match="the inputs have none"):
+        export_onnx(model, path, x.flatten(1), dynamic_size=True, runtime="openvino")
     with pytest.raises(ExportError, match="apply_daq"):
         export_onnx(small_net(), path, x)
     with pytest.raises(CalibrationError, match="not calibrated"):

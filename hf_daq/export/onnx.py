@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import DaqError, ExportError
-from ..model.batch import Inputs
+from ..model.batch import Inputs, are_images
 from ..model.unchanged import check_unchanged
 from ..nn.base import check_calibrated, refuse_adapted_weights
 from ..nn.layers import CONVOLUTIONS, TRANSPOSED, evaluating
@@ -29,6 +29,7 @@ from .onnx_emission import emitting
 from .onnx_exact import check_exact
 from .onnx_files import LARGEST_FILE, size_of, write_file
 from .onnx_metadata import input_shapes, write_metadata
+from .onnx_sizes import check_dynamic_size, check_other_sizes, name_sizes
 from .onnx_verify import RUNTIMES, OnnxRuntime, Report, judge, verify_file
 
 _BATCHES = 4
@@ -37,6 +38,7 @@ _CANNOT = (
     "torch.onnx cannot export this model (it must be free of Python branches on values of tensors, and of numpy; "
     "wrap what cannot be traced in a module of its own and export the rest)"
 )
+_FIXED = "torch.onnx cannot export this model for images of any size: leave dynamic_size=True out"
 
 
 def export_onnx(
@@ -49,6 +51,7 @@ def export_onnx(
     int8_outputs: bool = False,
     int8_inputs: bool = False,
     cache: bool = False,
+    dynamic_size: bool = False,
     opset: int = 21,
     verify: bool = True,
     runtimes: Sequence[str] | None = None,
@@ -94,6 +97,8 @@ def export_onnx(
         cache: of a decoder, keys and values are inputs and outputs too, so that the file generates: `input_ids`,
             `attention_mask` of all tokens, `position_ids` where the decoder takes them, `past_key_values.0.key`,
             `past_key_values.0.value`, ... of any length, also 0; and `logits`, `present.0.key`, ...
+        dynamic_size: with `runtime="openvino"`, height and width of images are free in the file. It is compared with the model
+            at some other sizes too.
         opset: 21 or higher.
         verify: run all inputs through the runtimes and compare.
         runtimes: those to compare with, of "onnxruntime" and "openvino"; None for those that the file is for: ONNX Runtime
@@ -124,6 +129,9 @@ def export_onnx(
     _require("onnx", "onnxscript", *(["onnxruntime"] if int8_outputs else []), *chosen)
     _check(model, layers, weights, runtime, opset)
     _check_int8_inputs(layers, int8_inputs, runtime)
+    exact = not (int8_outputs or int8_inputs)
+    if dynamic_size:
+        check_dynamic_size(batch, runtime, exact)
     if "daq_config" in vars(model):
         check_unchanged(model)
     batch.to(next(model.parameters()).device)
@@ -132,13 +140,15 @@ def export_onnx(
         if cache:
             model, batch = with_cache(decoder, batch)
         emitted = emitting(model, layers, int8_outputs and weights == "int8", runtime == "onnxruntime", int8_inputs)
-        proto = _exported(model, emitted, batch, opset)
+        proto = _exported(model, emitted, batch, opset, dynamic_size)
         with _explained("the traced graph cannot be rewritten; report it, with the model"):
             _rewrite(proto, batch, weights, int8_outputs, runtime)
         if cache:
             name_dimensions(proto)
-        write_metadata(proto, decoder, layers, runtime)
-        exact = not (int8_outputs or int8_inputs)
+        size = next((value.shape[1:] for value in batch.tensors.values() if are_images(value)), None)
+        if dynamic_size:
+            name_sizes(proto)
+        write_metadata(proto, decoder, layers, runtime, size)
         report = Report(path, size_of(proto), weights, int8_outputs, int8_inputs, inputs=input_shapes(proto))
         if verify:
             with _explained("the file cannot be compared with the model; report it, with the model"):
@@ -146,6 +156,10 @@ def export_onnx(
                 check = partial(check_exact, report, model, layers, proto, batch)
                 for name in chosen if exact else ():
                     check(name, _BATCHES)
+                    if dynamic_size:
+                        check_other_sizes(
+                            model, batch, partial(check_exact, report, model, layers, proto, runtime=name)
+                        )
                 judge(report, model, batch, min_agreement, max_error, check if exact else None)
             report.passed = True
     report.bytes = write_file(proto, path)
@@ -210,7 +224,9 @@ def _inference(model: Any) -> Iterator[None]:
             config.use_cache = use_cache
 
 
-def _exported(model: nn.Module, emitted: AbstractContextManager[None], batch: Inputs, opset: int) -> Any:
+def _exported(
+    model: nn.Module, emitted: AbstractContextManager[None], batch: Inputs, opset: int, dynamic_size: bool
+) -> Any:
     """The model traced, with its layers in integers."""
     args, kwargs = batch.arguments(batch.part(slice(2)))
     with _explained("the model does not run on two rows of these inputs, called as model(*inputs) or model(**inputs)"):
@@ -218,15 +234,15 @@ def _exported(model: nn.Module, emitted: AbstractContextManager[None], batch: In
     leaves = tree_leaves(outputs)
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
         raise ExportError(f"the model returns no tensor but {type(outputs).__name__}: wrap it in a module that does")
-    names = _output_names(outputs)
+    names, failure = _output_names(outputs), _FIXED if dynamic_size else _CANNOT
     with emitted, _quiet():
         for sequence in (True, False) if batch.tokens else (False,):
-            with suppress(torch.onnx.OnnxExporterError) if sequence else _explained(_CANNOT):
+            with suppress(torch.onnx.OnnxExporterError) if sequence else _explained(failure):
                 program = torch.onnx.export(
                     model,
                     args,
                     kwargs=kwargs,
-                    dynamic_shapes=batch.shapes(sequence),
+                    dynamic_shapes=batch.shapes(sequence, dynamic_size),
                     input_names=batch.names,
                     output_names=names,
                     opset_version=opset,

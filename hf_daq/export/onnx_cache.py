@@ -40,7 +40,7 @@ class CacheInputs(Inputs):
     def arguments(self, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (tensors[: self.count], tensors[self.count :]), {}
 
-    def shapes(self, sequence: bool) -> Any:
+    def shapes(self, sequence: bool, size: bool) -> Any:
         rows, columns, past = (torch.export.Dim(name) for name in ("batch", "sequence", "past_sequence"))
         tokens = [{0: rows, 1: torch.export.Dim.AUTO if name == "attention_mask" else columns} for name in self.names]
         return tokens[: self.count], [{0: rows, 2: past} for _ in range(len(self.names) - self.count)]

@@ -21,9 +21,9 @@ def input_shapes(proto: Any) -> dict[str, tuple[int | str, ...]]:
     }
 
 
-def write_metadata(proto: Any, model: nn.Module, layers: Mapping[str, Any], runtime: str) -> None:
+def write_metadata(proto: Any, model: nn.Module, layers: Mapping[str, Any], runtime: str, size: Any = None) -> None:
     """Write hf_daq_version, the runtime that the file was written for, architecture and bits, for images input_size (channels, height, width), mean, std, interpolation,
-    crop_pct, crop_mode and channel_order, labels, and the tokenizer: what is known. Lists are in JSON."""
+    crop_pct, crop_mode and channel_order, labels, and the tokenizer: what is known. Lists are in JSON. size: of images, where the file takes any."""
     import onnx
 
     config: Any = getattr(model, "config", None)
@@ -34,10 +34,11 @@ def write_metadata(proto: Any, model: nn.Module, layers: Mapping[str, Any], runt
         "architecture": type(model).__name__,
         "bits": ", ".join(sorted(width_text(*width) for width in widths)),
     }
-    images = [shape for shape in input_shapes(proto).values() if len(shape) == 4]
+    inputs = input_shapes(proto).items()
+    images = [shape for name, shape in inputs if len(shape) == 4 and not name.startswith("past_key_values")]
     if images:
         image = image_facts(getattr(model, "pretrained_cfg", None))
-        found |= image | {"input_size": list(images[0][1:])}
+        found |= image | {"input_size": list(size or images[0][1:])}
         found |= {"channel_order": "RGB"} if "mean" in image else {}
     labels = found.pop("label_names", None) or _labels(config)
     if labels and len(labels) == getattr(model, "num_classes", len(labels)):  # not those of a head that was replaced

@@ -99,13 +99,13 @@ class Inputs:
     def arguments(self, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return ((), dict(zip(self.tensors, tensors, strict=True))) if self.named else (tuple(tensors), {})
 
-    def shapes(self, sequence: bool) -> Any:
-        """Free dimensions: the rows, and with `sequence` the columns of tokens."""
-        rows, columns = torch.export.Dim("batch"), torch.export.Dim("sequence")
-        shapes = {
-            key: {0: rows, 1: columns} if sequence and _are_tokens(value) else {0: rows}
-            for key, value in self.tensors.items()
-        }
+    def shapes(self, sequence: bool, size: bool) -> Any:
+        """Free dimensions: the rows, with `sequence` the columns of tokens, with `size` height and width of images."""
+        rows, columns, free = torch.export.Dim("batch"), torch.export.Dim("sequence"), torch.export.Dim.DYNAMIC
+        shapes = {}
+        for key, value in self.tensors.items():
+            more = {1: columns} if sequence and _are_tokens(value) else {}
+            shapes[key] = {0: rows} | ({2: free, 3: free} if size and are_images(value) else more)
         return shapes if self.named else tuple(shapes.values())
 
     @property
@@ -116,6 +116,10 @@ class Inputs:
     @property
     def tokens(self) -> bool:
         return any(map(_are_tokens, self.tensors.values()))
+
+
+def are_images(value: Tensor) -> bool:
+    return value.ndim == 4 and value.is_floating_point()
 
 
 def _are_tokens(value: Tensor) -> bool:
