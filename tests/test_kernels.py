@@ -179,3 +179,12 @@ def test_other_bits_gamma_and_sigma_need_no_other_kernel(kernels):
         quantize_activation(x, *bounds, bits=bits, gamma=gamma, sigma=gamma).sum().backward()
     after = [len(kernels_.found) for kernels_ in (compiling._forward_kernels, compiling._backward_kernels)]
     assert after == before
+
+
+def test_a_kernel_sums_over_more_threads_than_there_were_when_it_was_compiled(one_thread):
+    """torch's compiler makes room for as many as there are, and with one for each processor does not limit them."""
+    kernels, x = compiling.Kernels(lambda x: (x.sum(),)), torch.ones(2**16)
+    for threads in (os.cpu_count(), os.cpu_count() + 3):
+        torch.set_num_threads(threads)
+        (total,) = kernels((x,), (), ((2**20 - 3,),))
+        assert total == 2**16

@@ -58,7 +58,8 @@ class Kernels:
 
     It is called without `torch.compile`, whose guards take longer than the kernel of a small layer. So nobody checks
     that later tensors are like those it was compiled for. They must be contiguous and have less than 2**31 elements, and
-    sizes must be above 1 where those of `shapes` are.
+    sizes must be above 1 where those of `shapes` are. Code for the CPU has room for the sums of as many threads as there are
+    when it is compiled: for another number it is compiled anew.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -71,7 +72,8 @@ class Kernels:
         Args:
             shapes: of tensors to compile with, all different where sizes may differ.
         """
-        key = (*constants, *shapes, *(tensor.dtype for tensor in tensors), tensors[0].device)
+        threads = torch.get_num_threads()
+        key = (*constants, *shapes, *(tensor.dtype for tensor in tensors), tensors[0].device, threads)
         kernel = self.found.get(key)
         if kernel is None:
             kernel = self.found[key] = self._compiled(tensors, constants, shapes)
