@@ -30,7 +30,7 @@ from .formula import (
 )
 
 logger = logging.getLogger("hf_daq")
-_FEW, _MANY = 2**16, 2**31  # elements between which tensors go to a compiled kernel
+_FEW, _MANY = 2**15, 2**31  # elements between which tensors go to a compiled kernel
 _FEW_CODES = 2**12  # of those whose codes are wanted: a kernel that returns one tensor starts sooner
 _FEW_ON_GPU = 2**6  # one kernel starts sooner than the forty of the eager form
 _said: list[str] = []
@@ -166,9 +166,9 @@ def run_forward(
     if not _compiles(x, values[0], soft):
         lower, upper, scale, offset, unit = values
         return _forward(x, lower, upper, scale, offset, unit, constants, soft, dtype)
-    layout = _Layout(x, values[0])
+    layout = _Layout(x, values[0].numel())
     absent = _on((1.0,), x.device)
-    present = (absent if value is None else value.detach() for value in values)
+    present = (absent if value is None else value for value in values)
     tensors = layout.flat(x), *present, _on(constants, x.device)
     flat, stack = _forward_kernels(tensors, (None, dtype), layout.shapes("x", "row", "row", "row", "row", "row"))
     return layout.unflat(flat), stack
@@ -181,7 +181,7 @@ def run_backward(
     if not _compiles(x, stack, soft):
         of_x, learned = _backward(x, grad, stack, constants, rounding, soft, needs_outer)
         return of_x, Learned(*learned.unbind())
-    layout = _Layout(x, stack[0])
+    layout = _Layout(x, stack.shape[1])
     tensors = layout.flat(x), layout.flat(grad), stack, _on(constants, x.device)
     # The outer sum, wanted or not: it costs little in the same pass, and one kernel serves all.
     flat, learned = _backward_kernels(tensors, (rounding, None, True), layout.shapes("x", "x", "rows"))
@@ -206,8 +206,8 @@ def run_codes(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not _compiles(x, rows, None, few=_FEW_CODES):
         return _codes(x.detach(), rows)
-    layout = _Layout(x, rows[:1])
-    codes, has_nan = _codes_kernels((layout.flat(x), rows), (), (_PER_TENSOR["x"], rows.shape))
+    layout = _Layout(x, 1)
+    codes, has_nan = _codes_kernels((layout.flat(x.detach()), rows), (), (_PER_TENSOR["x"], rows.shape))
     return layout.unflat(codes), has_nan
 
 
@@ -226,7 +226,7 @@ def run_rows_forward(x: Tensor, scale: Tensor, constants: Constants, soft: Soft,
     """`quantize_rows`, compiled where it pays."""
     if not _compiles_rows(x, soft):
         return quantize_rows(x, scale, constants, soft, dtype)
-    rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
+    rows = x.contiguous().view(-1, x.shape[-1])
     tensors = rows, scale.reshape(-1, 1), _on(constants, x.device)
     result: Tensor = _rows_forward_kernels(tensors, (None, dtype), (_PER_ROW["x"], *_SCALES))
     return result.view(x.shape)
@@ -238,7 +238,7 @@ def run_rows_backward(
     """`gradient_of_rows`, compiled where it pays."""
     if rounding == "ste" or not _compiles_rows(x, soft):
         return gradient_of_rows(x, grad, scale, constants, rounding, soft)
-    rows, grad = (value.detach().reshape(-1, x.shape[-1]).contiguous() for value in (x, grad))
+    rows, grad = (value.contiguous().view(-1, x.shape[-1]) for value in (x, grad))
     tensors = rows, grad, scale.reshape(-1, 1), _on(constants, x.device)
     shapes = _PER_ROW["x"], _PER_ROW["x"], *_SCALES
     result: Tensor = _rows_backward_kernels(tensors, (rounding, None), shapes)
@@ -269,8 +269,8 @@ def _compiles(x: Tensor, value: Tensor, soft: Soft, few: int | None = None) -> b
 class _Layout:
     """A dense tensor as its elements lie in memory: shape (numel,), or (rows, numel / rows) with bounds for each row."""
 
-    def __init__(self, x: Tensor, value: Tensor) -> None:
-        self.per_row = value.numel() > 1
+    def __init__(self, x: Tensor, bounds: int) -> None:
+        self.per_row = bounds > 1
         self.shape = (len(x), -1) if self.per_row else (-1,)
         self.order = None
         self.ordered = x.shape
@@ -281,8 +281,7 @@ class _Layout:
 
     def flat(self, tensor: Tensor) -> Tensor:
         """The elements in this order; copied if they lie in another one, or with gaps."""
-        tensor = tensor.detach()
-        return (tensor if self.order is None else tensor.permute(self.order)).reshape(self.shape).contiguous()
+        return (tensor if self.order is None else tensor.permute(self.order)).contiguous().view(self.shape)
 
     def unflat(self, flat: Tensor) -> Tensor:
         tensor = flat.view(self.ordered)

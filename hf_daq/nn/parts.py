@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .quantizers import WeightQuantizer
 
-_AT_ONCE = 2**16  # weights
+_AT_ONCE = 2**15  # weights
 
 
 def apart(quantizer: WeightQuantizer, weight: Tensor) -> bool:

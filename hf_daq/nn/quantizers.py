@@ -291,8 +291,7 @@ class WeightQuantizer(BoundedQuantizer):
             valid = self.valid(rows)
             rows = rows - offset if valid is None else (rows - offset) * valid
             count = torch.clamp(count - 1, min=1) if isinstance(count, Tensor) else max(count - 1, 1)
-        unit = _norm(rows, dims) / count**0.5
-        return offset, unit.clamp_min(_SMALLEST_SCALE)
+        return offset, _norm(rows, dims).div_(count**0.5).clamp_min_(_SMALLEST_SCALE)
 
     @torch.no_grad()
     def bounds(self, weight: Tensor) -> tuple[Tensor, Tensor]:
