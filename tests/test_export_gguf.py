@@ -433,6 +433,11 @@ def test_other_models_and_mistakes(tmp_path, monkeypatch):
     refuse(quantized(), "embeddings='int8' is not one of 'f32', 'f16', 'q8_0'", embeddings="int8")
     model = quantized()
     with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ModelError, match="up_proj' has NaN or infinite values"):
+        export_gguf(model, path)
+    model = quantized()
+    with torch.no_grad():
         model.model.layers[0].mlp.up_proj.w_quant.scale.fill_(1e7)
     refuse(
         model,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ExportError
-from ..nn.base import DaqLayer, refuse_adapted_weights
+from ..nn.base import DaqLayer, check_finite, refuse_adapted_weights
 from ..nn.experts import ExpertsLinear
 from ..nn.packed import daq_layers
 from ..nn.quantizers import is_shard
@@ -28,6 +28,7 @@ def layers_to_export(model: nn.Module) -> dict[str, DaqLayer]:
     layers = daq_layers(model)
     if not layers:
         raise ExportError("there is no quantized layer; export the model that apply_daq or from_pretrained returned")
+    check_finite(layers)
     refuse_adapted_weights(model, "exported")
     return layers
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..config import DaqConfig, pattern_matches
 from ..errors import CalibrationError, ModelError
 from ..nn.attention import allocate, join, release, split, switch_fast_paths
-from ..nn.base import DaqLayer, check_calibrated
+from ..nn.base import DaqLayer, check_calibrated, check_finite
 from ..nn.experts import join_experts, split_experts
 from ..nn.init import start_from_weight
 from ..nn.layers import LAYER_TYPES, QuantizedLayer, quantize_layer, quantized_layers, restore_layer
@@ -216,9 +216,7 @@ def pack_layers(model: nn.Module) -> None:
         if layer.weight.is_meta:
             raise ModelError(f"the model is offloaded; {ONLOAD}")
     check_calibrated(layers, "pack")
-    for name, layer in layers.items():
-        if layer.owner is None and not torch.stack(layer.float_weight().detach().aminmax()).isfinite().all():
-            raise ModelError(f"the weight of layer {name!r} has NaN or infinite values, which no code stands for")
+    check_finite(layers)
     for layer in _tied_first(layers):
         pack_layer(layer)
     release(model)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError, ModelError
 from .leaf import Leaf, traced
-from .quantizers import ActivationQuantizer, WeightQuantizer
+from .quantizers import ActivationQuantizer, WeightQuantizer, is_shard
 
 
 class DaqLayer(Leaf):
@@ -111,6 +111,15 @@ class DaqLayer(Leaf):
     def calibrated(self) -> bool:
         """True once bounds and scale have values, from `calibrate` or from a state dict."""
         return all(quantizer.calibrated for quantizer in self.quantizers.values())
+
+
+def check_finite(layers: Mapping[str, Any]) -> None:
+    """Refuse float weights that codes cannot stand for."""
+    for name, layer in layers.items():
+        if layer.owner is not None or layer.w_quant is None or layer.weight.is_meta or is_shard(layer.first_parameter):
+            continue
+        if not torch.stack(layer.float_weight().detach().aminmax()).isfinite().all():
+            raise ModelError(f"the weight of layer {name!r} has NaN or infinite values, which no code stands for")
 
 
 def set_input_quantizer(layer: DaqLayer, quantizer: nn.Module | None) -> None:
