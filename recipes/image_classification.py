@@ -456,6 +456,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 model(batch)
         if checkpoint is None and cfg.reconstruct:
             hf_daq.reconstruct(model, batches)
+        del batches  # training needs the memory
         quantized_lr = cfg.lr if cfg.transition_target else None
         *groups, quantizers = hf_daq.param_groups(
             model, cfg.lr, cfg.quantizer_lr, cfg.weight_decay, quantized_lr=quantized_lr

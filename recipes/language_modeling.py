@@ -368,6 +368,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 forward(model, blocks)
         if checkpoint is None and cfg.reconstruct:
             hf_daq.reconstruct(model, [{"input_ids": blocks[:, :-1]} for blocks in batches])
+        del batches  # training needs the memory
         quantized_lr = cfg.lr if cfg.transition_target else None
         groups = hf_daq.param_groups(model, cfg.lr, cfg.quantizer_lr, cfg.weight_decay, quantized_lr=quantized_lr)
 

@@ -349,6 +349,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 model(**batch)
         if cfg.reconstruct and last_checkpoint(cfg, "quantized") is None:
             hf_daq.reconstruct(model, batches)
+        del batches  # training needs the memory
         if measures:
             results["reconstructed" if cfg.reconstruct else "calibrated"] = measure()
         if arguments.process_index == 0:

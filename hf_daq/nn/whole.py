@@ -2,8 +2,8 @@
 
     output[c] = scale[c] * sum_i (code_i - zero_point) * weight[c, i] + bias[c]
 
-(with a scale for each row of the input: times that before the bias) as in onednn.py, where the processor adds products of bytes in 32 bits; depthwise convolutions anywhere, since floats hold
-their few sums exactly.
+as in onednn.py, where the processor adds products of bytes in 32 bits; depthwise convolutions anywhere, since floats hold
+their few sums exactly. Where each row of the input has a scale, the product is multiplied by it before the bias.
 """
 
 from __future__ import annotations
