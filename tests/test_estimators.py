@@ -30,7 +30,10 @@ TINY = {
         "ste": {"rounding": "ste"},
         "soft": {"rounding": "soft"},
         "ewgs": {"ewgs": 1.0},
-        "all": {"distill": 0.5, "ema": 0.9, "reestimate": 2},
+        "all": {
+            **{"distill": 0.5, "features": 0.1, "ema": 0.9, "reestimate": 2, "dampening": 0.1},
+            "transitions": 0.01,
+        },
     },
 }
 
@@ -110,7 +113,7 @@ def study(tmp_path_factory, images):
         GRID | {"estimators": ["soft"], "lr": [0.05], "epochs": [1]},
         GRID | {"estimators": ["daq"], "lr": [0.01], "optimizer": "muon", "epochs": [1]},
         GRID | {"estimators": ["all"], "lr": [0.05]},
-        GRID | {"estimators": ["daq"], "lr": "best", "epochs": [3]},
+        GRID | {"estimators": ["all"], "lr": "best", "epochs": [3]},
     ]
     (folder / "study.yaml").write_text(yaml.safe_dump(TINY | {"grids": grids}))
     with pytest.MonkeyPatch.context() as patch:
@@ -129,7 +132,7 @@ def test_each_run_is_one_line_with_what_it_was(study):
     rows = read_rows(study / "results.jsonl")
     names = [(row["estimator"], row["optimizer"], row["epochs"]) for row in rows]
     sgd, soft = [("daq", "sgd", 2), ("ewgs", "sgd", 2)], ("soft", "sgd", 1)
-    assert names == [("float", "sgd", 1), *sgd, soft, ("daq", "muon", 1), ("all", "sgd", 2), ("daq", "sgd", 3)]
+    assert names == [("float", "sgd", 1), *sgd, soft, ("daq", "muon", 1), ("all", "sgd", 2), ("all", "sgd", 3)]
     for row in rows:
         assert len(row["history"]) == row["epochs"]
         assert row["heldout"] == row["history"][-1]["heldout"]

@@ -5,6 +5,7 @@ train at the same time, each in a stream of its own: networks this small leave m
 import copy
 import dataclasses
 import itertools
+import math
 import os
 import platform
 import time
@@ -30,7 +31,19 @@ from measure.study import Run, Study
 from shared.distillation import Distillation, distill
 from shared.loop import EpochShuffle, cosine
 
-OTHER = {"rate", "ewgs", "lsq", "paretoq", "brevitas", "distill", "ema", "reestimate"}
+OTHER = {
+    "rate",
+    "ewgs",
+    "lsq",
+    "paretoq",
+    "brevitas",
+    "distill",
+    "features",
+    "ema",
+    "reestimate",
+    "dampening",
+    "transitions",
+}
 """Settings of an estimator that are no fields of DaqConfig."""
 
 
@@ -191,11 +204,17 @@ class Training:
 
     def __init__(self, study: Study, run: Run, images: Images, model: nn.Module, teacher: nn.Module | None = None):
         self.study, self.run, self.images, self.model = study, run, images, model
-        self.teacher = teacher.eval() if teacher and "distill" in run.settings else None
+        settings = run.settings
+        self.distillation = Distillation(settings.get("distill", 0.0), 1.0, settings.get("features", 0.0))
+        self.teacher = teacher.eval() if teacher and self.distillation.wanted else None
         self.data = copy.copy(images.train)
         device = images.device
         self.optimizers = optimizers_of(study, run, model)
-        updates = run.epochs * images.batches
+        updates = self.updates = run.epochs * images.batches
+        self.transitions: Any = None
+        if "transitions" in settings:
+            self.transitions = hf_daq.TransitionScheduler(model, self.optimizers[0], updates, settings["transitions"])
+            self.first = self.transitions.state_dict()
         table = rates(self.optimizers, updates, min(images.batches, updates // 2))
         self.rates, self.now = table.to(device), table[0].to(device)
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -220,12 +239,13 @@ class Training:
 
     def loss(self, batch: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(batch.device.type, torch.bfloat16):
-            outputs = self.model(batch)
+            features, outputs = outputs_of(self.model, batch)
             loss = F.cross_entropy(outputs, labels)
             if self.teacher is not None:
                 with torch.no_grad():
-                    target = self.teacher(batch)
-                loss = distill(loss, outputs, target, Distillation(self.run.settings["distill"], temperature=1.0))
+                    known, target = outputs_of(self.teacher, batch)
+                both = (features, known) if self.distillation.features else ()
+                loss = distill(loss, outputs, target, self.distillation, both)
         return loss
 
     def update(self) -> None:
@@ -234,9 +254,14 @@ class Training:
         for parameter in self.model.parameters():
             parameter.grad = None
         loss = self.compiled_loss(*self.data.__getitems__(rows))
+        if factor := self.run.settings.get("dampening"):
+            share = 0.5 - 0.5 * torch.cos(math.pi * self.done[0] / self.updates)
+            loss = loss + factor * share * hf_daq.dampening(self.model)
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
+        if self.transitions is not None:
+            self.transitions.step()
         self.loss_sum += loss.detach()
         self.done += 1
         if self.averaged:
@@ -258,6 +283,8 @@ class Training:
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self.update()
         self.model.load_state_dict(self.start)
+        if self.transitions is not None:
+            self.transitions.load_state_dict(self.first)
         for name, tensor in self.tensors().items():
             if not name.startswith(("model.", "averaged.")):
                 tensor.zero_()
@@ -317,7 +344,8 @@ class Training:
     def save(self, path: Path) -> None:
         tensors = {name: tensor.cpu() for name, tensor in self.tensors().items()}
         temporary = path.with_suffix(".writing")
-        torch.save({"tensors": tensors, "history": self.history, "seconds": self.seconds}, temporary)
+        saved = {"tensors": tensors, "history": self.history, "seconds": self.seconds}
+        torch.save(saved | ({"transitions": self.transitions.state_dict()} if self.transitions else {}), temporary)
         os.replace(temporary, path)
 
     def load(self, path: Path) -> None:
@@ -325,6 +353,8 @@ class Training:
         self.history, self.seconds = saved["history"], saved["seconds"]
         for name, tensor in self.tensors().items():
             tensor.detach().copy_(saved["tensors"][name])
+        if self.transitions is not None:
+            self.transitions.load_state_dict(saved["transitions"])
 
     def result(self) -> dict[str, Any]:
         found = {"heldout": self.history[-1]["heldout"]}
@@ -344,6 +374,12 @@ class Training:
             "training_images": len(self.images.train_rows),
             "versions": {"python": platform.python_version(), **versions},
         }
+
+
+def outputs_of(model: Any, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """What goes into the classifier, and what comes out of it."""
+    features = model.forward_head(model.forward_features(batch), pre_logits=True)
+    return features, model.get_classifier()(features)
 
 
 def rates(optimizers: list[torch.optim.Optimizer], updates: int, warmup: int) -> Tensor:
