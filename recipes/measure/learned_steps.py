@@ -2,7 +2,7 @@
 
 LSQ (Esser et al., "Learned Step Size Quantization", ICLR 2020, equations 1 to 3), v a weight or input, s its step:
 
-    round(clamp(v / s, -n, p)) * s,    n = 2**(b-1), p = n - 1 of weights,    n = 0, p = 2**b - 1 of inputs
+    round(clamp(v / s, -n, p)) * s,    n = 2**(b-1), p = n - 1 of weights and of inputs with a sign,    n = 0, p = 2**b - 1 of others
 
 The gradient of s is multiplied by 1 / sqrt(N p), N the number of weights, or of inputs of one example; s starts at
 2 mean|v| / sqrt(p).
@@ -68,23 +68,29 @@ class LearnedWeights(WeightQuantizer):
 class LearnedInputs(ActivationQuantizer):
     step: nn.Parameter
 
+    @property
+    def reach(self) -> tuple[int, int]:
+        """The lowest and the highest code."""
+        half = 2 ** (self.bits - 1)
+        return (-half, half - 1) if self.signed else (0, self.levels)
+
     def forward(self, x: Tensor) -> Tensor:
         # The layer's own span is folded away: these quantizers write real values.
-        found = lsq(wide(x), self.step, 0, self.levels, x[0].numel())
+        found = lsq(wide(x), self.step, *self.reach, x[0].numel())
         return found.to(self.result_dtype(x))
 
 
-def use_lsq(model: nn.Module, batch: Tensor) -> None:
-    """Give the quantizers of a calibrated model (inputs that are never negative) LSQ's function, one step a tensor."""
+def use_lsq(model: nn.Module, batch: Tensor | dict[str, Tensor]) -> None:
+    """Give the quantizers of a calibrated model LSQ's function, one step a tensor."""
     _learn_steps(model, batch, channels=False)
 
 
-def use_paretoq(model: nn.Module, batch: Tensor) -> None:
-    """Give the weights of a calibrated model ParetoQ's function, and its inputs (never negative) LSQ's."""
+def use_paretoq(model: nn.Module, batch: Tensor | dict[str, Tensor]) -> None:
+    """Give the weights of a calibrated model ParetoQ's function, and its inputs LSQ's."""
     _learn_steps(model, batch, channels=True)
 
 
-def _learn_steps(model: nn.Module, batch: Tensor, channels: bool) -> None:
+def _learn_steps(model: nn.Module, batch: Tensor | dict[str, Tensor], channels: bool) -> None:
     layers = quantized_layers(model)
     inputs = _mean_inputs(model, batch)
     for name, layer in layers.items():
@@ -101,9 +107,8 @@ def _learn_steps(model: nn.Module, batch: Tensor, channels: bool) -> None:
         _become(quantizer, LearnedWeights, step.reshape(-1))
         quantizer.stretches = channels
         if isinstance(layer.a_quant, ActivationQuantizer) and not isinstance(layer.a_quant, LearnedInputs):
-            if layer.a_quant.signed:
-                raise ValueError("written for inputs that are never negative, such as those after a ReLU")
-            _become(layer.a_quant, LearnedInputs, 2 * inputs[name].reshape(1) / math.sqrt(layer.a_quant.levels))
+            levels = 2 ** (layer.a_quant.bits - layer.a_quant.signed) - 1
+            _become(layer.a_quant, LearnedInputs, 2 * inputs[name].reshape(1) / math.sqrt(levels))
 
 
 def _become(quantizer: Any, kind: type, step: Tensor) -> None:
@@ -114,14 +119,14 @@ def _become(quantizer: Any, kind: type, step: Tensor) -> None:
 
 
 @torch.no_grad()
-def _mean_inputs(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
+def _mean_inputs(model: nn.Module, batch: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
     """mean|x| of the input of each quantized layer, before it is quantized."""
     found: dict[str, Tensor] = {}
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, name=name: found.__setitem__(name, args[0].abs().mean()))
         for name, layer in quantized_layers(model).items()
     ]
-    model.eval()(batch)
+    model.eval()(**batch) if isinstance(batch, dict) else model.eval()(batch)
     for hook in hooks:
         hook.remove()
     return found
