@@ -201,8 +201,10 @@ def test_what_the_operators_do_not_know_computes_in_float(layer, shape):
     assert torch.equal(model(x), plain(model, x))
 
 
+@pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("weight_bits", [4, 8])
-def test_a_compiled_model_sees_through(weight_bits):
+def test_a_compiled_model_sees_through(weight_bits, tiles, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
     torch.manual_seed(0)
     x = torch.randn(2, 4, 6, 6)
     layer = packed(nn.Conv2d(4, 6, 3, padding=1), x, weight_bits, 8)
@@ -218,7 +220,8 @@ def test_a_compiled_model_sees_through(weight_bits):
     assert compiled(spoiled).isnan().any()
 
 
-def test_inductor_compiles_convolutions_and_linear_layers():
+def test_inductor_compiles_the_operators_of_torch_where_these_are_faster(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     torch.manual_seed(0)
     x = torch.randn(2, 4, 6, 6)
     convolution = packed(nn.Conv2d(4, 6, 3, padding=1), x)

@@ -15,15 +15,16 @@ typedef int32_t Ints __attribute__((vector_size(4 * W)));
 constexpr int64_t CACHE = 3 << 17;  // bytes of inputs in a buffer
 constexpr float SMALLEST_STEP = 1.1920929e-7f;
 
-extern "C" {
 // As whole.py declares it. `channels`, `outputs`: of all groups. kernel, stride, dilation: rows, columns.
 struct Whole {
-  const void* weight;    // depthwise: float, (1 + kernel, channels), `first` before the rest; else int8, (groups, blocks of W outputs, kernel, channels / 4, W, 4)
-  const int32_t* first;  // of each output in these blocks: where its sum starts
-  const float* scale;    // likewise, of its sum
+  int64_t weight;  // bytes from here on, as the next two. depthwise: float, (1 + kernel, channels), `first` before the rest; else int8, (groups, blocks of W outputs, kernel, channels / 4, W, 4)
+  int64_t first;   // of each output in these blocks: where its sum starts
+  int64_t scale;   // likewise, of its sum
   int64_t channels, outputs, groups, kernel[2], stride[2], dilation[2];
   int32_t depthwise, halves, zero, tokens;  // halves: to twice the sum that of the inputs is added
   float start, inverse, levels;             // tokens: a scale for each row instead of start and inverse, for linear layers
+
+  template <class T> const T* at(int64_t bytes) const { return (const T*)((const char*)this + bytes); }
 };
 struct Image {
   const void* x;
@@ -32,7 +33,6 @@ struct Image {
   int64_t count, height, width, top, left, out_height, out_width;
   int32_t channels_last, kind, out_kind, threads;
 };
-}
 
 // ------------------------------------------------------------------------------------------- inputs to codes
 
@@ -225,7 +225,7 @@ struct Buffer {
     for (int64_t i = 0; i < rows; i++) {
       const From* x = (const From*)b.x + (first + i) * a.channels;
       scales[i] = scale_of(x, a.channels, a.levels);
-      bad |= !(scales[i] < INFINITY);
+      if (!(scales[i] < INFINITY)) scales[i] = NAN, bad = true;
       round_row(x, a.channels, scales[i], a.levels, float(a.zero), data + i * pixel);
     }
     return bad;
@@ -354,8 +354,8 @@ static void depthwise(const Whole& a, const Image& b, const Buffer& in, int64_t 
       const uint8_t* from = in.data + (y * a.stride[0] * in.columns + x * a.stride[1]) * in.pixel;
       const int64_t pixel = at + y * b.out_width + x;
       for (int64_t c = 0; c < a.outputs; c += W) {
-        const Outputs out{b.y, a.scale + c, bias.of(a, b, c, W), a.outputs - c, b.out_kind};
-        strips[size - 1](a, from + c, in.columns, in.pixel, (const float*)a.weight + c, out, pixel * a.outputs + c);
+        const Outputs out{b.y, a.at<float>(a.scale) + c, bias.of(a, b, c, W), a.outputs - c, b.out_kind};
+        strips[size - 1](a, from + c, in.columns, in.pixel, a.at<float>(a.weight) + c, out, pixel * a.outputs + c);
       }
     }
 }
@@ -435,9 +435,9 @@ static void dense(const Whole& a, const Image& b, const Buffer& in, const float*
     for (int64_t block = from, wide; block < to; block += wide) {
       wide = part(to - block, 4);
       const int64_t index = g * blocks + block, channel = g * per_group + block * W;
-      const int8_t* weight = (const int8_t*)a.weight + index * taps * in.padded * W;
+      const int8_t* weight = a.at<int8_t>(a.weight) + index * taps * in.padded * W;
       Bias bias;
-      const Outputs out{b.y, a.scale + index * W, bias.of(a, b, channel, wide * W), per_group - block * W, b.out_kind};
+      const Outputs out{b.y, a.at<float>(a.scale) + index * W, bias.of(a, b, channel, wide * W), per_group - block * W, b.out_kind};
       const uint8_t* row = in.data + g * in.padded;
       for (int64_t p = 0, x = 0, size; p < rows * b.out_width; p += size) {
         size = part(rows * b.out_width - p, 6);
@@ -448,7 +448,7 @@ static void dense(const Whole& a, const Image& b, const Buffer& in, const float*
           pixels[i] = row + x * right;
           if (++x == b.out_width) x = 0, row += down;
         }
-        TILE[size - 1][wide - 1](a, runs, pixels, factors, weight, a.first + index * W, out,
+        TILE[size - 1][wide - 1](a, runs, pixels, factors, weight, a.at<int32_t>(a.first) + index * W, out,
                                  (at + p) * a.outputs + channel);
       }
     }
@@ -459,7 +459,9 @@ static void dense(const Whole&, const Image&, const Buffer&, const float*, int64
 
 // ------------------------------------------------------------------------------------------------------ tasks
 
-static int run(const Whole& a, const Image& b) {
+static int run(const Whole& a, Image b) {
+  if (a.kernel[0] * a.kernel[1] * a.stride[0] * a.stride[1] == 1 && !b.top && !b.left && b.channels_last)  // a row of pixels
+    b.height = b.out_height = b.count * b.height * b.width, b.count = b.width = b.out_width = 1;
   const bool deep = !a.depthwise;
   const int64_t unit = deep ? 4 : 16, groups = deep ? a.groups : 1;
   const int64_t group = a.channels / groups, padded = (group + unit - 1) / unit * unit;
@@ -513,6 +515,7 @@ int daq_block() {
 #endif
 }
 
-// Returns 0, 1 where memory is short, 2 where an input is NaN (or infinite, where rows have scales), whose outputs mean nothing.
+// Returns 0, 1 where memory is short, 2 where an input is NaN (or infinite, where rows have scales): then outputs
+// mean nothing, where rows have scales those of such rows, which are NaN.
 int daq_whole(const Whole* a, const Image* b) { return run(*a, *b); }
 }

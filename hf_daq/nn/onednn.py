@@ -1,5 +1,5 @@
 """Packed layers with quantized inputs in whole numbers: on the CPU by integers.cpp (whole.py), else oneDNN's operators in torch;
-linear ones on a GPU by gpu.py.
+linear ones on a GPU by gpu.py. In graphs on a processor with AMX oneDNN comes first, whose products of bytes are faster there.
 
     output[c] = scale[c] * sum_i (code_i - zero_point) * weight[c, i] + bias[c]
 
@@ -57,8 +57,8 @@ class Prepared(NamedTuple):
     zero_point: int = 0
     int8: gpu.Int8 | None = None
 
-    def computes(self, graph: bool = False) -> bool:
-        return self.weight is not None or self.int8 is not None or (self.arranged is not None and not graph)
+    def computes(self, alone: bool = False) -> bool:
+        return self.weight is not None or self.int8 is not None or (self.arranged is not None and not alone)
 
 
 # ------------------------------------------------------------------------------------------------------------- which way
@@ -68,12 +68,12 @@ def serves(layer: Any, x: Tensor) -> bool:
     """Whether the layer computes with this input in whole numbers."""
     if layer.a_quant is None or layer.weight_codes.device != x.device or not _suits(layer, x):
         return False
-    if torch.compiler.is_compiling():
-        known: bool = _is_prepared(layer) if not torch.compiler.is_exporting() else _was_prepared(layer, x)
-        return known
     # integers.cpp finds scales of rows in float32 and bfloat16.
-    in_graph = x.dtype == torch.float16 and isinstance(layer.a_quant, TokenQuantizer)
-    return prepared(layer, graph=in_graph).computes(graph=in_graph)
+    alone = x.dtype == torch.float16 and isinstance(layer.a_quant, TokenQuantizer)
+    if torch.compiler.is_compiling():
+        known: bool = _is_prepared(layer, alone) if not torch.compiler.is_exporting() else _was_prepared(layer, x)
+        return known
+    return prepared(layer, alone).computes(alone)
 
 
 def _suits(layer: Any, x: Tensor) -> bool:
@@ -93,9 +93,10 @@ def _suits(layer: Any, x: Tensor) -> bool:
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[attr-defined]
-def _is_prepared(layer: Any) -> bool:
+def _is_prepared(layer: Any, alone: bool) -> bool:
     """As `prepared`, once while a model is compiled; the graph then has what the layer keeps."""
-    return prepared(layer, graph=True).computes(graph=True)
+    alone = alone or torch.cpu._is_amx_tile_supported()
+    return prepared(layer, alone).computes(alone)
 
 
 def _was_prepared(layer: Any, x: Tensor) -> bool:
@@ -106,17 +107,17 @@ def _was_prepared(layer: Any, x: Tensor) -> bool:
     return kept is not None and kept.int8 is not None
 
 
-def prepared(layer: Any, graph: bool = False) -> Prepared:
+def prepared(layer: Any, alone: bool = False) -> Prepared:
     """What the layer keeps, made anew where something was written to codes, scale or bounds.
 
     Args:
-        graph: whether a graph needs it, which has oneDNN's operators.
+        alone: whether oneDNN computes, even if integers.cpp could.
     """
     kept: Prepared | None = layer.__dict__.get("_prepared")
     sources = _sources(layer)
-    if kept is None or kept.sources != sources or (graph and kept.arranged is not None and kept.weight is None):
+    if kept is None or kept.sources != sources or (alone and kept.arranged is not None):
         with torch.inference_mode(False), torch.no_grad():
-            kept = layer._prepared = _made(layer, sources, graph)
+            kept = layer._prepared = _made(layer, sources, alone)
     return kept
 
 
@@ -135,7 +136,7 @@ def _sources(layer: Any) -> tuple[Any, ...]:
 # ------------------------------------------------------------------------------------------------------------ preparing
 
 
-def _made(layer: Any, sources: tuple[Any, ...], graph: bool) -> Prepared:
+def _made(layer: Any, sources: tuple[Any, ...], alone: bool) -> Prepared:
     if not _fits(layer):
         return Prepared(sources)
     quantizer, zero = layer.a_quant, center(layer.weight_bits, layer.weight_grid)
@@ -151,7 +152,7 @@ def _made(layer: Any, sources: tuple[Any, ...], graph: bool) -> Prepared:
     if gpu.used(whole):
         int8 = gpu.int8(whole, scale, rows, quantizer.zero_point, halves)
         return Prepared(sources, int8=int8 if int8 is not None and _adds(layer, whole, int8) else None)
-    if not graph:
+    if not alone:
         start, inverse = (0.0, 0.0) if rows is None else rows[:2].tolist()
         rounding = start, inverse, quantizer.levels
         arranged = machine.arrange(layer, whole, scale, halves, rounding, quantizer.zero_point, rows is None)
@@ -279,7 +280,7 @@ def _output(layer: Any, x: Tensor) -> Tensor:
     found: Prepared = layer._prepared
     if found.int8 is not None:
         return gpu.product(x, found.int8, layer.a_quant, layer.bias, layer.a_quant.result_dtype(x))
-    if found.arranged is not None and not torch.compiler.is_compiling():
+    if found.arranged is not None:
         return _output_of_machine(layer, x, found.arranged)
     if found.rows is None:
         return _output_of_tokens(layer, x, found)

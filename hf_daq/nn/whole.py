@@ -9,7 +9,9 @@ their few sums exactly. Where each row of the input has a scale, the product is 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import byref, c_float, c_int32, c_int64, c_void_p
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ from .native import library
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _PAIR = c_int64 * 2
+_LINE = 64  # bytes of a cache line
 _EXACT = 2**24  # up to here float32 has every whole number
 
 
@@ -29,8 +32,7 @@ class _Whole(ctypes.Structure):
     """`Whole` of integers.cpp."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("weight", "first", "scale")),
-        *((name, c_int64) for name in ("channels", "outputs", "groups")),
+        *((name, c_int64) for name in ("weight", "first", "scale", "channels", "outputs", "groups")),
         *((name, _PAIR) for name in ("kernel", "stride", "dilation")),
         *((name, c_int32) for name in ("depthwise", "halves", "zero", "tokens")),
         *((name, c_float) for name in ("start", "inverse", "levels")),
@@ -50,12 +52,13 @@ class _Image(ctypes.Structure):
 class Arranged(NamedTuple):
     """A layer as integers.cpp takes it.
 
-    whole: points into `tensors`. work: products for one output pixel. sizes: (height, width) of images -> top and left padding,
-    and the size of outputs.
+    code: uint8: `Whole`, and behind it what it points to. channels, outputs: of all groups. work: products for one output pixel.
+    sizes: (height, width) of images -> top and left padding, and the size of outputs.
     """
 
-    whole: _Whole
-    tensors: tuple[Tensor, ...]
+    code: Tensor
+    channels: int
+    outputs: int
     work: int
     sizes: dict[tuple[int, int], tuple[int, int, int, int]]
 
@@ -94,11 +97,19 @@ def arrange(
         tensors = _taps(weight.view(outputs, taps), scale, halves, zero_point)
     else:
         tensors = _blocks(weight.view(groups, -1, channels // groups, taps), scale, block, zero_point)
-    pointers = (tensor.data_ptr() for tensor in tensors)
     steps = (layer.stride, layer.dilation) if convolution else ((1, 1), (1, 1))
     sizes = channels, outputs, groups, *(_PAIR(*pair) for pair in (kernel, *steps))
-    whole = _Whole(*pointers, *sizes, depthwise, halves, zero_point, tokens, *rounding)
-    return Arranged(whole, tensors, weight.numel() // (1 if depthwise else groups), {})
+    rest = *sizes, depthwise, halves, zero_point, tokens, *rounding
+    work = weight.numel() // (1 if depthwise else groups)
+    return Arranged(_joined(tensors, rest), channels, outputs, work, {})
+
+
+def _joined(tensors: tuple[Tensor, ...], rest: tuple[Any, ...]) -> Tensor:
+    """`Whole` and the tensors, each on a cache line of its own."""
+    parts = [_filled(tensor.flatten().view(torch.uint8), 0, _LINE) for tensor in tensors]
+    starts = accumulate((len(part) for part in parts), initial=-(-ctypes.sizeof(_Whole) // _LINE) * _LINE)
+    head = torch.frombuffer(bytearray(_Whole(*list(starts)[:-1], *rest)), dtype=torch.uint8)
+    return torch.cat([_filled(head, 0, _LINE), *parts])
 
 
 def _taps(weight: Tensor, scale: Tensor, halves: bool, zero_point: int) -> tuple[Tensor, ...]:
@@ -124,53 +135,85 @@ def _filled(tensor: Tensor, dim: int, multiple: int) -> Tensor:
 
 
 def output(layer: Any, kept: Arranged, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """None where x is not of this layer, or an input is NaN, or infinite where each row has a scale.
+    """None where x is not of this layer, or, outside of graphs, an input is NaN, or infinite where each row has a scale.
+    In a graph outputs are NaN then: all, or those of the row.
 
     Args:
         x: float32 or bfloat16. bias: float32, shape (out,). dtype: of the output, one of these.
     """
-    whole = kept.whole
-    if x.ndim == 4 and isinstance(layer, nn.Conv2d):
-        found = _image(layer, kept, x, dtype)
-        if found is None:
-            return None
-        x, result, image = found
-    else:
-        if x.shape[-1] != whole.channels:
-            return None
-        x, rows = x.contiguous(), x.numel() // whole.channels
-        result = x.new_empty(*x.shape[:-1], whole.outputs, dtype=dtype)
-        image = _Image(None, None, None, 1, rows, 1, 0, 0, rows, 1, 1)
-    image.x, image.y, image.kind, image.out_kind = x.data_ptr(), result.data_ptr(), _KINDS[x.dtype], _KINDS[dtype]
-    if bias is not None:
-        bias = bias.contiguous()
-        image.bias = bias.data_ptr()
-    image.threads = threads(image.count * image.out_height * image.out_width * kept.work // 16)
-    failed = library().daq_whole(byref(whole), byref(image))  # type: ignore[union-attr]
-    if failed == 1:
-        raise MemoryError(f"no memory for an input of shape {tuple(x.shape)}")
+    image = x.ndim == 4 and isinstance(layer, nn.Conv2d)
+    if x.shape[1 if image else -1] != kept.channels:
+        return None
+    sizes = _out_sizes(layer, kept, *x.shape[2:]) if image else ()
+    if image and min(sizes[2:]) < 1:
+        return None
+    arguments = x, kept.code, bias, kept.outputs, kept.work, sizes, dtype
+    if torch.compiler.is_compiling():
+        in_graph: Tensor = torch.ops.hf_daq.integer_layer(*arguments)
+        return in_graph
+    result, failed = _computed(*arguments)
     return None if failed else result
 
 
-def _image(layer: Any, kept: Arranged, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, _Image] | None:
-    """The input as its bytes lie, a tensor for the output, and the sizes of both."""
-    count, channels, height, width = x.shape
-    if channels != kept.whole.channels:
-        return None
+def _out_sizes(layer: Any, kept: Arranged, height: int, width: int) -> tuple[int, int, int, int]:
+    if torch.compiler.is_compiling():
+        return _sizes(layer, height, width)
     sizes = kept.sizes.get((height, width))
     if sizes is None:
         sizes = kept.sizes[height, width] = _sizes(layer, height, width)
-    top, left, *out = sizes
-    if min(out) < 1:
-        return None
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    if not last:
-        x = x.contiguous()
-    result = torch.empty((count, kept.whole.outputs, *out), dtype=dtype, memory_format=torch.channels_last)
-    if last and layer.kernel_size == (1, 1) == layer.stride and not (top or left) and out == [height, width]:
-        rows = count * height * width  # as in a linear layer
-        return x, result, _Image(None, None, None, 1, rows, 1, 0, 0, rows, 1, 1)
-    return x, result, _Image(None, None, None, count, height, width, *sizes, last)
+    return sizes
+
+
+def _computed(
+    x: Tensor, code: Tensor, bias: Tensor | None, outputs: int, work: int, sizes: Sequence[int], dtype: torch.dtype
+) -> tuple[Tensor, bool]:
+    """The output, images in channels last, and whether it means nothing.
+
+    Args:
+        sizes: of a convolution of images: top and left padding, and the size of outputs.
+    """
+    last = bool(sizes) and x.is_contiguous(memory_format=torch.channels_last)
+    x = x if last else x.contiguous()
+    result = _empty(x, outputs, sizes, dtype)
+    pixels = result.numel() // outputs
+    lie = (len(x), *x.shape[2:], *sizes, last) if sizes else (1, pixels, 1, 0, 0, pixels, 1, True)
+    number = threads(pixels * work // 16)
+    bias = None if bias is None else bias.contiguous()
+    pointers = x.data_ptr(), None if bias is None else bias.data_ptr(), result.data_ptr()
+    image = _Image(*pointers, *lie, _KINDS[x.dtype], _KINDS[dtype], number)
+    failed = library().daq_whole(code.data_ptr(), byref(image))  # type: ignore[union-attr]
+    if failed == 1:
+        raise MemoryError(f"no memory for an input of shape {tuple(x.shape)}")
+    return result, failed != 0
+
+
+def _empty(x: Tensor, outputs: int, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    if not sizes:
+        return x.new_empty(*x.shape[:-1], outputs, dtype=dtype)
+    last = torch.channels_last
+    return torch.empty((len(x), outputs, *sizes[2:]), dtype=dtype, device=x.device, memory_format=last)
+
+
+_library = torch.library.Library("hf_daq", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "integer_layer(Tensor x, Tensor code, Tensor? bias, int outputs, int work, SymInt[] sizes, ScalarType dtype) -> Tensor"
+)
+
+
+def _in_graph(
+    x: Tensor, code: Tensor, bias: Tensor | None, outputs: int, work: int, sizes: Sequence[int], *rest: Any
+) -> Tensor:
+    result, failed = _computed(x, code, bias, outputs, work, sizes, *rest)
+    tokens = ctypes.c_int32.from_address(code.data_ptr() + _Whole.tokens.offset).value
+    return result.fill_(torch.nan) if failed and not tokens else result
+
+
+_library.impl("integer_layer", _in_graph, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+
+
+@torch.library.register_fake("hf_daq::integer_layer", lib=_library)
+def _(x: Tensor, code: Tensor, bias: Any, outputs: int, work: int, sizes: Any, dtype: torch.dtype) -> Tensor:
+    return _empty(x, outputs, sizes, dtype)
 
 
 def _sizes(layer: Any, *size: int) -> tuple[int, int, int, int]:
