@@ -12,7 +12,7 @@ from .quantizers import WeightQuantizer
 from .search import TOLERANCE, in_native, native_bounds, shares, sums, widest_bound
 
 _SAMPLES = 2**16
-_CHUNK = 2**18  # weights whose candidates are tried together; of other devices 256 times as many
+_CHUNK = 2**19  # weights whose candidates are tried together; of other devices 128 times as many
 _TOP = 16  # the share of a sample that goes to the largest values
 
 
@@ -45,7 +45,7 @@ def start_from_weight(quantizer: WeightQuantizer, weight: Tensor, init: str) -> 
     """Set the bounds for a float weight, the scale at which the quantized weight is closest to it, and a shift of 0.
 
     Args:
-        weight: shape (channels, ...). If it is not finite, neither are bounds and scale.
+        weight: shape (channels, ...). If it or the sum of its squares is not finite, neither are bounds and scale.
         init: "mse" or "3std".
     """
     grid = Grid(quantizer.levels, quantizer.center)
@@ -59,6 +59,7 @@ def start_from_weight(quantizer: WeightQuantizer, weight: Tensor, init: str) -> 
         found, scale = native_bounds(rows, offset, unit, grid, quantizer.groups, quantizer.padding, bound)
     else:
         found, scale = _bounds(rows, offset, unit, grid, quantizer.valid(rows), bound)
+    found = torch.where(unit.isfinite(), found, torch.nan)
     quantizer.lower.copy_(-found.flatten())
     quantizer.upper.copy_(found.flatten() * (grid.levels / grid.center - 1))
     quantizer.scale.copy_(scale.flatten().clamp_min(1e-8))
@@ -73,7 +74,7 @@ def _bounds(
     """As `native_bounds`, which knows from its arguments what is `valid`."""
     count, columns = rows.shape
     size = max(1024, _SAMPLES // count)
-    chunk = max(1, (_CHUNK if rows.device.type == "cpu" else 256 * _CHUNK) // columns)
+    chunk = max(1, (_CHUNK if rows.device.type == "cpu" else 128 * _CHUNK) // columns)
     bounds, scales = [], []
     for start in range(0, count, chunk):
         part = slice(start, start + chunk)
@@ -86,7 +87,7 @@ def _bounds(
             bounds.append(widest_bound(sample[0], grid.outermost(x).clamp_min_(1e-3), grid, sample[1]))
         else:
             bounds.append(bound[part].float())
-        along, energy = sums(x, target, bounds[-1], grid, weights, torch.empty_like(x), torch.empty_like(x))
+        along, energy = sums(x, target, bounds[-1], grid, weights, torch.empty_like(x))
         # On a grid with a zero a row of zeros has no other code.
         scales.append(grid.center * along / energy.clamp_min(1e-12))
     return torch.cat(bounds), torch.cat(scales)

@@ -59,74 +59,77 @@ def widest_bound(x: Tensor, largest: Tensor, grid: Grid, weights: Tensor | None)
         return largest
     errors = _Errors(x, largest, grid, weights)
     likely = (largest / _lowest(grid)).log10().mul_((CANDIDATES - 1) / -_NARROWEST).ceil().clamp_(2, CANDIDATES - 1)
-    stride = ((likely + _COARSE - 2) / (_COARSE - 1)).floor().nan_to_num(1).long()
-    tried = 0
-    while bool((wanted := (stride * tried <= likely) | (errors.best() == stride * (tried - 1))).any()):
-        errors.attempt(stride * torch.arange(tried, tried + _AT_ONCE, device=x.device), wanted[:, 0])
+    stride = ((likely + _COARSE - 2) / (_COARSE - 1)).floor().nan_to_num(1)
+    errors.attempt(stride * torch.arange(_COARSE, device=x.device))
+    tried = _COARSE
+    while bool((lowest := errors.best() == stride * (tried - 1)).any()):
+        errors.attempt(stride * torch.arange(tried, tried + _AT_ONCE, device=x.device), lowest)
         tried += _AT_ONCE
-    around = torch.arange(1, int(stride.max()), device=x.device)
-    wide_steps = stride[:, 0] > 1
-    best = errors.best()
-    errors.attempt(torch.cat([best - around, best + around], 1), wide_steps)
-    errors.attempt(errors.widest() - around, wide_steps)
-    return errors.shares[errors.widest()] * largest
+    best, widest_stride = errors.best(), int(stride.max())
+    for away in range(1, widest_stride):
+        errors.attempt(torch.cat([best - away, best + away], 1), stride > away)
+    first = errors.widest()
+    for away in range(1, widest_stride):
+        errors.attempt(first - away, stride > away)
+    return errors.shares[errors.widest().long()] * largest
 
 
 class _Errors:
-    """The squared errors of candidates that were tried, shape (rows, candidates); infinite for the others."""
+    """The squared errors of the candidates that were tried, in parts of shape (rows, some); infinite in rows without them."""
 
     def __init__(self, x: Tensor, largest: Tensor, grid: Grid, weights: Tensor | None) -> None:
         self.x, self.largest, self.grid, self.weights = x, largest, grid, weights
-        self.shares, self.numbers = shares(x.device), torch.arange(float(CANDIDATES), device=x.device)
-        squares = x.square() if weights is None else x.square().mul_(weights)
-        self.energy = squares.sum(1, keepdim=True)
-        self.found = torch.full((len(x), CANDIDATES), torch.inf, device=x.device)
-        self.buffers = squares, torch.empty_like(x)
+        self.shares, self.buffer = shares(x.device), torch.empty_like(x)
+        self.energy = (x.square() if weights is None else x.square().mul_(weights)).sum(1, keepdim=True)
+        self.tried: list[Tensor] = []
+        self.found: list[Tensor] = []
 
     def best(self) -> Tensor:
-        """Shape (rows, 1)."""
-        return self._first(self.found.amin(1, keepdim=True))
+        """The number of the candidate, in floating point, which is faster here; shape (rows, 1)."""
+        found = torch.cat(self.found, 1)
+        return self._first(found, found.amin(1, keepdim=True))
 
     def widest(self) -> Tensor:
         """Shape (rows, 1)."""
-        return self._first(self.found.amin(1, keepdim=True) * (1 + TOLERANCE) + _NOISE * self.energy)
+        found = torch.cat(self.found, 1)
+        return self._first(found, found.amin(1, keepdim=True) * (1 + TOLERANCE) + _NOISE * self.energy)
 
-    def _first(self, limit: Tensor) -> Tensor:
-        # argmax and argmin, and whole numbers, take longer than to try a candidate.
-        return torch.where(self.found <= limit, self.numbers, CANDIDATES - 1.0).amin(1, keepdim=True).long()
+    def _first(self, found: Tensor, limit: Tensor) -> Tensor:
+        return torch.where(found <= limit, torch.cat(self.tried, 1), CANDIDATES - 1.0).amin(1, keepdim=True)
 
     def attempt(self, candidates: Tensor, rows: Tensor | None = None) -> None:
-        """Try candidates of each row, shape (rows, some); of these rows only."""
+        """Try candidates of each row, shape (rows, some); only where `rows` is true, shape (rows, 1)."""
         candidates = candidates.clamp(0, CANDIDATES - 1)
-        part: Tensor | slice = slice(None)
-        if rows is not None and not bool(rows.all()):
-            part = rows.nonzero()[:, 0]
-            if len(part) == 0:
-                return
-        x, largest, energy, chosen = self.x[part], self.largest[part], self.energy[part], candidates[part]
-        weights = None if self.weights is None else self.weights[part]
-        buffers = [buffer[: len(x)] for buffer in self.buffers]
-        found = [
-            energy - kx.square() / kk.clamp_min(1e-30)
-            for number in range(chosen.shape[1])
-            for kx, kk in [sums(x, x, self.shares[chosen[:, number, None]] * largest, self.grid, weights, *buffers)]
+        part = slice(None) if rows is None else rows.nonzero()[:, 0]
+        x, weights = self.x[part], None if self.weights is None else self.weights[part]
+        bounds = self.shares[candidates[part].long()] * self.largest[part]
+        pairs = [
+            sums(x, x, bounds[:, one, None], self.grid, weights, self.buffer[: len(x)])
+            for one in range(bounds.shape[1])
         ]
-        if found:
-            self.found[part] = self.found[part].scatter(1, chosen, torch.cat(found, 1).clamp_min_(0))
+        along, energy = (torch.cat(parts, 1) for parts in zip(*pairs, strict=True))
+        found = (self.energy[part] - along.square_() / energy.clamp_min_(1e-30)).clamp_min_(0)
+        if rows is not None:
+            here, found = found, torch.full(candidates.shape, torch.inf, device=x.device)
+            found[part] = here
+        self.tried.append(candidates)
+        self.found.append(found)
 
 
 def sums(
-    x: Tensor, target: Tensor, bound: Tensor, grid: Grid, weights: Tensor | None, code: Tensor, product: Tensor
+    x: Tensor, target: Tensor, bound: Tensor, grid: Grid, weights: Tensor | None, code: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Of the centered codes k of x: the sums of k times the target, and of k squared, per row, shape (rows, 1). `code` and
-    `product` are written over."""
+    """Of the centered codes k of x: the sums of k times the target, and of k squared, per row, shape (rows, 1). `code` is
+    written over."""
     torch.mul(x, grid.center / bound, out=code)
-    # Ties go to the lower code.
-    code.add_(grid.center - 0.5).clamp_(-0.5, grid.levels - 0.5).ceil_().sub_(grid.center)
-    torch.mul(code, target, out=product)
+    # Ties go to the lower code. Codes are whole numbers, or all halfway between two.
+    code = code.ceil_().sub_(0.5) if grid.center % 1 else code.sub_(0.5).ceil_()
+    code.clamp_(-grid.center, grid.levels - grid.center)
     if weights is None:
-        return product.sum(1, keepdim=True), torch.linalg.vector_norm(code, dim=1, keepdim=True).square_()
-    return product.mul_(weights).sum(1, keepdim=True), code.square_().mul_(weights).sum(1, keepdim=True)
+        squares = torch.linalg.vector_norm(code, dim=1, keepdim=True).square_()
+        return code.mul_(target).sum(1, keepdim=True), squares
+    weighted = code * weights
+    return (weighted * target).sum(1, keepdim=True), weighted.mul_(code).sum(1, keepdim=True)
 
 
 # ------------------------------------------------------------------------------------------------------- in native.cpp
@@ -145,7 +148,7 @@ def in_native(rows: Tensor, grid: Grid) -> bool:
     def expected() -> Tensor:
         x = (sample - offset) / unit
         bound = widest_bound(x, grid.outermost(x), grid, None)
-        kx, kk = sums(x, sample, bound, grid, None, torch.empty_like(x), torch.empty_like(x))
+        kx, kk = sums(x, sample, bound, grid, None, torch.empty_like(x))
         return torch.cat([bound, grid.center * kx / kk], 1)
 
     return agrees(("start", grid), found, expected, 0.1, "the native search for bounds")
