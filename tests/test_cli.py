@@ -258,6 +258,7 @@ def test_plan_of_an_endless_model(folders, tmp_path, monkeypatch):
             ["export", ".", "out", "--to", "gguf", "--inputs", __file__],
             "--inputs is for --to onnx and compressed-tensors",
         ),
+        (["export", ".", "out", "--to", "gguf", "--dynamic-size"], "--dynamic-size is for --to onnx"),
         (["export", ".", "absent/model.onnx", "--to", "onnx"], "there is no folder"),
         (["pack", ".", "."], "name another one"),
         (["pack", ".", "out", "--probe", "absent.safetensors"], "does not exist"),
@@ -650,6 +651,8 @@ def test_export_onnx(folders, tmp_path):
     assert "--inputs FILE" not in text
     assert "sizes in numbers are fixed" in text
     assert (tmp_path / "ov.onnx").read_bytes() != (tmp_path / "model.onnx").read_bytes()
+    text, _ = run("export", folders / "probed", tmp_path, "--to", "onnx", "--runtime", "openvino", "--dynamic-size")
+    assert "height, width" in text
 
 
 def test_export_a_decoder_with_its_cache(tmp_path, monkeypatch):

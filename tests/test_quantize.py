@@ -356,6 +356,12 @@ def test_wrong_usage_of_the_command(root, tmp_path):
     report = ("--report", tmp_path / "report.html")
     assert "is about a quantized model" in run("evaluate", model, "--data", root / "digits", *report, code=2)[1]
     assert "--float MODEL compares it" in run("evaluate", model, "--data", unlabelled, code=1)[1]
+    file = ("quantize", model, *data)
+    assert "is not a decoder" in run(*file, "--weight-bits", 4, "--to", "gguf", code=1)[1]
+    assert "is no model of transformers" in run(*file, "--bits", 4, "--to", "compressed-tensors", code=1)[1]
+    file = ("quantize", root / "llama", *data, "--to", "gguf")
+    assert "llama.cpp has no such inputs" in run(*file, "--bits", 4, code=1)[1]
+    assert "holds multiples of 32" in run(*file, "--weight-bits", 4, code=1)[1]
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "config.json").write_text((model / "config.json").read_text())
     (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"")

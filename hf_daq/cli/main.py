@@ -324,6 +324,10 @@ def export_command(
             help="Faster and not exact: ONNX Runtime rounds inputs of linear layers with weights alone to 8 bits.",
         ),
     ] = False,
+    dynamic_size: Annotated[
+        bool,
+        typer.Option("--dynamic-size", help="Height and width of images are free; with --runtime openvino."),
+    ] = False,
     inputs: Inputs = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -337,13 +341,13 @@ def export_command(
 
     \b
     hf-daq export trained model.onnx --to onnx --inputs images.safetensors
-    hf-daq export trained model.onnx --to onnx --runtime openvino
+    hf-daq export trained model.onnx --to onnx --runtime openvino --dynamic-size
     hf-daq export decoder model.onnx --to onnx --cache --inputs texts.safetensors
     hf-daq export trained out --to compressed-tensors --inputs batch.safetensors
     hf-daq export trained model.gguf --to gguf
     """
     refuse_same(folder, out)
-    options = {"runtime": runtime, "cache": cache, "int8_inputs": int8_inputs}
+    options = {"runtime": runtime, "cache": cache, "int8_inputs": int8_inputs, "dynamic_size": dynamic_size}
     options = {name: value for name, value in options.items() if value}
     for name in options if to != "onnx" else ():
         raise typer.BadParameter(f"--{name.replace('_', '-')} is for --to onnx")

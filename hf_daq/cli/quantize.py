@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,8 +101,9 @@ def quantize_command(
     with working(f"reading {model}"):
         import hf_daq
 
-        from ..integrations.build import pretrained
+        from ..integrations.build import pretrained, skeleton
 
+        _refuse_export(lambda: hf_daq.apply_daq(skeleton(model, revision), chosen), to)
         network = pretrained(model, revision)
     note(f"quantizing {model} with {data}")
     result = hf_daq.quantize(
@@ -225,6 +227,22 @@ def _facts(result: Any, model: str, data: str, seed: int) -> Any:
         command=shlex.join(["hf-daq", *map(_without_folders, sys.argv[1:])]),
         seed=seed,
     )
+
+
+def _refuse_export(build: Callable[[], Any], to: Output) -> None:
+    """Before the work, not after it."""
+    if to == "gguf":
+        from ..export.gguf import check_gguf
+
+        check_gguf(build())
+    if to == "compressed-tensors":
+        from ..export.compressed_tensors import check_compressed_tensors
+
+        check_compressed_tensors(build())
+    if to == "onnx":
+        from ..export.onnx import check_onnx
+
+        check_onnx(build())
 
 
 def _write(model: Any, result: Any, output: Path, to: Output, runtime: Runtime | None, facts: Any) -> Any:

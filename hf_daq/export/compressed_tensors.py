@@ -107,10 +107,8 @@ def export_compressed_tensors(
             much, and by 0.5 if inputs are quantized.
         CalibrationError: not calibrated. Nothing is then written.
     """
-    library_of("quantization")
-    _check(model)
-    if "daq_config" in vars(model):
-        check_unchanged(model)
+    check_compressed_tensors(model)
+    check_calibrated(daq_layers(model), "the export")
     stored: Any = shared_copy(model)
     containers, experts = _compress(stored, widths)
     with temporary_folder(Path(directory)) as temporary:
@@ -125,8 +123,9 @@ def export_compressed_tensors(
     return Report(Path(directory), size, counts, embeddings, *compared)
 
 
-def _check(model: nn.Module) -> None:
-    """Refuse what cannot be exported."""
+def check_compressed_tensors(model: nn.Module) -> None:
+    """Refuse what cannot be exported, of a model that may have no weights yet."""
+    library_of("quantization")
     if not is_transformers_model(model):
         raise ExportError(
             f"{type(model).__name__} is no model of transformers, and no other library opens compressed-tensors; "
@@ -149,8 +148,9 @@ def _check(model: nn.Module) -> None:
                 "hf_daq.save_pretrained(model, directory)"
             )
         refuse_sharded(layer)
-    check_calibrated(layers, "the export")
     check_experts(model)
+    if "daq_config" in vars(model):
+        check_unchanged(model)
 
 
 # ------------------------------------------------------------------------------------------------ the other model

@@ -20,6 +20,7 @@ from ..errors import ExportError
 from ..files.atomic import replace_file
 from ..model.unchanged import check_unchanged
 from ..nn.base import check_calibrated
+from ..nn.formula import center
 from ..nn.functional import dequantize_weight
 from ..nn.integers import integers
 from ..nn.packed import daq_layers
@@ -108,13 +109,11 @@ def export_gguf(model: nn.Module, path: str | Path, tokenizer: Any = None, *, em
             has no form of, or a tensor that is not what it should be. Nothing is then written.
         CalibrationError: not calibrated.
     """
-    gguf = library("gguf", "gguf")
     if embeddings not in get_args(FloatType):
         raise ExportError(f"embeddings={embeddings!r} is not one of {', '.join(map(repr, get_args(FloatType)))}")
-    family = family_of(model)
-    _check(model)
+    gguf, family = check_gguf(model)
+    check_calibrated(daq_layers(model), "the export")
     config: Any = model.config
-    check_config(config, family)
     target = Path(path)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.architecture], config.num_hidden_layers)
     stored: dict[str, _Stored] = {}
@@ -134,7 +133,9 @@ def export_gguf(model: nn.Module, path: str | Path, tokenizer: Any = None, *, em
     return reports[0]
 
 
-def _check(model: nn.Module) -> None:
+def check_gguf(model: nn.Module) -> tuple[Any, Family]:
+    """Refuse what no GGUF file holds, of a model that may have no weights yet: the library, and the model's family."""
+    gguf, family = library("gguf", "gguf"), family_of(model)
     layers = layers_to_export(model)
     for name, layer in layers.items():
         if not isinstance(layer, nn.Linear | nn.Embedding):
@@ -148,9 +149,12 @@ def _check(model: nn.Module) -> None:
                 "weights alone, DaqConfig(weight_bits=4), or write hf_daq.export_compressed_tensors(model, directory)"
             )
         refuse_sharded(layer)
-    check_calibrated(layers, "the export")
+        if isinstance(layer, nn.Linear) and layer.owner is None:
+            _type_of(name, layer)
     if "daq_config" in vars(model):
         check_unchanged(model)
+    check_config(model.config, family)
+    return gguf, family
 
 
 # ------------------------------------------------------------------------------------------------------ tensors
@@ -200,7 +204,7 @@ def _float(name: str, value: Tensor, kind: str, gguf: Any) -> _Stored:
 
 def _quantized(name: str, layer: Any, family: Family, config: Any) -> _Stored:
     found = integers(layer)
-    kind = _type_of(name, found)
+    kind = _type_of(name, layer)
     rows = family.order(f"{name}.weight", len(found.weight), config)
     weight, scale = (value.cpu() for value in (found.weight, found.weight_scale.float()))
     if rows is not None:
@@ -223,21 +227,22 @@ def _quantized(name: str, layer: Any, family: Family, config: Any) -> _Stored:
     return _Stored(kind.name, data, expected, found.weight_bits)
 
 
-def _type_of(name: str, found: Any) -> BlockType:
+def _type_of(name: str, layer: Any) -> BlockType:
     """The type for a layer; refuses columns and groups that it does not hold."""
-    ternary = found.weight_grid == "ternary"
-    kind = TERNARY if ternary else (ODD if found.odd else WHOLE)[found.weight_bits]
-    columns, size = found.weight.shape[1], kind.columns
+    bits = layer.weight_bits
+    odd = center(bits, layer.weight_grid) % 1 != 0
+    kind = TERNARY if layer.weight_grid == "ternary" else (ODD if odd else WHOLE)[bits]
+    columns, size = layer.in_features, kind.columns
     if columns % size:
-        fitting = [str(bits) for bits, other in ODD.items() if columns % other.columns == 0]
+        fitting = [str(number) for number, other in ODD.items() if columns % other.columns == 0]
         raise ExportError(
-            f"layer {name!r} has {columns} columns, and {kind.name}, the type for {found.weight_bits} bits, holds multiples of "
+            f"layer {name!r} has {columns} columns, and {kind.name}, the type for {bits} bits, holds multiples of "
             f"{size}; {columns} columns go with {', '.join(fitting)} bits, e.g. "
             f"rules=[{{'pattern': {name!r}, 'weight_bits': {fitting[-1]}}}]"
         )
-    if found.group_size is not None and found.group_size % size:
+    if layer.group_size is not None and layer.group_size % size:
         raise ExportError(
-            f"layer {name!r} has a scale for {found.group_size} columns, and {kind.name}, the type for {found.weight_bits} bits, "
+            f"layer {name!r} has a scale for {layer.group_size} columns, and {kind.name}, the type for {bits} bits, "
             f"has one for {size}; write group_size={size}, a multiple of it, or weight_granularity='channel'"
         )
     return kind

@@ -121,12 +121,12 @@ def export_onnx(
             `path`. CalibrationError: a layer is not calibrated.
     """
     path, batch, layers = Path(path), Inputs(inputs), daq_layers(model)
-    refuse_experts(layers)
+    check_onnx(model)
     refuse_adapted_weights(model, "exported")
     if not path.parent.is_dir() or path.is_dir():
         raise ExportError(f"path={str(path)!r}: name a file in a folder that exists")
     chosen = _chosen_runtimes(runtimes, runtime) if verify else ()
-    _require("onnx", "onnxscript", *(["onnxruntime"] if int8_outputs else []), *chosen)
+    _require(*(["onnxruntime"] if int8_outputs else []), *chosen)
     _check(model, layers, weights, runtime, opset)
     _check_int8_inputs(layers, int8_inputs, runtime)
     exact = not (int8_outputs or int8_inputs)
@@ -164,6 +164,12 @@ def export_onnx(
             report.passed = True
     report.bytes = write_file(proto, path)
     return report
+
+
+def check_onnx(model: nn.Module) -> None:
+    """Refuse what no ONNX file holds, of a model that may have no weights yet."""
+    _require("onnx", "onnxscript")
+    refuse_experts(daq_layers(model))
 
 
 def _chosen_runtimes(runtimes: Sequence[str] | None, runtime: str) -> Sequence[str]:
