@@ -23,7 +23,7 @@ from .model.batch import Calls
 from .model.guards import ORDER, refuse_wrapped
 from .model.recording import Recorder
 from .model.siblings import Readers, find_siblings
-from .nn.base import layer_input, refuse_adapted_weights
+from .nn.base import layer_input, refuse_adapted_weights, weight_problem
 from .nn.experts import DaqExpertsLinear
 from .nn.init import activation_bounds, start_from_weight
 from .nn.layers import QuantizedLayer, evaluating, quantized_layers
@@ -206,8 +206,8 @@ class _Values:
 def _from_weight(name: str, layer: QuantizedLayer, config: DaqConfig) -> _Values:
     """Of the weight alone: all there is for a table, whose inputs are no numbers."""
     weight = layer.float_weight()
-    if not weight.isfinite().all():
-        raise CalibrationError(f"the weight of layer {name!r} has NaN or infinite values")
+    if problem := weight_problem(weight):
+        raise CalibrationError(f"the weight of layer {name!r} has {problem}")
     values = _Values(copy.deepcopy(layer.w_quant), copy.deepcopy(layer.a_quant))
     start_from_weight(values.w_quant, weight, config.weight_init)
     return values

@@ -12,7 +12,6 @@ import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from .apply import packed_copy
 from .config import DaqConfig
@@ -35,6 +34,7 @@ from .files.header import (
 from .files.push import push_folder
 from .files.weights_file import check_values, load_weights, write_checkpoint
 from .integrations.timm import describe, described_model, is_timm_model
+from .model.batch import tensors_in
 from .model.patch import patch
 from .model.roles import is_transformers_model
 from .model.unchanged import check_opens, check_unchanged, refusal_of_parts
@@ -280,7 +280,7 @@ def _outputs(model: nn.Module, probe: Any) -> list[Tensor]:
     """Every tensor that the model gives for these inputs, in evaluation mode."""
     with evaluating(model), bit_for_bit():
         output = model(**probe) if isinstance(probe, Mapping) else model(probe)
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    return tensors_in(output)
 
 
 def _compare(outputs: list[Tensor], reopened: list[Tensor]) -> None:

@@ -130,6 +130,10 @@ def test_mistakes_are_named():
     with pytest.raises(CalibrationError, match="inputs of layer 'conv' have NaN or infinite"), hf_daq.calibrate(model):
         model(torch.full((1, 3, 8, 8), math.nan))
     with torch.no_grad():
+        model.hidden.weight[0, 0] = 1e30
+    with pytest.raises(CalibrationError, match=r"'hidden' has values up to 1e\+30"), hf_daq.calibrate(model):
+        model(images())
+    with torch.no_grad():
         model.hidden.weight[0, 0] = math.inf
     with pytest.raises(CalibrationError, match="weight of layer 'hidden' has NaN"), hf_daq.calibrate(model):
         model(images())

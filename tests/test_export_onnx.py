@@ -724,3 +724,11 @@ def test_errors(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="pip install onnxscript"):
         export_onnx(model, path, x)
     assert not path.exists()
+
+
+def test_inputs_without_numbers_are_named(tmp_path):
+    x = images(4)
+    model = quantized(small_net(), x)
+    x[1, 0, 0, 0] = torch.nan
+    with pytest.raises(ExportError, match="input 0 has NaN"):
+        export_onnx(model, tmp_path / "model.onnx", x)

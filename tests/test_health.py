@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -253,3 +254,25 @@ def test_a_shift_that_makes_few_positions_exact_is_no_bypass(rows):
 def test_a_batch_without_examples_is_refused():
     with pytest.raises(ModelError, match="the batch has no examples"):
         health(network(), torch.empty(0, 3, 16, 16))
+
+
+@dataclass
+class Answer:
+    name: str
+    scores: torch.Tensor
+
+
+def test_a_model_that_answers_with_a_dataclass_is_compared(tmp_path):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, x):
+            return Answer("scores", self.net(x))
+
+    model = hf_daq.apply_daq(Named(), bits=4)
+    with hf_daq.calibrate(model):
+        model(images(16))
+    found = health(model, images(16, seed=2))
+    assert found.network_sqnr == pytest.approx(health(model.net, images(16, seed=2)).network_sqnr, abs=1e-3)

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from models import images, quantized_timm
 from scan_timm import check_architecture
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -210,3 +211,30 @@ def test_attention_that_reads_qkv_weight_itself_calls_the_quantized_layer(name):
     assert reached == set(quantized_layers(model))
     assert any(layer_name.endswith("attn.qkv") for layer_name in reached)
     assert torch.equal(hf_daq.remove_daq(model)(x), expected)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({"in_chans": 1}, "before apply_daq"),
+        ({"img_size": 192}, r"then write model.set_input_size\(img_size=...\)"),
+        ({"features_only": True}, "forward_intermediates"),
+    ],
+)
+def test_options_that_change_what_is_saved_say_what_to_write(options, advice, packed, tmp_path):
+    hf_daq.save_pretrained(quantized_timm("test_vit", weight_bits=4), tmp_path, packed=packed)
+    with pytest.raises(hf_daq.DaqError, match=advice):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **options)
+
+
+def test_other_sizes_of_images_after_opening(tmp_path):
+    model = quantized_timm("test_vit", bits=8)
+    hf_daq.save_pretrained(model, tmp_path, packed=True)
+    opened, x = timm.create_model(f"local-dir:{tmp_path}", pretrained=True), images(2, 192)
+    opened.set_input_size(img_size=192)
+    whole = hf_daq.remove_daq(model)
+    whole.set_input_size(img_size=192)
+    want = whole(x)
+    assert (opened(x) - want).norm() < 0.1 * want.norm()
+    assert len(opened.forward_intermediates(x, indices=3, intermediates_only=True)) == 3

@@ -37,6 +37,12 @@ _REFUSED_ARGS = {
     "features_only",
 }
 
+_OTHER_SHAPES = {
+    "in_chans": "in_chans changes the first weight: write it where the float model is created, before apply_daq",
+    "img_size": "img_size changes the position embedding: open the model without it, then write model.set_input_size(img_size=...)",
+}
+"""What to write instead of arguments that give weights other shapes than those of the file."""
+
 
 def is_timm_model(model: nn.Module) -> bool:
     """True for a model that timm's factory can build again."""
@@ -108,6 +114,11 @@ def build(
     source = dict(pretrained_cfg or {}) | (pretrained_cfg_overlay or {})
     plain = {key: value for key, value in source.items() if key not in _SOURCE_KEYS} | {"architecture": base}
     num_classes = kwargs.pop("num_classes", None)
+    if kwargs.get("features_only"):
+        raise ConfigError(
+            "features_only=True takes a network apart before its weights are read; open it without, and write "
+            "model.forward_intermediates(images, indices=3, intermediates_only=True) for its last three stages"
+        )
 
     def build() -> nn.Module:
         model: nn.Module = timm.create_model(base, pretrained=False, pretrained_cfg=plain, **{**base_args, **kwargs})
@@ -120,7 +131,11 @@ def build(
         room = 2 * len(header.tensors) + 1000
         with torch.device("meta"), building(room):  # no memory for a model that the file does not fit
             described = build()
-        check_fits(described, header, path)
+        try:
+            check_fits(described, header, path)
+        except CheckpointError as error:
+            remedies = [f"; {remedy}" for name, remedy in _OTHER_SHAPES.items() if name in kwargs]
+            raise CheckpointError("".join([str(error), *remedies])) from None
         model = build()
         load_weights(model, header, path)
         model.eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -81,6 +82,9 @@ class Inputs:
         self.tensors: dict[Any, Tensor] = dict(inputs if self.named else enumerate(inputs))
         if not self.tensors or not all(isinstance(value, Tensor) and value.ndim for value in self.tensors.values()):
             raise ExportError("inputs must be a tensor, a tuple or a mapping of tensors, the first dimension rows")
+        for name, value in self.tensors.items():
+            if value.isnan().any():
+                raise ExportError(f"input {name!r} has NaN: export with real data, as the model was calibrated with")
         counts = {len(value) for value in self.tensors.values()}
         if len(counts) > 1 or min(counts) < 2:
             raise ExportError(f"inputs need two rows at least, the same number in each; they have {sorted(counts)}")
@@ -128,7 +132,18 @@ def _are_tokens(value: Tensor) -> bool:
 
 def outputs_of(model: nn.Module, batch: Inputs, tensors: list[Tensor]) -> list[Tensor]:
     args, kwargs = batch.arguments(tensors)
-    return [leaf for leaf in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
+    return tensors_in(model(*args, **kwargs))
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """The tensors of what a model returns, also those in a dataclass."""
+    found: list[Tensor] = []
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif is_dataclass(leaf):
+            found += tensors_in([getattr(leaf, field.name) for field in fields(leaf)])
+    return found
 
 
 def all_batches(model: nn.Module, batches: Iterable[Any], what: str) -> list[Any]:

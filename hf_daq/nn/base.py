@@ -12,6 +12,8 @@ from ..errors import CalibrationError, ModelError
 from .leaf import Leaf, traced
 from .quantizers import ActivationQuantizer, WeightQuantizer, is_shard
 
+_LARGEST = 1e15  # of a weight: float32 holds the sum of the squares of a row
+
 
 class DaqLayer(Leaf):
     """A layer that computes with codes of its weight.
@@ -118,8 +120,16 @@ def check_finite(layers: Mapping[str, Any]) -> None:
     for name, layer in layers.items():
         if layer.owner is not None or layer.w_quant is None or layer.weight.is_meta or is_shard(layer.first_parameter):
             continue
-        if not torch.stack(layer.float_weight().detach().aminmax()).isfinite().all():
-            raise ModelError(f"the weight of layer {name!r} has NaN or infinite values, which no code stands for")
+        if problem := weight_problem(layer.float_weight()):
+            raise ModelError(f"the weight of layer {name!r} has {problem}, which no code stands for")
+
+
+def weight_problem(weight: Tensor) -> str | None:
+    """What codes cannot stand for in a float weight."""
+    largest = torch.stack(weight.detach().aminmax()).abs().max()
+    if not largest.isfinite():
+        return "NaN or infinite values"
+    return f"values up to {float(largest):.0e}, whose squares are infinite in float32" if largest > _LARGEST else None
 
 
 def set_input_quantizer(layer: DaqLayer, quantizer: nn.Module | None) -> None:

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from ..model.batch import Calls, copied
+from ..model.batch import Calls, copied, tensors_in
 from ..nn.layers import QuantizedLayer, replaced_forwards
 from ..nn.quantizers import wide
 from .measure import Measurement, count_bad, decibels, left_as_it_was, squares
@@ -73,10 +72,12 @@ def calls(model: nn.Module, batch: Any) -> Iterator[tuple[nn.Module, tuple[Any, 
 
 def prediction(output: Any) -> Tensor | None:
     """`logits`, or else the first tensor with examples in it."""
-    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
-        return output["logits"]  # type: ignore[no-any-return]
-    leaves = (leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
-    return next((leaf for leaf in leaves if leaf.is_floating_point() and leaf.ndim > 0 and leaf.numel() > 0), None)
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    return next(
+        (leaf for leaf in tensors_in(output) if leaf.is_floating_point() and leaf.ndim > 0 and leaf.numel() > 0), None
+    )
 
 
 def attended(output: Tensor, mask: Any) -> Tensor:
