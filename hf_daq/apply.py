@@ -12,6 +12,7 @@ from .model.patch import pack_layers, patch, restart_weights, start_weights, unp
 from .model.plan import config_from
 from .model.roles import is_transformers_model
 from .nn.packed import packed_layers, shared_copy
+from .nn.swap import uninterrupted
 
 
 def apply_daq(model: nn.Module, config: DaqConfig | None = None, **kwargs: Any) -> nn.Module:
@@ -37,8 +38,14 @@ def apply_daq(model: nn.Module, config: DaqConfig | None = None, **kwargs: Any) 
     config = config_from(config, kwargs)
     if config.packed:
         raise ModelError("packed=True is written by hf_daq.pack; apply_daq without it, calibrate or train, then pack")
-    patch(model, config)
-    start_weights(model)
+    with uninterrupted():
+        patch(model, config)
+    try:
+        start_weights(model)
+    except BaseException:
+        with uninterrupted():
+            unpatch(model)
+        raise
     tell_transformers(model)
     return model
 
@@ -58,7 +65,8 @@ def remove_daq(model: nn.Module, weights: Literal["float", "quantized"] = "float
     """
     if weights not in ("float", "quantized"):
         raise ModelError(f"weights={weights!r} must be 'float' or 'quantized'")
-    unpatch(model, quantized=weights == "quantized")
+    with uninterrupted():
+        unpatch(model, quantized=weights == "quantized")
     if is_transformers_model(model):
         from .integrations.transformers import detach
 
@@ -105,8 +113,9 @@ def pack(model: nn.Module, *, fast: bool | None = None) -> nn.Module:
         left as it was.
     """
     if fast is None or not packed_layers(model):
-        pack_layers(model)
-        tell_transformers(model)
+        with uninterrupted():
+            pack_layers(model)
+            tell_transformers(model)
     for layer in packed_layers(model).values():
         layer.fast = bool(fast)
         layer._forget()
@@ -120,8 +129,9 @@ def unpack(model: nn.Module) -> nn.Module:
         ModelError: not packed, or a layer standardizes its weight in the forward, so that its codes are no weights to
         train. The model is then left as it was.
     """
-    unpack_layers(model)
-    tell_transformers(model)
+    with uninterrupted():
+        unpack_layers(model)
+        tell_transformers(model)
     return model
 
 

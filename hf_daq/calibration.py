@@ -32,7 +32,7 @@ from .nn.matching import OutputMatch, usual_weights
 from .nn.observers import InputSample, Statistics, all_reduce, limit_together
 from .nn.quantizers import ActivationQuantizer, WeightQuantizer, is_shard, processes
 from .nn.siblings import regroup, with_owners
-from .nn.swap import change_class
+from .nn.swap import change_class, uninterrupted
 from .nn.token import TokenQuantizer
 from .report.health import examine
 
@@ -115,9 +115,10 @@ def calibrate(model: nn.Module, *, check: bool = True) -> Iterator[nn.Module]:
             values |= _initial_values({name: own[name] for name in group}, observers, config)
             for name in group:
                 del observers[name]  # its inputs
-        _share(model, own, groups)
-        for name, layer in own.items():
-            _write(layer, values[name])
+        with uninterrupted():
+            _share(model, own, groups)
+            for name, layer in own.items():
+                _write(layer, values[name])
     if check:
         _warn(model, recorder.calls)
 
@@ -331,5 +332,6 @@ def _float_layers(layers: Collection[QuantizedLayer]) -> Iterator[None]:
             change_class(layer, layer.float_class)
         yield
     finally:
-        for layer, quantized_class in classes:
-            change_class(layer, quantized_class)
+        with uninterrupted():
+            for layer, quantized_class in classes:
+                change_class(layer, quantized_class)

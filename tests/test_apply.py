@@ -1,6 +1,8 @@
 """Patching: what changes, what stays the same object, and what is refused before anything changes."""
 
 import copy
+import signal
+import sys
 
 import pytest
 import torch
@@ -339,3 +341,51 @@ def test_param_groups():
     assert id(model.conv.a_quant.lower) not in listed  # unsigned: 0 stays 0
     assert id(model.grouped.a_quant.lower) in listed
     torch.optim.SGD(hf_daq.param_groups(model, lr=0.1), momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    ("where", "ready", "change"),
+    [
+        ("hf_daq.model.patch.start_from_weight", lambda: small_net(), lambda model: hf_daq.apply_daq(model, bits=4)),
+        ("hf_daq.model.patch.quantize_layer", lambda: small_net(), lambda model: hf_daq.apply_daq(model, bits=4)),
+        ("hf_daq.nn.packed.encode", lambda: quantized(), hf_daq.pack),
+        ("hf_daq.nn.packed._on_codes", lambda: hf_daq.pack(quantized()), hf_daq.unpack),
+        ("hf_daq.model.patch.restore_layer", lambda: quantized(), hf_daq.remove_daq),
+        ("hf_daq.calibration._write", lambda: quantized(), lambda model: calibrated_again(model)),
+    ],
+)
+def test_ctrl_c_leaves_no_model_between_two_kinds(where, ready, change, monkeypatch):
+    module, _, name = where.rpartition(".")
+    original = getattr(sys.modules[module], name)
+
+    def pressed(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        return original(*args, **kwargs)
+
+    model, done = ready(), change(ready())
+    before = model(images()), sorted(model.state_dict())
+    monkeypatch.setattr(where, pressed)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # none in a process in the background
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            change(model)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    monkeypatch.undo()
+    if sorted(model.state_dict()) == before[1]:
+        torch.testing.assert_close(model(images()), before[0])
+        change(model)
+    else:
+        assert sorted(model.state_dict()) == sorted(done.state_dict())
+    assert {type(layer) for layer in model.modules()} == {type(layer) for layer in done.modules()}
+
+
+def quantized():
+    return calibrated_again(hf_daq.apply_daq(small_net(), bits=4))
+
+
+def calibrated_again(model):
+    with hf_daq.calibrate(model, check=False):
+        model(images())
+    return model

@@ -3,7 +3,10 @@ the instance that calls the one they found there."""
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -20,6 +23,23 @@ def change_class(layer: nn.Module, new_class: type) -> None:
     layer.__class__ = new_class
     for value, put in _methods(layer, old_class):
         put(MethodType(getattr(new_class, value.__name__), layer))
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Inside, Ctrl-C waits for the end: a model that is being changed is never left between two kinds."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    pressed: list[tuple[Any, ...]] = []
+    signal.signal(signal.SIGINT, lambda *args: pressed.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if pressed:
+            handler(*pressed[0])
 
 
 def hides_forward(layer: nn.Module) -> bool:
