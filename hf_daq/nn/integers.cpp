@@ -17,7 +17,7 @@ constexpr float SMALLEST_STEP = 1.1920929e-7f;
 
 // As whole.py declares it. `channels`, `outputs`: of all groups. kernel, stride, dilation: rows, columns.
 struct Whole {
-  int64_t weight;  // bytes from here on, as the next two. depthwise: float, (1 + kernel, channels), `first` before the rest; else int8, (groups, blocks of W outputs, kernel, channels / 4, W, 4)
+  int64_t weight;  // bytes from here on, as the next two. depthwise: float, (1 + kernel, channels), `first` before the rest; else int8, (groups, blocks of W outputs, runs, size of a run / 4, W, 4)
   int64_t first;   // of each output in these blocks: where its sum starts
   int64_t scale;   // likewise, of its sum
   int64_t channels, outputs, groups, kernel[2], stride[2], dilation[2];
@@ -369,18 +369,19 @@ static INLINE Ints add_products(Ints sum, Ints bytes, Ints weight) {
 #endif
 }
 
-// Where the inputs of a pixel lie: `count` runs of `size` bytes that lie one after the other, the runs `row` or `column` apart.
+// Where the inputs of a pixel lie: runs of `used` bytes that lie one after the other, the runs `row` or `column` apart.
+// size: a multiple of 4; weights are 0 behind what is used.
 struct Runs {
-  int64_t rows, columns, size, row, column;
+  int64_t rows, columns, used, size, row, column;
 };
 
 // What is added to twice the sums of a pixel, where weights mean half a code more.
 static int32_t sum_of_inputs(const Runs& runs, const uint8_t* pixel, int32_t zero) {
-  int32_t sum = -zero * int32_t(runs.rows * runs.columns * runs.size);
+  int32_t sum = -zero * int32_t(runs.rows * runs.columns * runs.used);
   for (int64_t ky = 0; ky < runs.rows; ky++)
     for (int64_t kx = 0; kx < runs.columns; kx++) {
       const uint8_t* x = pixel + ky * runs.row + kx * runs.column;
-      for (int64_t k = 0; k < runs.size; k++) sum += x[k];
+      for (int64_t k = 0; k < runs.used; k++) sum += x[k];
     }
   return sum;
 }
@@ -427,15 +428,16 @@ static const Tile TILE[6][4] = {TILES(1), TILES(2), TILES(3), TILES(4), TILES(5)
 // Blocks `from` to `to` of the outputs of each group. scales: of the pixels, or none.
 static void dense(const Whole& a, const Image& b, const Buffer& in, const float* scales, int64_t rows, int64_t at,
                   int64_t from, int64_t to) {
-  const int64_t per_group = a.outputs / a.groups, blocks = (per_group + W - 1) / W, taps = a.kernel[0] * a.kernel[1];
+  const int64_t per_group = a.outputs / a.groups, blocks = (per_group + W - 1) / W;
   const int64_t right = a.stride[1] * in.pixel, down = a.stride[0] * in.columns * in.pixel;
-  Runs runs{a.kernel[0], a.kernel[1], in.padded, a.dilation[0] * in.columns * in.pixel, a.dilation[1] * in.pixel};
-  if (a.groups == 1 && a.dilation[1] == 1) runs.size *= runs.columns, runs.columns = 1;
+  const bool joined = a.groups == 1 && a.dilation[1] == 1;  // all pixels below a row of the kernel
+  const int64_t used = joined ? a.kernel[1] * in.pixel : in.padded;
+  const Runs runs{a.kernel[0], joined ? 1 : a.kernel[1], used, (used + 3) / 4 * 4, a.dilation[0] * in.columns * in.pixel, a.dilation[1] * in.pixel};
   for (int64_t g = 0; g < a.groups; g++)
     for (int64_t block = from, wide; block < to; block += wide) {
       wide = part(to - block, 4);
       const int64_t index = g * blocks + block, channel = g * per_group + block * W;
-      const int8_t* weight = a.at<int8_t>(a.weight) + index * taps * in.padded * W;
+      const int8_t* weight = a.at<int8_t>(a.weight) + index * runs.rows * runs.columns * runs.size * W;
       Bias bias;
       const Outputs out{b.y, a.at<float>(a.scale) + index * W, bias.of(a, b, channel, wide * W), per_group - block * W, b.out_kind};
       const uint8_t* row = in.data + g * in.padded;
@@ -463,7 +465,7 @@ static int run(const Whole& a, Image b) {
   if (a.kernel[0] * a.kernel[1] * a.stride[0] * a.stride[1] == 1 && !b.top && !b.left && b.channels_last)  // a row of pixels
     b.height = b.out_height = b.count * b.height * b.width, b.count = b.width = b.out_width = 1;
   const bool deep = !a.depthwise;
-  const int64_t unit = deep ? 4 : 16, groups = deep ? a.groups : 1;
+  const int64_t unit = !deep ? 16 : a.groups == 1 && a.dilation[1] == 1 ? 1 : 4, groups = deep ? a.groups : 1;
   const int64_t group = a.channels / groups, padded = (group + unit - 1) / unit * unit;
   const int64_t reach = (a.kernel[0] - 1) * a.dilation[0] + 1;
   const int64_t columns = (b.out_width - 1) * a.stride[1] + (a.kernel[1] - 1) * a.dilation[1] + 1;
@@ -485,7 +487,7 @@ static int run(const Whole& a, Image b) {
     const int64_t needed = (last - first - 1) * a.stride[0] + reach;
     static thread_local Room room;
     const int64_t scales = a.tokens ? (4 * needed + 63) / 64 * 64 : 0;  // bytes
-    float* begin = (float*)room.of(scales + needed * bytes);
+    float* begin = (float*)room.of(scales + needed * bytes + 4);
     Buffer in{(uint8_t*)begin + scales, columns, groups * padded, group, padded, uint8_t(a.zero)};
     if (!begin) {
       failed = 1;

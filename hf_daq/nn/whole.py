@@ -96,7 +96,9 @@ def arrange(
     if depthwise:
         tensors = _taps(weight.view(outputs, taps), scale, halves, zero_point)
     else:
-        tensors = _blocks(weight.view(groups, -1, channels // groups, taps), scale, block, zero_point)
+        runs = weight.view(groups, outputs // groups, -1, *kernel).permute(0, 1, 3, 4, 2)
+        joined = groups == 1 and (not convolution or layer.dilation[1] == 1)  # all pixels below a row of the kernel
+        tensors = _blocks(runs.flatten(3 if joined else 4).flatten(2, -2), scale, block, zero_point)
     steps = (layer.stride, layer.dilation) if convolution else ((1, 1), (1, 1))
     sizes = channels, outputs, groups, *(_PAIR(*pair) for pair in (kernel, *steps))
     rest = *sizes, depthwise, halves, zero_point, tokens, *rounding
@@ -120,11 +122,11 @@ def _taps(weight: Tensor, scale: Tensor, halves: bool, zero_point: int) -> tuple
 
 
 def _blocks(weight: Tensor, scale: Tensor, block: int, zero_point: int) -> tuple[Tensor, ...]:
-    """weight: shape (groups, out, in, taps). Returns weight, `first` and `scale` of integers.cpp."""
-    groups, outputs, inputs, taps = weight.shape
+    """weight: shape (groups, out, runs, size of a run). Returns weight, `first` and `scale` of integers.cpp."""
+    groups, outputs, runs, size = weight.shape
     first = _filled(weight.sum((2, 3), dtype=torch.int32) * -zero_point, 1, block)
-    parts = _filled(_filled(weight, 1, block), 2, 4).view(groups, -1, block, -(-inputs // 4), 4, taps)
-    arranged = parts.permute(0, 1, 5, 3, 2, 4).contiguous()
+    parts = _filled(_filled(weight, 1, block), 3, 4).view(groups, -1, block, runs, -(-size // 4), 4)
+    arranged = parts.permute(0, 1, 3, 4, 2, 5).contiguous()
     return arranged, first.contiguous(), _filled(scale.view(groups, outputs), 1, block).contiguous()
 
 
