@@ -23,6 +23,9 @@ Runtime: exact and with `int8_inputs=True` against float, one row and 128.
 
 `--speed` measures inference of float and quantized files in the same runtime, and of the packed network in PyTorch (images in
 channels_last; `--compiled`: with torch.compile too), random weights for names of timm, as ratios of medians taken in turn.
+`--profile` shows where both spend their time there: milliseconds of each operator itself, of every call the fastest of ten, which
+counts what other programs disturb least (a compiled graph: the time of its own loops; the rest of eager packed networks: their
+layers in whole numbers, and Python).
 `--runtimes pytorch` leaves out the files, `--weight_grid odd integer` measures both grids. "error of a layer" is the largest relative error of the outputs of a packed layer to those
 of the quantized one, both on the inputs that the packed network gives it. Outputs of a random network as a whole tell less: one input
 that float32 rounds to the other side of a threshold changes everything behind it.
@@ -78,6 +81,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--speed", nargs="*", default=[], metavar="MODEL")
     add("--speed_bits", nargs="+", type=int, default=[4])
     add("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES), help="of --speed")
+    add("--first_last_bits", type=int, help="as of hf_daq.DaqConfig")
+    add("--profile", action="store_true", help="of --speed in PyTorch: time by operator")
     add("--compiled", action="store_true", help="--speed in PyTorch with torch.compile too")
     add("--decoder", nargs="*", default=[], type=int, metavar="BITS")
     add("--threads", type=int, default=torch.get_num_threads())
@@ -110,7 +115,7 @@ def settings(kind: str, bits: int, grid: str, args: argparse.Namespace) -> hf_da
     if kind == "next token":
         return hf_daq.DaqConfig(weight_bits=bits, weight_grid=grid, group_size=64)
     inputs = args.activation_bits or (bits if kind == "image" else 8)
-    options = {"weight_granularity": "channel", "weight_grid": grid}
+    options = {"weight_granularity": "channel", "weight_grid": grid, "first_last_bits": args.first_last_bits}
     if kind == "text":
         options["activation_scale"] = args.activation_scale
     return hf_daq.DaqConfig(weight_bits=bits, activation_bits=inputs, **options)
@@ -291,7 +296,7 @@ def speed(name: str, bits: int, grid: str, args: argparse.Namespace) -> Iterator
         for row in file_speed(network, model, inputs, Path(folder), args):
             yield about | row
     if "pytorch" in args.runtimes:
-        for row in packed_speed(network, model, inputs, args.compiled):
+        for row in packed_speed(network, model, inputs, args):
             yield about | row
 
 
@@ -321,7 +326,7 @@ def file_speed(
 
 
 def packed_speed(
-    network: nn.Module, model: nn.Module, inputs: dict[str, Tensor], compiled: bool
+    network: nn.Module, model: nn.Module, inputs: dict[str, Tensor], args: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """Times of the float network and the packed one in PyTorch, and the largest error of one of its layers."""
     models = {"float": network, "exact": hf_daq.pack(model)}
@@ -330,7 +335,7 @@ def packed_speed(
     largest = max(layer.path_error for layer in layers)
     if "x" in inputs:
         models = {label: found.to(memory_format=torch.channels_last) for label, found in models.items()}
-    for way in ("PyTorch", "PyTorch, compiled")[: 1 + compiled]:
+    for way in ("PyTorch", "PyTorch, compiled")[: 1 + args.compiled]:
         if "compiled" in way:
             models = {label: torch.compile(found) for label, found in models.items()}
         for count in (1, 8):
@@ -339,6 +344,28 @@ def packed_speed(
                 feed["x"] = feed["x"].contiguous(memory_format=torch.channels_last)
             sessions = {label: partial(inferred, found) for label, found in models.items()}
             yield {"runtime": way, "batch": count, **ratios(sessions, feed), "error of a layer": largest}
+            if args.profile:
+                found = {label: profiled(session, feed) for label, session in sessions.items()}
+                for name in sorted(set().union(*found.values()), key=lambda name: -found["float"].get(name, 0)):
+                    times = {f"{label}, ms": found[label].get(name, 0.0) for label in found}
+                    if max(times.values()) > 0.01 * found["exact"]["all"]:
+                        yield {"runtime": way, "batch": count, "operator": name, **times}
+
+
+def profiled(session: Callable, feed: dict[str, Tensor], runs: int = 10) -> dict[str, float]:
+    """Milliseconds of each operator itself, and of all."""
+    times: list[list[float]] = []
+    for _ in range(runs):
+        with torch.profiler.profile() as found, torch.profiler.record_function("the rest"):
+            session(feed)
+        events = sorted(found.events(), key=lambda event: event.time_range.start)
+        times.append([event.self_cpu_time_total / 1e3 for event in events])
+    by_name: dict[str, float] = dict.fromkeys(["all"], 0.0)
+    for event, *calls in zip(events, *times, strict=True):
+        name = "graph" if "CompiledFxGraph" in event.name else event.name
+        for key in (name, "all"):
+            by_name[key] = by_name.get(key, 0.0) + min(calls)
+    return by_name
 
 
 def inferred(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
