@@ -271,7 +271,7 @@ class _Trials:
         """Inside, layers compute in float with these weights, or with their own."""
 
         def forward(layer: QuantizedLayer, weight: Tensor | None, x: Tensor) -> Tensor:
-            return layer.compute(x, layer.float_weight() if weight is None else weight, layer.bias)
+            return layer.in_float(x, weight)
 
         every = quantized_layers(self.model)
         with replaced_forwards({layer: partial(forward, layer, weights.get(name)) for name, layer in every.items()}):

@@ -97,6 +97,9 @@ class DaqConfig:
             magnitude just fits (symmetric, dynamic quantization, as `Int8DynamicActivationInt8WeightConfig` of torchao). That
             needs no calibration; rounding has the gradient of `rounding`, and scales have none. For linear layers, with
             `activation_bits` from 2 on.
+        smooth: let `calibrate` divide channels of static inputs of linear layers by powers of two, and multiply the columns of their
+            weights with these (SmoothQuant, Xiao et al., ICML 2023), where single channels are outliers and it lowers the error of
+            the output clearly. Which layers, `layers` says. The float weights stay what they are.
         bias_correction: give every quantized convolution, and every linear layer with a bias, a learnable shift of its
             output channels, started so that their mean is that of the float layer (Nagel et al., ICCV 2019). Free at run
             time; the paper does without.
@@ -111,7 +114,7 @@ class DaqConfig:
             embeddings if `embedding_bits` does too, or if its pattern matches nothing else.
         modules_to_not_convert: patterns of modules that stay in full precision, before any rule.
         layers: the resolved bits, one entry a quantized layer, and `same_input_as`: the layer whose quantizer this one
-            uses for its input. Written by `apply_daq` and `calibrate`; if given, it alone decides.
+            uses for its input, and `smooth`: true where that divides its channels. Written by `apply_daq` and `calibrate`; if given, it alone decides.
         low_memory: a training step does not keep quantized inputs and weights for the backward but computes them once
             more, with the same results.
         packed: weights are codes of a few bits, for inference. Written by `pack`.
@@ -141,6 +144,7 @@ class DaqConfig:
     weight_init: Init = "mse"
     activation_init: Init = "mse"
     activation_scale: ActivationScale = "static"
+    smooth: bool = True
     bias_correction: bool = True
     first_last_bits: int | None = None
     embedding_bits: int | None = None
@@ -179,7 +183,7 @@ class DaqConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
-        for name in ("bias_correction", "low_memory", "packed", "dequantize"):
+        for name in ("smooth", "bias_correction", "low_memory", "packed", "dequantize"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.group_size is not None or self.weight_granularity == "group":
@@ -249,10 +253,10 @@ class DaqConfig:
     @classmethod
     def paper(cls, bits: int | None = None, **kwargs: Any) -> DaqConfig:
         """The settings of the paper: standardized weights with bounds at +-3, activation bounds at 3 standard
-        deviations, per tensor, odd multiples of a step, no bias correction, gamma 2, sigma 1 for weights and 2 for activations.
+        deviations, per tensor, odd multiples of a step, no smoothing or bias correction, gamma 2, sigma 1 for weights and 2 for activations.
         Arguments as `DaqConfig`."""
         inits = {"weight_normalization": "standardize", "weight_init": "3std", "activation_init": "3std"}
-        settings: dict[str, Any] = {**inits, "weight_grid": "odd", "bias_correction": False, **kwargs}
+        settings: dict[str, Any] = {**inits, "weight_grid": "odd", "smooth": False, "bias_correction": False, **kwargs}
         return cls(bits, **settings)
 
     @classmethod
@@ -406,7 +410,7 @@ def _checked_layers(layers: object) -> dict[str, dict[str, Any]]:
         if (
             not isinstance(name, str)
             or not isinstance(entry, Mapping)
-            or set(entry) - {"same_input_as"} != {"weight_bits", "activation_bits"}
+            or set(entry) - {"same_input_as", "smooth"} != {"weight_bits", "activation_bits"}
         ):
             raise ConfigError(f"layers[{name!r}]={entry!r} must be a mapping with weight_bits and activation_bits")
         check_bits(f"layers[{name!r}]: weight_bits", entry["weight_bits"])
@@ -415,4 +419,11 @@ def _checked_layers(layers: object) -> dict[str, dict[str, Any]]:
     for name, entry in layers.items():
         if "same_input_as" in entry:
             _check_same_input(name, entry, layers)
+        if "smooth" in entry and (
+            entry["smooth"] is not True or entry["activation_bits"] is None or "same_input_as" in entry
+        ):
+            raise ConfigError(
+                f"layers[{name!r}]: smooth={entry['smooth']!r} must be True, for a layer with a quantizer of its own for inputs, or "
+                "be left out"
+            )
     return {name: dict(entry) for name, entry in layers.items()}

@@ -190,7 +190,7 @@ class _Sweep:
             if not walk.in_float:
                 return layer.quantized_forward(x)
             weight = self.float_weights.get(layer)
-            return layer.compute(x, layer.float_weight() if weight is None else weight, layer.bias)
+            return layer.in_float(x, weight)
 
         return forward
 
@@ -254,6 +254,7 @@ class _Sweep:
         sample = Sample(reader, reader.weight_shape())
         for number, chunk in enumerate(there):
             for half, x, exact in chunk.inputs(number % 2):
+                x, exact = reader.smoothed(x), reader.smoothed(exact)
                 sample.add(half, x, exact, sample.limit // (2 * len(there)) + 1)
         return sample
 
@@ -263,6 +264,9 @@ class _Sweep:
         for number, inputs in enumerate(there):
             for half, x, exact in inputs(number % 2):
                 q = x if layer.a_quant is None else layer.a_quant(x) * layer.a_quant.span.to(x.dtype)
+                exact = (
+                    exact if layer.a_quant is None or layer.a_quant.smooth is None else layer.a_quant.smoothed(exact)
+                )
                 moments.add(half, q, exact, moments.limit // (2 * len(there)) + 1)
         moments.reduce()
         if not bool(moments.quantized.isfinite().all() and moments.mixed.isfinite().all()):

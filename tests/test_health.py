@@ -223,7 +223,9 @@ def test_one_channel_a_thousand_times_larger_is_said_and_the_advice_helps(kind, 
         layers[0].weight[:, 5] /= 1000
     reference, errors = nn.Sequential(*layers), []
     want = reference(x).detach()
-    for config in ({}, {"rules": [{"pattern": "0", "skip": True}]}):
+    for config in ({"smooth": False}, {"rules": [{"pattern": "0", "skip": True}]}, {}):
+        if not config and kind == "convolution":
+            continue  # whose channels calibration does not divide
         caplog.clear()
         model = hf_daq.apply_daq(copy.deepcopy(reference), bits=8, first_last_bits=8, **config)
         with hf_daq.calibrate(model):
@@ -231,9 +233,9 @@ def test_one_channel_a_thousand_times_larger_is_said_and_the_advice_helps(kind, 
         errors.append(float((model(x).detach() - want).norm() / want.norm()))
         said = [record.getMessage() for record in caplog.records]
         found = [message for message in said if "'0': 63 of its 64 input channels are lost" in message]
-        assert found if not config else not said
+        assert found if "smooth" in config else not said
     assert errors[0] > 0.5
-    assert errors[1] < 0.05
+    assert max(errors[1:]) < 0.05
 
 
 @pytest.mark.parametrize("rows", [1, 2, 16])

@@ -147,6 +147,11 @@ def check_compressed_tensors(model: nn.Module) -> None:
                 f"precision, DaqConfig(..., modules_to_not_convert=[{name!r}, ...]), or write "
                 "hf_daq.save_pretrained(model, directory)"
             )
+        if layer.smooth is not None:
+            raise ExportError(
+                f"layer {name!r} divides the channels of its input, for which compressed-tensors has no place: quantize the float "
+                "model once more without, DaqConfig(..., smooth=False), or write hf_daq.save_pretrained(model, directory)"
+            )
         refuse_sharded(layer)
     check_experts(model)
     if "daq_config" in vars(model):

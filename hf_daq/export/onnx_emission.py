@@ -98,6 +98,7 @@ class Emission:
 
     def __call__(self, x: Tensor) -> Tensor:
         self.calls += 1
+        x = self.layer.smoothed(x)
         step = self.layer.a_quant.scale(x) if self.tokens else None
         x = self._quantized(x if step is None else x * (1 / step))
         if self.in_integers and self.linear:

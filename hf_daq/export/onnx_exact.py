@@ -99,7 +99,7 @@ class _OnCodes:
         codes.sub_(values.zero_point)
         step = quantizer.scale(x) if values.tokens else values.input_scale
         if found is not None:
-            self.file.distances.setdefault(self.name, _Distances()).add(x, codes, step, values)
+            self.file.distances.setdefault(self.name, _Distances()).add(self.layer.smoothed(x), codes, step, values)
         output: Tensor = self.layer.compute(codes.mul_(step), self.weight, values.bias)
         return output
 

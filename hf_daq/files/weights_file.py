@@ -179,6 +179,9 @@ def bounds_problem(values: Mapping[str, Tensor]) -> str | None:
     for key, value in values.items():
         if not torch.isfinite(value).all():
             return f"{key} is not finite"
+    smooth = values.get("smooth")
+    if smooth is not None and not bool(((smooth > 0) & (torch.frexp(smooth.float()).mantissa == 0.5)).all()):
+        return "smooth has other values than powers of two"
     lower, upper = values["lower"].float(), values["upper"].float()
     if not (lower < upper).all():
         return f"lower {lower.max().item():g} is not below upper {upper.min().item():g}"

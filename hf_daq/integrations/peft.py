@@ -111,6 +111,8 @@ class InsideLora:
         quantizer = self._quantizer(names)
         parts = [] if self.packed_w_quant else [self.base_layer.weight]
         parts += [*self._factors(names), *(() if quantizer is None else quantizer.parameters())]
+        if getattr(self.base_layer, "smooth", None) is not None:
+            parts.append(self.base_layer.smooth)
         unkept = self.training or self._sharded or self.packed_w_quant or torch.compiler.is_compiling()
         if unkept or not _may_keep(parts):
             self._known = None
@@ -124,7 +126,11 @@ class InsideLora:
 
     def _computed_weight(self: Any, names: list[str]) -> Tensor:
         quantizer, weight = self._quantizer(names), self._sum(names)
-        return self._stored(weight) if quantizer is None else quantizer(weight)  # type: ignore[no-any-return]
+        return self._stored(weight) if quantizer is None else quantizer(self._smoothed(weight))  # type: ignore[no-any-return]
+
+    def _smoothed(self: Any, weight: Tensor) -> Tensor:
+        layer = self.base_layer
+        return layer.smoothed_weight(weight) if isinstance(layer, DaqLayer) else weight
 
     def _quantizer(self: Any, names: list[str]) -> Any:
         """The weight quantizer; None for a layer in float."""
@@ -149,7 +155,7 @@ class InsideLora:
         """`W + s B A`, in the shape in which it is quantized."""
         layer = self.base_layer
         if isinstance(layer, PackedLayer):
-            weight = layer.float_weight()
+            weight = layer.unsmoothed_weight(layer.float_weight())
         else:
             weight = self._stored(layer.weight).clone(memory_format=torch.contiguous_format)
         with torch.autocast(weight.device.type, enabled=False):  # what is merged is no product in bfloat16 either
@@ -227,7 +233,7 @@ class InsideLora:
         weight, quantizer = self._sum(names), self._quantizer(names)
         _check_finite(names, (weight, quantizer.scale) if safe_merge else ())
         self._unmerged |= {"weight_codes": layer.weight_codes, "weight_scale": layer.weight_scale}
-        layer.write_codes(quantizer.codes(weight), quantizer.output_scale)
+        layer.write_codes(quantizer.codes(self._smoothed(weight)), quantizer.output_scale)
         self.merged_adapters[:] = names
 
     def _put_codes_back(self: Any) -> None:
@@ -334,4 +340,4 @@ def _check_finite(names: list[str], values: Iterable[Tensor]) -> None:
 def _may_keep(parts: list[Any]) -> bool:
     if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
         return False
-    return all(type(part) is nn.Parameter and not part.is_inference() for part in parts)
+    return all(type(part) in (Tensor, nn.Parameter) and not part.is_inference() for part in parts)

@@ -156,9 +156,12 @@ def quantize_replaced(model: nn.Module, before: dict[str, DaqLayer]) -> None:
     left = {name: layer for name, layer in daq_layers(model).items() if name in bits}
     owners = regroup(left, groups_left(before, left), quantizers)
     for layer in replaced:
+        if layer.smooth is not None and len(layer.smooth) != layer.weight_shape()[1]:
+            layer.a_quant.smooth = None
+    for layer in replaced:
         if not layer.weight.is_meta:
             start_layer(layer, config)
-    model.daq_config = config.replace(layers=with_owners(bits, owners))  # type: ignore[assignment]
+    model.daq_config = config.replace(layers=with_owners(bits, owners, left.values()))  # type: ignore[assignment]
 
 
 def unpatch(model: nn.Module, quantized: bool = False) -> None:
@@ -173,7 +176,7 @@ def unpatch(model: nn.Module, quantized: bool = False) -> None:
             else "the model is not quantized: there is nothing to remove"
         )
     if quantized:
-        values = {name: layer.stored(_dequantized_weight(name, layer)) for name, layer in layers.items()}
+        values = {name: layer.as_parameter(_dequantized_weight(name, layer)) for name, layer in layers.items()}
         gained = [name for name, layer in layers.items() if layer.bias is None and layer.w_quant.shift is not None]
         if gained:
             logger.warning(

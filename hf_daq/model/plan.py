@@ -13,6 +13,7 @@ from ..config import DaqConfig, did_you_mean, packed_bytes, pattern_matches
 from ..errors import ConfigError
 from ..nn.attention import Projection, projections
 from ..nn.layers import CONVOLUTIONS, LAYER_TYPES, TRANSPOSED
+from ..nn.smoothing import SMOOTHED
 from ..nn.subclasses import know_subclasses
 from ..nn.weight_norm import Normed, as_normed
 from ..text import add_row, as_text, bits_text, cell, plain_table, shape_text
@@ -330,13 +331,13 @@ def _saved_bytes(module: Any, row: PlannedLayer, config: DaqConfig) -> int:
     """By how many bytes a layer gets smaller when it is packed."""
     assert row.weight_bits is not None
     quantized_class = LAYER_TYPES[type(module)]
-    shared = "same_input_as" in (config.layers or {}).get(row.name, {})
+    entry = (config.layers or {}).get(row.name, {})
     config = quantized_class.config_of(config, module)
     shape = quantized_class.weight_shape(module)
     scales = config.scale_count(shape)
     packed = packed_bytes(math.prod(shape), row.weight_bits, scales, config.grid(row.weight_bits))
-    if row.activation_bits is not None and config.activation_scale == "static" and not shared:
-        packed += 8  # bounds of the inputs, both in float32
+    if row.activation_bits is not None and config.activation_scale == "static" and "same_input_as" not in entry:
+        packed += 8 + 4 * shape[1] * ("smooth" in entry)  # bounds of the inputs, and factors, in float32
     if isinstance(module, CONVOLUTIONS + TRANSPOSED) and module.bias is None and config.bias_correction:
         packed += shape[0] * module.weight.itemsize
     if isinstance(module, Normed):
@@ -366,6 +367,10 @@ def _check_resolved(layers: Any, modules: dict[str, nn.Module], fixed: dict[str,
             )
         if name in fixed:
             raise ConfigError(f"the config quantizes layer {name!r}, but in this model it {fixed[name]}")
+        if "smooth" in layers[name] and not isinstance(modules[name], SMOOTHED):
+            raise ConfigError(
+                f"the config has smooth for layer {name!r}, a {type(modules[name]).__name__}, and it is for linear layers"
+            )
         owner = owners.get(name, name)
         if layers[name]["activation_bits"] is not None and isinstance(modules[owner], nn.Embedding):
             raise ConfigError(

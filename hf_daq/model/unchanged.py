@@ -126,7 +126,9 @@ def check_opens(tensors: Mapping[str, Tensor], build: Callable[[], nn.Module]) -
 
 def _entry(layer: DaqLayer) -> dict[str, Any]:
     bits = {"weight_bits": layer.weight_bits, "activation_bits": layer.input_bits}
-    return bits if layer.input_owner is None else bits | {"same_input_as": layer.input_owner.daq_name}
+    if layer.input_owner is not None:
+        return bits | {"same_input_as": layer.input_owner.daq_name}
+    return bits if layer.smooth is None else bits | {"smooth": True}
 
 
 def _is_tied(layer: Any) -> bool:

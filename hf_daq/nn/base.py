@@ -65,6 +65,31 @@ class DaqLayer(Leaf):
         """A weight of `weight_shape` in the layout of the parameter `weight`."""
         return weight
 
+    @property
+    def smooth(self) -> Tensor | None:
+        """What the channels of the input are divided by, and the columns of the weight multiplied with, before both are rounded:
+        shape (columns,). None where they are not."""
+        quantizer = self.a_quant
+        return None if quantizer is None else quantizer.smooth
+
+    def smoothed(self, x: Tensor) -> Tensor:
+        """An input as it is rounded."""
+        return x if self.smooth is None else self.a_quant.smoothed(x)
+
+    def smoothed_weight(self, weight: Tensor) -> Tensor:
+        """A weight of `weight_shape` of the float layer as it is quantized."""
+        smooth = self.smooth
+        return weight if smooth is None else weight * smooth.to(weight.device, weight.dtype)
+
+    def unsmoothed_weight(self, weight: Tensor) -> Tensor:
+        """Inverse of `smoothed_weight`, exact."""
+        smooth = self.smooth
+        return weight if smooth is None else weight / smooth.to(weight.device, weight.dtype)
+
+    def as_parameter(self, weight: Tensor) -> Tensor:
+        """A weight like `float_weight` as the parameter `weight` has it."""
+        return self.stored(self.unsmoothed_weight(weight))
+
     def weight_shape(self) -> tuple[int, ...]:
         """(out, in / groups, ...)."""
         raise NotImplementedError

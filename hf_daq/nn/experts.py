@@ -209,7 +209,7 @@ class OneExpert:
     def weight_shape(self) -> tuple[int, ...]:
         return tuple(self.weight.shape)
 
-    def stored(self, weight: Tensor) -> Tensor:
+    def as_parameter(self, weight: Tensor) -> Tensor:
         return weight
 
     def write_weight(self, weight: Tensor) -> None:

@@ -125,5 +125,5 @@ def _write_weight(
 
 def _write_values(layer: QuantizedLayer | OneExpert, values: Tensor, steps: Tensor) -> None:
     weight = values.reshape(layer.weight_shape())
-    layer.write_weight(layer.stored(weight.to(layer.weight.dtype)))
+    layer.write_weight(layer.as_parameter(weight.to(layer.weight.dtype)))
     layer.w_quant.set_bounds([layer.float_weight()], steps)

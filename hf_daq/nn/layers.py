@@ -69,9 +69,12 @@ class QuantizedLayer(DaqLayer):
             delattr(self, name)
 
     def float_weight(self) -> Tensor:
-        """The weight the float layer computes with, shape (out, in / groups, ...)."""
-        weight: Tensor = self.weight
-        return weight
+        """The weight that is quantized, shape (out, in / groups, ...): what the float layer computes with, `smoothed_weight`."""
+        return self.smoothed_weight(self.weight)
+
+    def in_float(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """What the float layer computes; with another weight like `float_weight`."""
+        return self.compute(self.smoothed(x), self.float_weight() if weight is None else weight, self.bias)
 
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of `float_weight`: (out, in / groups, ...)."""
@@ -149,8 +152,8 @@ class QuantizedLayer(DaqLayer):
         return weight
 
     def _sources(self) -> list[Any]:
-        """The parameters that the quantized weight depends on."""
-        parameters = [*self._parameters.items(), *self.w_quant._parameters.items()]
+        """The parameters that the quantized weight depends on, and `smooth`."""
+        parameters = [*self._parameters.items(), *self.w_quant._parameters.items(), ("smooth", self.smooth)]
         return [value for name, value in parameters if value is not None and name not in ("bias", "shift")]
 
     def _may_keep(self, sources: list[Any]) -> bool:
@@ -245,8 +248,7 @@ class DaqConv1D(QuantizedLayer, Conv1D):
     """GPT-2's linear layer, whose parameter has the shape (in, out)."""
 
     def float_weight(self) -> Tensor:
-        weight: Tensor = self.weight.t()
-        return weight
+        return self.smoothed_weight(self.weight.t())
 
     def weight_shape(self) -> tuple[int, ...]:
         return tuple(self.weight.shape[::-1])

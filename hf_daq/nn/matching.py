@@ -51,9 +51,9 @@ class OutputMatch:
         all_reduce(self.sums, dist.ReduceOp.SUM)
         all_reduce(self.counts, dist.ReduceOp.SUM)
 
-    def fit(self, per_layer: bool, shift: bool, paper: bool) -> tuple[Tensor, Tensor]:
+    def fit(self, per_layer: bool, shift: bool, paper: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Factor of the scale, shape (1,) or (channels,), and shift, shape (channels,), that lower the squared error the
-        most, of all positions and of the typical one; 1 and 0 where nothing lowers both.
+        most, of all positions and of the typical one; 1 and 0 where nothing lowers both. And these two errors.
 
         Args:
             per_layer: one factor for the layer. shift: whether there may be one.
@@ -70,7 +70,7 @@ class OutputMatch:
                 errors = self._errors(ratio, offset, parameters)
                 if bool((errors <= limit).all()) and errors.log().sum() < min(reached, least.log().sum()):
                     best, least = (ratio, offset), errors
-        return best
+        return *best, least
 
     @staticmethod
     def _candidates(

@@ -85,7 +85,7 @@ class Sample:
         self._parts: tuple[list[_Rows], list[_Rows]] = [], []
 
     def add(self, half: int, x: Tensor, in_float: Tensor, limit: int) -> None:
-        """Arguments as of `Moments`, but not quantized yet."""
+        """Arguments as of `Moments`, but smoothed and not quantized yet."""
         self._parts[half].extend(
             _Rows(x, f, root, f @ self.weight.mT) for x, f, root in _rows(self.layer, x, in_float, limit)
         )

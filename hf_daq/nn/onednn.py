@@ -278,17 +278,19 @@ class _Integers(torch.autograd.Function):
 
 def _output(layer: Any, x: Tensor) -> Tensor:
     found: Prepared = layer._prepared
+    given, x = x, layer.smoothed(x)
     if found.int8 is not None:
         return gpu.product(x, found.int8, layer.a_quant, layer.bias, layer.a_quant.result_dtype(x))
     if found.arranged is not None:
-        return _output_of_machine(layer, x, found.arranged)
+        output = _output_of_machine(layer, x, found.arranged)
+        return layer.as_quantized(given) if output is None else output  # type: ignore[no-any-return]
     if found.rows is None:
         return _output_of_tokens(layer, x, found)
     codes, has_nan = run_codes(x, found.rows)
     if torch.compiler.is_compiling():
         found = found._replace(scale=torch.where(has_nan, torch.nan, found.scale))
     elif has_nan:
-        return layer.as_quantized(x)  # type: ignore[no-any-return]
+        return layer.as_quantized(given)  # type: ignore[no-any-return]
     dtype = layer.a_quant.result_dtype(x)
     bias = None if layer.bias is None else layer.bias.detach().float()
     output = _sums(layer, codes, found, bias, torch.float32 if dtype == torch.float16 else dtype).to(dtype)
@@ -297,13 +299,13 @@ def _output(layer: Any, x: Tensor) -> Tensor:
     return output.contiguous() if x.is_contiguous() else output
 
 
-def _output_of_machine(layer: Any, x: Tensor, arranged: machine.Arranged) -> Tensor:
+def _output_of_machine(layer: Any, x: Tensor, arranged: machine.Arranged) -> Tensor | None:
     dtype, bias = layer.a_quant.result_dtype(x), layer.bias
     bias = None if bias is None else bias.detach().float()
     wide = x.float() if x.dtype == torch.float16 else x
     result = machine.output(layer, arranged, wide, bias, torch.float32 if dtype == torch.float16 else dtype)
     if result is None:
-        return layer.as_quantized(x)  # type: ignore[no-any-return]
+        return None
     last = x.ndim != 4 or not isinstance(layer, nn.Conv2d) or not x.is_contiguous()
     return (result if last else result.contiguous()).to(dtype)
 

@@ -46,7 +46,7 @@ class PackedLayer(DaqLayer):
     weight_codes: uint8, shape (bytes,): the codes q of the weight, in C order, as `bitpack` lays them out.
     weight_scale: float32.
     bias: of the quantized layer.
-    weight: the weight in the units of the float layer, computed when it is read.
+    weight: the weight as the float layer has it, computed when it is read.
     quantizing: options of the weight quantizer that the layer had.
     fast: whether the layer may round more than the quantized one, where that is faster. It is not saved.
 
@@ -119,7 +119,7 @@ class PackedLayer(DaqLayer):
         self._forget()
 
     def float_weight(self) -> Tensor:
-        """`weight`, of `weight_shape`."""
+        """`weight`, of `weight_shape`, as it is quantized."""
         return self._of_float(self.quantized_weight())
 
     def _of_float(self, weight: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class PackedLayer(DaqLayer):
 
     @property
     def weight(self) -> Tensor:
-        stored = self.stored(self.float_weight())
+        stored = self.as_parameter(self.float_weight())
         if torch.compiler.is_compiling():
             return stored
         computed: Any = stored.as_subclass(_PackedWeight)

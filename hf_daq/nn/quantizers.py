@@ -361,7 +361,9 @@ class WeightQuantizer(BoundedQuantizer):
 class ActivationQuantizer(BoundedQuantizer):
     """Layer inputs of any shape to `(q - zero_point) / R`.
 
-    lower, upper: bounds, shape (1,). `lower` is exactly 0 and frozen where calibration saw no negative value (the
+    smooth: what each channel of the input is divided by before it is rounded, shape (columns,), float32, powers of two, so that
+        this is exact; the weight is multiplied with it. None: nothing is divided.
+    lower, upper: bounds of the divided input, shape (1,). `lower` is exactly 0 and frozen where calibration saw no negative value (the
         paper); else `signed` is True, both learn, and the bounds are moved so that the real zero is a code:
         `zero_point = round(-lower / (upper - lower) * R)`, with the identity as its gradient.
     """
@@ -377,7 +379,26 @@ class ActivationQuantizer(BoundedQuantizer):
         device: Any = None,
     ) -> None:
         super().__init__(bits, 1, rounding, gamma, sigma, temperature, device)
+        self.smooth: Tensor | None
+        self.register_buffer("smooth", None)
         self.signed = True
+
+    def smoothed(self, x: Tensor) -> Tensor:
+        """The input as it is rounded."""
+        smooth = self.smooth
+        return x if smooth is None else x / smooth.to(x.device, x.dtype)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        has = f"{prefix}smooth" in state_dict
+        if f"{prefix}upper" in state_dict and has is (self.smooth is None):
+            lists[-1].append(
+                f"{prefix}smooth is {'of' if has else 'missing in'} this state dict: where it is from, the channels of this input are "
+                f"{'' if has else 'not '}divided, as calibration found. Quantize with the config of that model: "
+                "hf_daq.apply_daq(model, saved.daq_config), or open the folder with hf_daq.from_pretrained"
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 
     def finish(self, loaded: bool = False) -> None:
         super().finish(loaded)
@@ -405,7 +426,7 @@ class ActivationQuantizer(BoundedQuantizer):
     def codes(self, x: Tensor) -> Tensor:
         """The codes of inputs, uint8 of their shape; `forward` gives `(codes - zero_point) / R`."""
         options = self._options(x) | {"rounding": "ste", "dtype": None}
-        values = quantize_activation(wide(x), self.lower, self.upper, **options)
+        values = quantize_activation(wide(self.smoothed(x)), self.lower, self.upper, **options)
         codes: Tensor = (values * self.levels + self.zero_point).round_().to(torch.uint8)
         return codes
 
@@ -413,9 +434,14 @@ class ActivationQuantizer(BoundedQuantizer):
     def positions(self, x: Tensor) -> Tensor:
         """Where inputs lie between the codes, before rounding: the bounds, moved so that zero is a code, are at 0 and
         `2**bits - 1`."""
-        positions: Tensor = wide(x) / (self.span / self.levels) + self.zero_point
+        positions: Tensor = wide(self.smoothed(x)) / (self.span / self.levels) + self.zero_point
         return positions
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.rounded(x if self.smooth is None else self.smoothed(x))
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """The output for an input that is `smoothed`."""
         # A replica of DataParallel may share the quantizer of a layer on the first device.
-        return quantize_activation(x, self.lower.to(x.device), self.upper.to(x.device), **self._options(x))
+        lower, upper = self.lower.to(x.device), self.upper.to(x.device)
+        return quantize_activation(x, lower, upper, **self._options(x))

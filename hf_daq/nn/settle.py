@@ -79,7 +79,7 @@ def _settled_weight(layer: Any) -> Tensor | None:
         if torch.equal(own.codes(part), codes):
             result = weight.clone() if result is None else result
             result[rows] = part
-    return None if result is None else layer.stored(result if weight is whole else result.view(whole.shape))
+    return None if result is None else layer.as_parameter(result if weight is whole else result.view(whole.shape))
 
 
 def _settled_parameter(layer: Any) -> Tensor | None:
@@ -94,7 +94,7 @@ def _settled_parameter(layer: Any) -> Tensor | None:
         moved = _moved(quantizer, before, codes)
         if moved is before:
             break
-        step = layer.stored(moved - before) / layer.slope()
+        step = layer.as_parameter(moved - before) / layer.slope()
         # With a gain of 0, as networks start with, no parameter moves the weight.
         parameters[key] = parameter = parameter + torch.where(step.isfinite(), step, 0)
     same = torch.equal(quantizer.codes(layer.float_weight()), codes)

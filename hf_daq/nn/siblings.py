@@ -46,6 +46,8 @@ def once(layer: DaqLayer, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Ten
     if owner.input_readers == 1:
         return compute(x)
     bounds: tuple[Tensor, ...] = tuple(owner.a_quant._parameters.values())
+    if owner.a_quant.smooth is not None:
+        bounds = *bounds, owner.a_quant.smooth
     if owner is not layer and any(map(is_shard, bounds)):
         raise ModelError(
             f"layer {layer.daq_name!r} uses the input bounds of layer {owner.daq_name!r}, which is sharded by itself; shard the block "
@@ -94,8 +96,12 @@ def share_input(layer: Any, owner: Any) -> None:
 
 
 def link(layers: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Let layers share the quantizers that the entries of a config name, which has checked them."""
+    """Let layers share the quantizers that the entries of a config name, which has checked them, and give quantizers a place
+    for what they divide channels by."""
     for name, entry in entries.items():
+        if "smooth" in entry and name in layers:
+            quantizer = layers[name].a_quant
+            quantizer.smooth = torch.ones(layers[name].weight_shape()[1], device=quantizer.lower.device)
         if "same_input_as" in entry and name in layers:
             share_input(layers[name], layers[entry["same_input_as"]])
 
@@ -129,9 +135,14 @@ def groups_left(before: Mapping[str, Any], layers: Mapping[str, Any]) -> list[li
     return list(groups.values())
 
 
-def with_owners(entries: Mapping[str, Mapping[str, Any]], owners: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """The entries of a config with these layers sharing quantizers, and no others."""
+def with_owners(
+    entries: Mapping[str, Mapping[str, Any]], owners: Mapping[str, str], layers: Iterable[Any]
+) -> dict[str, dict[str, Any]]:
+    """The entries of a config with these layers sharing quantizers, and no others; and which of `layers` divide channels."""
     changed = {name: {key: entry[key] for key in ("weight_bits", "activation_bits")} for name, entry in entries.items()}
     for name, owner in owners.items():
         changed[name]["same_input_as"] = owner
+    for layer in layers:
+        if layer.smooth is not None and layer.input_owner is None:
+            changed[layer.daq_name]["smooth"] = True
     return changed

@@ -21,6 +21,7 @@ class TokenQuantizer(Quantizer):
     """
 
     calibrated = True
+    smooth = None
 
     def __init__(
         self,

@@ -130,7 +130,7 @@ class QuantizedNormed(QuantizedLayer):
 
     def _sources(self) -> list[Any]:
         own = [value for name, value in self.w_quant._parameters.items() if value is not None and name != "shift"]
-        return [*reversed(self.parts), *own]
+        return [*reversed(self.parts), *own, *(() if self.smooth is None else (self.smooth,))]
 
 
 _NORMED: dict[type[nn.Module], type[Normed]] = {}

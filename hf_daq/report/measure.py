@@ -140,7 +140,7 @@ class Measurement:
         return torch.cat([flat, flat[:, -1:].expand(-1, missing)], 1).view(-1, size)
 
     def float_output(self, x: Tensor) -> Tensor:
-        output: Tensor = self.layer.compute(x, self.layer.float_weight(), self.layer.bias)
+        output: Tensor = self.layer.in_float(x)
         return output
 
     def observe(self, x: Tensor, output: Tensor) -> None:
@@ -183,10 +183,12 @@ class Measurement:
         self.clipped_inputs += int(a_quant.outside(a_quant.positions(x)).count_nonzero())
         self.negative_inputs += int((x < 0).sum())
         values, channel = wide(x), self._channel_dim()
-        noise = wide(a_quant(values)) * a_quant.span - values
+        values, noise = self.layer.smoothed(values), wide(a_quant(values)) * a_quant.span
+        noise -= values
         energies = torch.stack([part.movedim(channel, 0).flatten(1).square().sum(1) for part in (values, noise)])
         self.channels = energies if self.channels is None else self.channels + energies
-        self.distinct_inputs = max(self.distinct_inputs, _distinct(a_quant(_sample(x.reshape(1, -1)))))
+        quantize, rows = a_quant if a_quant.smooth is None else a_quant.rounded, self.layer.smoothed(x).reshape(1, -1)
+        self.distinct_inputs = max(self.distinct_inputs, _distinct(quantize(_sample(rows))))
 
     def _channel_dim(self) -> int:
         convolution = issubclass(self.layer.float_class, CONVOLUTIONS + TRANSPOSED)

@@ -1,0 +1,64 @@
+"""By what the channels of a linear layer's input are divided before it is rounded, and the columns of its weight multiplied with:
+SmoothQuant (Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", ICML 2023),
+with powers of two, so that neither rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .observers import InputSample, Statistics, all_reduce
+from .quantizers import ActivationQuantizer
+
+SMOOTHED = nn.Linear, Conv1D
+"""Float classes whose inputs may be divided."""
+GAIN = 0.2
+"""Of the error of the output: for less, inputs are not divided."""
+# Alpha, the share of the inputs' magnitudes, and what is added before powers are rounded; first what mostly serves.
+_TRIED = (0.75, 0.0), (0.75, 0.5), (0.5, 0.0)
+_UNEVEN = 2.0  # the largest channel of inputs, by the median one: below, all are alike
+_FURTHEST = 7  # powers of two from the median factor: float16 has place for them
+
+
+def candidates(layers: Iterable[Any], weights: Sequence[Tensor], sample: InputSample) -> list[Tensor]:
+    """Factors worth a try for layers that read the same inputs, each of shape (columns,), 1 and more; none where channels are
+    alike. If the first is no gain, the others are none.
+
+    Args:
+        weights: of the float layers, shape (out, columns). sample: of the inputs, on this rank.
+    """
+    if not all(isinstance(layer, SMOOTHED) and isinstance(layer.a_quant, ActivationQuantizer) for layer in layers):
+        return []
+    inputs = sample.rows.new_zeros(sample.width, dtype=torch.float32)
+    if len(sample.rows):
+        inputs = sample.rows.abs().amax(0).float()
+    all_reduce(inputs, dist.ReduceOp.MAX)
+    columns = torch.stack([weight.abs().amax(0).float() for weight in weights]).amax(0)
+    used = (inputs > 0) & (columns > 0)
+    if not bool(used.any()) or inputs.max() < _UNEVEN * inputs[used].median():
+        return []
+    found: list[Tensor] = []
+    for share, offset in _TRIED:
+        powers = (share * inputs.log2() - (1 - share) * columns.log2() + offset).round()
+        middle = powers[used].median()
+        powers = torch.where(used, powers - middle, 0).clamp(-_FURTHEST, _FURTHEST)
+        factors = (powers - powers.min()).exp2()
+        if not any(torch.equal(factors, other) for other in found):
+            found.append(factors)
+    return found
+
+
+def statistics(sample: InputSample, factors: Tensor) -> Statistics:
+    """Of the sample's rows, divided; over all ranks."""
+    found = Statistics(factors.device)
+    if len(sample.rows):
+        found.add(sample.rows / factors.to(sample.rows.dtype))
+        found.sums *= sample.share
+        found.histogram *= sample.share
+    found.reduce()
+    return found
