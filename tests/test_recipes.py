@@ -991,6 +991,12 @@ def test_speed_of_a_text_network_with_a_small_vocabulary(tiny_bert, tmp_path, mo
     assert {"float", "exact", "int8_outputs"} <= row.keys()
 
 
+def test_time_by_operator():
+    found = deploy.profiled(torch.nn.Linear(8, 8), torch.ones(2, 8), runs=3)
+    assert found["aten::addmm"] > 0
+    assert found["all"] == pytest.approx(sum(time for name, time in found.items() if name != "all"))
+
+
 @pytest.mark.slow
 def test_speed_is_measured_in_all_runtimes(capsys):
     rows = deploy.main(["--speed", "test_resnet", "--threads", "1", "--compiled"])["speed"]
