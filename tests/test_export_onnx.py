@@ -732,3 +732,19 @@ def test_inputs_without_numbers_are_named(tmp_path):
     x[1, 0, 0, 0] = torch.nan
     with pytest.raises(ExportError, match="input 0 has NaN"):
         export_onnx(model, tmp_path / "model.onnx", x)
+
+
+def test_a_number_of_rows_that_the_model_fixes_is_refused(tmp_path):
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, x):
+            return self.net(x).view(len(x), -1)
+
+    x = images(2)
+    model = quantized(Flat(), x)
+    with pytest.raises(ExportError, match=r"take 2 rows of 'x' and no other number.*write x.shape\[0\]"):
+        export_onnx(model, tmp_path / "model.onnx", x)
+    assert not list(tmp_path.iterdir())

@@ -362,6 +362,12 @@ def test_wrong_usage_of_the_command(root, tmp_path):
     file = ("quantize", root / "llama", *data, "--to", "gguf")
     assert "llama.cpp has no such inputs" in run(*file, "--bits", 4, code=1)[1]
     assert "holds multiples of 32" in run(*file, "--weight-bits", 4, code=1)[1]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    decoder = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes))
+    decoder.save_pretrained(tmp_path / "words")
+    word_tokenizer(tmp_path / "words")
+    file = ("quantize", tmp_path / "words", *data, "--to", "gguf")
+    assert "holds a tokenizer 'WordLevel'" in run(*file, "--weight-bits", 4, code=1)[1]
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "config.json").write_text((model / "config.json").read_text())
     (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"")

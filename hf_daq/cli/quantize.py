@@ -103,8 +103,8 @@ def quantize_command(
 
         from ..integrations.build import pretrained, skeleton
 
-        _refuse_export(lambda: hf_daq.apply_daq(skeleton(model, revision), chosen), to)
         network = pretrained(model, revision)
+        _refuse_export(lambda: hf_daq.apply_daq(skeleton(model, revision), chosen), to, network, processor)
     note(f"quantizing {model} with {data}")
     result = hf_daq.quantize(
         network,
@@ -229,12 +229,15 @@ def _facts(result: Any, model: str, data: str, seed: int) -> Any:
     )
 
 
-def _refuse_export(build: Callable[[], Any], to: Output) -> None:
+def _refuse_export(build: Callable[[], Any], to: Output, network: Any, processor: str | None) -> None:
     """Before the work, not after it."""
     if to == "gguf":
         from ..export.gguf import check_gguf
+        from ..integrations.examples import processor_of
 
-        check_gguf(build())
+        built = build()
+        check_gguf(built)
+        check_gguf(built, processor_of(network, processor, "AutoTokenizer"))
     if to == "compressed-tensors":
         from ..export.compressed_tensors import check_compressed_tensors
 

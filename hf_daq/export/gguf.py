@@ -111,7 +111,7 @@ def export_gguf(model: nn.Module, path: str | Path, tokenizer: Any = None, *, em
     """
     if embeddings not in get_args(FloatType):
         raise ExportError(f"embeddings={embeddings!r} is not one of {', '.join(map(repr, get_args(FloatType)))}")
-    gguf, family = check_gguf(model)
+    gguf, family = check_gguf(model, tokenizer)
     check_calibrated(daq_layers(model), "the export")
     config: Any = model.config
     target = Path(path)
@@ -133,7 +133,7 @@ def export_gguf(model: nn.Module, path: str | Path, tokenizer: Any = None, *, em
     return reports[0]
 
 
-def check_gguf(model: nn.Module) -> tuple[Any, Family]:
+def check_gguf(model: nn.Module, tokenizer: Any = None) -> tuple[Any, Family]:
     """Refuse what no GGUF file holds, of a model that may have no weights yet: the library, and the model's family."""
     gguf, family = library("gguf", "gguf"), family_of(model)
     layers = layers_to_export(model)
@@ -153,7 +153,10 @@ def check_gguf(model: nn.Module) -> tuple[Any, Family]:
             _type_of(name, layer)
     if "daq_config" in vars(model):
         check_unchanged(model)
-    check_config(model.config, family)
+    config: Any = model.config
+    check_config(config, family)
+    if tokenizer is not None:
+        add_tokenizer(gguf.GGUFWriter(None, family.architecture), gguf, tokenizer, config.vocab_size)
     return gguf, family
 
 

@@ -257,6 +257,12 @@ def _exported(
                 )
                 break
     assert program is not None
+    for name, shape in input_shapes(program.model_proto).items():
+        if isinstance(shape[0], int):
+            raise ExportError(
+                f"the file would take {shape[0]} rows of {name!r} and no other number, as the model makes a number of Python of "
+                "them: write x.shape[0] instead of len(x) and int(x.shape[0])"
+            )
     return program.model_proto
 
 

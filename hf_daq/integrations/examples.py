@@ -92,7 +92,7 @@ def read_examples(
                 "a model of timm has no processor: its pretrained_cfg says how images are prepared; leave out processor"
             )
     else:
-        processor = _processor(model, processor, "AutoImageProcessor" if kind == "images" else "AutoTokenizer")
+        processor = processor_of(model, processor, "AutoImageProcessor" if kind == "images" else "AutoTokenizer")
     if kind == "images":
         prepare = _image_preparation(model, processor)
     else:
@@ -148,7 +148,7 @@ def _kind(model: Any) -> str:
     return "text" if type(model).__name__ in DECODERS.values() else "sentences"
 
 
-def _processor(model: Any, given: Any, of_class: str) -> Any:
+def processor_of(model: Any, given: Any, of_class: str) -> Any:
     """The tokenizer or image processor: the one given, or the one beside the weights. No code of a repository is run."""
     if given is not None and not isinstance(given, str | Path):
         return given
@@ -380,7 +380,7 @@ def _class_names(model: Any) -> dict[str, int]:
 
 def _blocks(model: Any, texts: Any, counts: Sequence[int], processor: Any, length: int | None) -> list[Examples]:
     """Consecutive blocks of tokens, the parts one after the other."""
-    tokenizer = _processor(model, processor, "AutoTokenizer")
+    tokenizer = processor_of(model, processor, "AutoTokenizer")
     length = min(length or _BLOCK, _room(model))
     tokens: list[int] = []
     for start in range(0, len(texts), 1000):
