@@ -279,3 +279,22 @@ def test_summary_says_how_packed_layers_compute():
     assert well.to_dict().items() >= {"paths": {"unpacked": 1, "integers": 2}, "path_error": well.path_error}.items()
     assert well.path_error == max(layer.path_error for layer in found.layers)
     assert str(found).splitlines()[-1] == str(well).splitlines()[-2]
+
+
+@pytest.mark.parametrize("config", [{"bits": 4}, {"bits": 8, "activation_scale": "token"}], ids=["static", "token"])
+@pytest.mark.parametrize("shape", [(40, 8), (5, 8, 8)])
+def test_what_follows_may_write_to_the_output(config, shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 2)).eval()
+    hf_daq.apply_daq(model, **config)
+    with hf_daq.calibrate(model, check=False):
+        model(x)
+    hf_daq.pack(model)
+    output = model(x)  # the first layer is in float, and wants a gradient
+    output.square().sum().backward()
+    gradient = model[0].weight.grad.clone()
+    model[2].inplace, model[0].weight.grad = False, None
+    other = model(x)
+    other.square().sum().backward()
+    torch.testing.assert_close(output, other)
+    torch.testing.assert_close(gradient, model[0].weight.grad)

@@ -264,7 +264,8 @@ class _Integers(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x)
         ctx.layer = layer
-        return _output(layer, x)
+        # What comes next may write to it in place, which autograd allows in no view that was made here.
+        return _alone(_output(layer, x))
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -274,6 +275,11 @@ class _Integers(torch.autograd.Function):
             output = ctx.layer.as_quantized(x)
         (of_x,) = torch.autograd.grad(output, x, grad)
         return of_x, None
+
+
+def _alone(output: Tensor) -> Tensor:
+    """The same memory as a tensor of its own, no view of another."""
+    return output.new_empty(0).set_(output) if output._is_view() else output  # type: ignore[call-overload, no-any-return]
 
 
 def _output(layer: Any, x: Tensor) -> Tensor:
