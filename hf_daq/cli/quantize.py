@@ -93,6 +93,8 @@ def quantize_command(
     """
     limit = minutes(reconstruct)
     chosen = chosen_config(ctx)
+    if to == "compressed-tensors":
+        chosen = chosen.replace(smooth=False)  # for which the format has no place
     if runtime and to != "onnx":
         raise typer.BadParameter("--runtime is for --to onnx")
     refuse_same(model, output)

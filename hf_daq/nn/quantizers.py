@@ -402,6 +402,8 @@ class ActivationQuantizer(BoundedQuantizer):
 
     def finish(self, loaded: bool = False) -> None:
         super().finish(loaded)
+        if self.smooth is not None:
+            self.smooth = self.smooth.float()  # transformers gives buffers the dtype of the model
         if self._calibrated and not is_shard(self.lower):
             was_fixed, self.signed = not self.signed, bool(self.lower != 0)
             if not self.signed:
