@@ -70,7 +70,7 @@ class DaqLayer(Leaf):
         """What the channels of the input are divided by, and the columns of the weight multiplied with, before both are rounded:
         shape (columns,). None where they are not."""
         quantizer = self.a_quant
-        return None if quantizer is None else quantizer.smooth
+        return None if quantizer is None else quantizer._buffers.get("smooth")
 
     def smoothed(self, x: Tensor) -> Tensor:
         """An input as it is rounded."""

@@ -440,7 +440,7 @@ class ActivationQuantizer(BoundedQuantizer):
         return positions
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.rounded(x if self.smooth is None else self.smoothed(x))
+        return self.rounded(self.smoothed(x))
 
     def rounded(self, x: Tensor) -> Tensor:
         """The output for an input that is `smoothed`."""
