@@ -325,7 +325,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if cfg.epochs and not (cfg.float_epochs or cfg.model or cfg.checkpoint):
         raise SystemExit("the DAQ phase starts from float weights: set float_epochs, model or checkpoint")
     loop.refuse_missing(cfg.checkpoint)
-    quantization, exports = daq_config(cfg.daq), finish.formats(cfg.export)
+    exports = finish.formats(cfg.export)
+    quantization = finish.fitting(daq_config(cfg.daq), exports)
     checkpoint, progress = find_checkpoint(cfg)
     accelerator = start_accelerator(cfg, checkpoint)
 

@@ -293,7 +293,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     command_line = sys.argv[1:] if argv is None else argv
     cfg = parse(command_line)
     loop.refuse_missing(cfg.checkpoint)
-    quantization, exports = daq_config(cfg.daq), finish.formats(cfg.export)
+    exports = finish.formats(cfg.export)
+    quantization = finish.fitting(daq_config(cfg.daq), exports)
     report = start_report(cfg)
     results = report["results"]
     set_seed(cfg.seed)

@@ -36,7 +36,7 @@ def batch(seed=2):
 
 
 def calibrated(name="llama", *, weight_bits=3, **config):
-    model = hf_daq.apply_daq(tiny.build(name), DaqConfig(weight_bits=weight_bits, **config))
+    model = hf_daq.apply_daq(tiny.build(name), DaqConfig(weight_bits=weight_bits, **({"smooth": False} | config)))
     with hf_daq.calibrate(model):
         model(**batch(seed=1))
     return model.eval()

@@ -100,6 +100,11 @@ def formats(names: str | None) -> list[str]:
     return wanted
 
 
+def fitting(config: hf_daq.DaqConfig, names: list[str]) -> hf_daq.DaqConfig:
+    """The config for a network that these formats can hold."""
+    return config.replace(smooth=False) if "compressed-tensors" in names else config
+
+
 def export(names: list[str], output: Path, inputs: Any) -> None:
     """Write each format beside output/quantized, compare it with the network, and print what was found.
 
