@@ -259,7 +259,7 @@ def test_remove_with_quantized_weights_keeps_the_outputs_of_a_weight_only_model(
 
 
 def test_remove_with_quantized_weights_is_in_the_units_of_the_float_layer():
-    model = calibrated(small_net(), weight_bits=8, activation_bits=8)
+    model = calibrated(small_net(), weight_bits=8, activation_bits=8, smooth=False)
     original = small_net()
     hf_daq.remove_daq(model, weights="quantized")
     for name in ("conv", "depthwise", "grouped", "hidden"):
