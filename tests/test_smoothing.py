@@ -119,6 +119,14 @@ def test_without_outliers_and_without_the_option_nothing_changes():
     assert not smoothed(network(activation_scale="token"))
 
 
+@pytest.mark.parametrize("rows", [1, 4, 16, 64])
+def test_what_a_few_rows_have_alone_is_no_outlier(rows):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4))
+    rows_of_long_tails = torch.distributions.Laplace(0.0, 1.0).sample((rows, 64))
+    assert not smoothed(network(model, rows_of_long_tails, modules_to_not_convert=["1"]))
+
+
 def test_calibration_finds_it_anew():
     model = network()
     with torch.no_grad():

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .init import spread
 from .observers import InputSample, Statistics, all_reduce
 from .quantizers import ActivationQuantizer
 
@@ -35,8 +36,10 @@ def candidates(layers: Iterable[Any], weights: Sequence[Tensor], sample: InputSa
     if not all(isinstance(layer, SMOOTHED) and isinstance(layer.a_quant, ActivationQuantizer) for layer in layers):
         return []
     inputs = sample.rows.new_zeros(sample.width, dtype=torch.float32)
-    if len(sample.rows):
-        inputs = sample.rows.abs().amax(0).float()
+    if len(sample.rows) > 1:
+        # Of one half: what only these rows have does harm to the other one, and so the error of all tells.
+        half = spread(len(sample.rows), len(sample.rows) // 2, sample.rows.device)
+        inputs = sample.rows[half].abs().amax(0).float()
     all_reduce(inputs, dist.ReduceOp.MAX)
     columns = torch.stack([weight.abs().amax(0).float() for weight in weights]).amax(0)
     used = (inputs > 0) & (columns > 0)
