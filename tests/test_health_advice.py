@@ -158,7 +158,12 @@ def inputs(weight=1.0, channel=1.0, cancel=None, spike=None, seed=0):
 
 
 NATURAL = [
-    ({"channel": 1000.0}, {"bits": 5, "first_last_bits": 5, "weight_grid": "odd"}, "low-output-sqnr", "skip"),
+    (
+        {"channel": 1000.0},
+        {"bits": 5, "first_last_bits": 5, "weight_grid": "odd", "smooth": False},
+        "low-output-sqnr",
+        "skip",
+    ),
     ({"cancel": 100.0}, {"weight_bits": 5, "first_last_bits": 5}, "low-output-sqnr", "weight_bits"),
     ({"cancel": 1000.0}, {"weight_bits": 8, "first_last_bits": 8}, "low-output-sqnr", "skip"),
     ({"weight": 300.0}, {"bits": 5}, "dead-weight-codes", "weight_bits"),
@@ -170,7 +175,7 @@ NATURAL = [
         "dead-input-codes",
         "activation_bits",
     ),
-    ({"channel": 1000.0}, {"bits": 8, "first_last_bits": 8}, "outlier-channels", "skip"),
+    ({"channel": 1000.0}, {"bits": 8, "first_last_bits": 8, "smooth": False}, "outlier-channels", "skip"),
 ]
 AGAIN = (
     "calibrate again with batches like this one, and train with a smaller quantizer_lr if training moved its bounds; "

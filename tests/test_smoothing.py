@@ -15,6 +15,7 @@ from hf_daq.errors import CheckpointError, ConfigError, ExportError
 from hf_daq.nn.layers import quantized_layers
 from hf_daq.nn.packed import packed_layers
 from hf_daq.nn.paths import bit_for_bit
+from hf_daq.nn.smoothing import half_of
 
 BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
 
@@ -281,7 +282,7 @@ def test_adapters_inside(packed):
 # ----------------------------------------------------------------------------------------------------- state dicts and configs
 
 
-def test_state_dicts_open_with_the_config_of_their_model():
+def test_state_dicts_say_what_is_divided(tmp_path):
     model = network()
     fresh = hf_daq.apply_daq(Network(), model.daq_config)
     fresh.load_state_dict(model.state_dict())
@@ -291,10 +292,17 @@ def test_state_dicts_open_with_the_config_of_their_model():
         for name, entry in model.daq_config.layers.items()
     }
     without = hf_daq.apply_daq(Network(), model.daq_config.replace(layers=entries))
-    with pytest.raises(RuntimeError, match=r"attention.q.a_quant.smooth is of this state dict.*saved.daq_config"):
-        without.load_state_dict(model.state_dict(), strict=False)
-    with pytest.raises(RuntimeError, match=r"attention.q.a_quant.smooth is missing in this state dict"):
-        fresh.load_state_dict(network(smooth=False).state_dict(), strict=False)
+    without.load_state_dict(model.state_dict())
+    assert torch.equal(without.eval()(images(1)), model(images(1)))
+    hf_daq.save_pretrained(without, tmp_path / "with")
+    assert without.daq_config.layers == model.daq_config.layers
+    opened = hf_daq.from_pretrained(tmp_path / "with", Network())
+    assert torch.equal(opened.eval()(images(1)), model(images(1)))
+    plain = network(smooth=False)
+    fresh.load_state_dict(plain.state_dict())
+    assert torch.equal(fresh.eval()(images(1)), plain(images(1)))
+    hf_daq.save_pretrained(fresh, tmp_path / "without")
+    assert "smooth" not in str(fresh.daq_config.layers)
 
 
 def test_factors_stay_whole_in_narrow_dtypes():
@@ -335,3 +343,14 @@ def test_configs_are_checked():
     entry = {"weight_bits": 8, "activation_bits": 8, "smooth": True}
     with pytest.raises(ConfigError, match="'0', a Conv2d, and it is for linear layers"):
         hf_daq.apply_daq(nn.Sequential(nn.Conv2d(3, 4, 3)), hf_daq.DaqConfig(bits=8, layers={"0": entry}))
+
+
+def test_the_rows_that_choose_factors_do_not_depend_on_their_order():
+    rows = torch.randn(101, 16, generator=torch.Generator().manual_seed(0))
+    chosen = half_of(rows)
+    assert 30 < len(chosen) < 70
+    other = half_of(rows.flip(0))
+    assert torch.equal(other.flip(0), chosen)
+    same = torch.ones(3, 4)
+    assert torch.equal(half_of(same), same)
+    assert torch.equal(half_of(torch.tensor([[0.0, 1.0]])), torch.tensor([[0.0, 1.0]]))  # no half is there

@@ -48,6 +48,7 @@ def check_unchanged(model: nn.Module, adapters: bool = False) -> None:
     layers, modules = daq_layers(model), dict(model.named_modules())
     if adapters:
         layers = {name.removesuffix(".base_layer"): layer for name, layer in layers.items()}
+    _follow(config, layers)
     for name, bits in (config.layers or {}).items():
         layer = layers.get(name)
         if layer is None:
@@ -122,6 +123,14 @@ def check_opens(tensors: Mapping[str, Tensor], build: Callable[[], nn.Module]) -
         f"the model has changed since it was built, and its file would not open as the same model: it {problem}. Change a "
         f"model by its own methods (reset_classifier, resize_token_embeddings) and config, then {_AGAIN}"
     )
+
+
+def _follow(config: DaqConfig, layers: Mapping[str, DaqLayer]) -> None:
+    """Let the config say which layers divide channels: a state dict that was loaded decides that, as `calibrate` does."""
+    entries: Any = config.layers or {}
+    for name in entries.keys() & layers.keys():
+        kept = {key: value for key, value in entries[name].items() if key != "smooth"}
+        entries[name] = kept | {key: value for key, value in _entry(layers[name]).items() if key == "smooth"}
 
 
 def _entry(layer: DaqLayer) -> dict[str, Any]:

@@ -391,13 +391,12 @@ class ActivationQuantizer(BoundedQuantizer):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
     ) -> None:
-        has = f"{prefix}smooth" in state_dict
-        if f"{prefix}upper" in state_dict and has is (self.smooth is None):
-            lists[-1].append(
-                f"{prefix}smooth is {'of' if has else 'missing in'} this state dict: where it is from, the channels of this input are "
-                f"{'' if has else 'not '}divided, as calibration found. Quantize with the config of that model: "
-                "hf_daq.apply_daq(model, saved.daq_config), or open the folder with hf_daq.from_pretrained"
-            )
+        """`smooth` is there afterwards, or not, as in the state dict: like bounds it is found by calibration."""
+        found = state_dict.get(f"{prefix}smooth")
+        if found is not None and self.smooth is None:
+            self.smooth = torch.ones(found.shape, device=self.lower.device)
+        elif found is None and f"{prefix}upper" in state_dict:
+            self.smooth = None
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 
     def finish(self, loaded: bool = False) -> None:

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .init import spread
 from .observers import InputSample, Statistics, all_reduce
 from .quantizers import ActivationQuantizer
 
@@ -38,8 +37,7 @@ def candidates(layers: Iterable[Any], weights: Sequence[Tensor], sample: InputSa
     inputs = sample.rows.new_zeros(sample.width, dtype=torch.float32)
     if len(sample.rows) > 1:
         # Of one half: what only these rows have does harm to the other one, and so the error of all tells.
-        half = spread(len(sample.rows), len(sample.rows) // 2, sample.rows.device)
-        inputs = sample.rows[half].abs().amax(0).float()
+        inputs = half_of(sample.rows).abs().amax(0).float()
     all_reduce(inputs, dist.ReduceOp.MAX)
     columns = torch.stack([weight.abs().amax(0).float() for weight in weights]).amax(0)
     used = (inputs > 0) & (columns > 0)
@@ -54,6 +52,13 @@ def candidates(layers: Iterable[Any], weights: Sequence[Tensor], sample: InputSa
         if not any(torch.equal(factors, other) for other in found):
             found.append(factors)
     return found
+
+
+def half_of(rows: Tensor) -> Tensor:
+    """About half of these rows, shape (rows, columns), chosen by what is in them: which rank has a row, and where, makes no
+    difference."""
+    even = (rows > rows.mean(1, keepdim=True)).sum(1) % 2 == 0
+    return rows[even] if even.any() else rows
 
 
 def statistics(sample: InputSample, factors: Tensor) -> Statistics:
