@@ -195,7 +195,7 @@ def test_graphs_have_the_layer_as_one_operator(last):
         pytest.skip("this processor adds no products in 32 bits")
     compiled = torch.compile(model, fullgraph=True, dynamic=False)
     found, (code,) = run_and_get_code(compiled, x)
-    assert code.count("hf_daq.integer_layer.default(") == 4
+    assert code.count("hf_daq.integer_layer.default(") == 3  # the first one has more than one pixel: oneDNN
     assert torch.equal(found, model(x))
     x[1, 2, 3, 4] = torch.nan
     assert compiled(x)[1].isnan().all()

@@ -1,5 +1,6 @@
 """Packed layers with quantized inputs in whole numbers: on the CPU by integers.cpp (whole.py), else oneDNN's operators in torch;
-linear ones on a GPU by gpu.py. In graphs on a processor with AMX oneDNN comes first, whose products of bytes are faster there.
+linear ones on a GPU by gpu.py. In graphs oneDNN comes first where it is faster: on a processor with AMX, and for convolutions of
+more than one pixel.
 
     output[c] = scale[c] * sum_i (code_i - zero_point) * weight[c, i] + bias[c]
 
@@ -95,7 +96,8 @@ def _suits(layer: Any, x: Tensor) -> bool:
 @torch._dynamo.assume_constant_result  # type: ignore[attr-defined]
 def _is_prepared(layer: Any, alone: bool) -> bool:
     """As `prepared`, once while a model is compiled; the graph then has what the layer keeps."""
-    alone = alone or torch.cpu._is_amx_tile_supported()
+    pixels = isinstance(layer, nn.Conv2d) and layer.groups == 1 and max(layer.kernel_size) > 1
+    alone = alone or pixels or torch.cpu._is_amx_tile_supported()
     return prepared(layer, alone).computes(alone)
 
 
