@@ -336,6 +336,21 @@ def test_learned_steps_start_near_the_float_network_and_learn(use):
     assert [p for p in model.parameters() if p.requires_grad and id(p) in set(map(id, steps))]
 
 
+@pytest.mark.parametrize("use", [use_lsq, use_paretoq])
+def test_learned_steps_round_inputs_whose_channels_are_divided(use):
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 4)).eval(), torch.randn(256, 16)
+    x[:, 3] *= 40
+    with torch.no_grad():
+        expected = model(x)
+        hf_daq.apply_daq(model, bits=8, first_last_bits=8)
+        with hf_daq.calibrate(model, check=False):
+            model(x)
+        assert model[0].smooth is not None
+        use(model, x)
+        assert (model.eval()(x) - expected).norm() < 0.2 * expected.norm()
+
+
 # EWGS -------------------------------------------------------------------------------------------------------------
 
 

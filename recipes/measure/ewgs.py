@@ -49,7 +49,7 @@ class EwgsInputs(ActivationQuantizer):
     delta: float
     _codes = EwgsWeights._codes
 
-    def forward(self, x: Tensor) -> Tensor:
+    def rounded(self, x: Tensor) -> Tensor:
         upper = self.upper.to(torch.promote_types(x.dtype, torch.float32))
         return (self._codes(x, torch.zeros_like(upper), upper) / self.levels).to(self.result_dtype(x))
 

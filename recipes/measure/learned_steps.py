@@ -74,7 +74,7 @@ class LearnedInputs(ActivationQuantizer):
         half = 2 ** (self.bits - 1)
         return (-half, half - 1) if self.signed else (0, self.levels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def rounded(self, x: Tensor) -> Tensor:
         # The layer's own span is folded away: these quantizers write real values.
         found = lsq(wide(x), self.step, *self.reach, x[0].numel())
         return found.to(self.result_dtype(x))
@@ -123,7 +123,9 @@ def _mean_inputs(model: nn.Module, batch: Tensor | dict[str, Tensor]) -> dict[st
     """mean|x| of the input of each quantized layer, before it is quantized."""
     found: dict[str, Tensor] = {}
     hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: found.__setitem__(name, args[0].abs().mean()))
+        layer.register_forward_pre_hook(
+            lambda layer, args, name=name: found.__setitem__(name, layer.smoothed(args[0]).abs().mean())
+        )
         for name, layer in quantized_layers(model).items()
     ]
     model.eval()(**batch) if isinstance(batch, dict) else model.eval()(batch)
