@@ -31,7 +31,7 @@ from .nn.leaf import ONLOAD
 from .nn.matching import OutputMatch, usual_weights
 from .nn.observers import InputSample, Statistics, all_reduce, limit_together
 from .nn.quantizers import ActivationQuantizer, WeightQuantizer, is_shard, processes
-from .nn.siblings import regroup, with_owners
+from .nn.siblings import regroup
 from .nn.smoothing import GAIN, candidates, statistics
 from .nn.swap import change_class, uninterrupted
 from .nn.token import TokenQuantizer
@@ -328,9 +328,10 @@ def _share(
     for name, quantizer in quantizers.items():
         if quantizer is not None and layers[name].owner is None:
             quantizer.smooth = values[name].a_quant.smooth  # type: ignore[union-attr]
-    owners = regroup(layers, groups, quantizers)
+    regroup(layers, groups, quantizers)
     root: Any = next(module for module in model.modules() if "daq_config" in vars(module))
-    root.daq_config = root.daq_config.replace(layers=with_owners(root.daq_config.layers, owners, layers.values()))
+    entries = root.daq_config.layers | {layer.daq_name: layer.entry for layer in layers.values()}
+    root.daq_config = root.daq_config.replace(layers=entries)
     tell_transformers(root)
 
 

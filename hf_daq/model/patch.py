@@ -19,7 +19,7 @@ from ..nn.layers import LAYER_TYPES, QuantizedLayer, quantize_layer, quantized_l
 from ..nn.leaf import ONLOAD
 from ..nn.packed import daq_layers, pack_layer, packed_layers, unpack_layer
 from ..nn.quantizers import is_shard
-from ..nn.siblings import groups_left, link, regroup, with_owners
+from ..nn.siblings import groups_left, link, regroup
 from ..nn.swap import hides_forward
 from ..nn.tied import tie_layer, unpack_tied
 from ..nn.weight_norm import give_norms_back, hold_norms
@@ -154,14 +154,14 @@ def quantize_replaced(model: nn.Module, before: dict[str, DaqLayer]) -> None:
         replaced.append(layer)
     quantizers = {name: layer.a_quant for name, layer in before.items()}
     left = {name: layer for name, layer in daq_layers(model).items() if name in bits}
-    owners = regroup(left, groups_left(before, left), quantizers)
+    regroup(left, groups_left(before, left), quantizers)
     for layer in replaced:
         if layer.smooth is not None and len(layer.smooth) != layer.weight_shape()[1]:
             layer.a_quant.smooth = None
     for layer in replaced:
         if not layer.weight.is_meta:
             start_layer(layer, config)
-    model.daq_config = config.replace(layers=with_owners(bits, owners, left.values()))  # type: ignore[assignment]
+    model.daq_config = config.replace(layers=bits | {name: layer.entry for name, layer in left.items()})  # type: ignore[assignment]
 
 
 def unpatch(model: nn.Module, quantized: bool = False) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ def refusal_of_parts(model: nn.Module) -> str:
 
 
 def check_unchanged(model: nn.Module, adapters: bool = False) -> None:
-    """Refuse a quantized model whose layers are not those of its `daq_config`.
+    """Refuse a quantized model whose layers are not those of its `daq_config`, and let this say which of them divide channels.
 
     Args:
         adapters: layers may have adapters of PEFT.
@@ -45,11 +45,10 @@ def check_unchanged(model: nn.Module, adapters: bool = False) -> None:
         ModelError: a layer was replaced, dropped, moved or added since `apply_daq`, or its weight is computed from others.
     """
     config: DaqConfig = model.daq_config  # type: ignore[assignment]
-    layers, modules = daq_layers(model), dict(model.named_modules())
+    layers, modules, entries = daq_layers(model), dict(model.named_modules()), cast(dict[str, Any], config.layers or {})
     if adapters:
         layers = {name.removesuffix(".base_layer"): layer for name, layer in layers.items()}
-    _follow(config, layers)
-    for name, bits in (config.layers or {}).items():
+    for name, bits in entries.items():
         layer = layers.get(name)
         if layer is None:
             now = f"is a {type(modules[name]).__name__} now" if name in modules else "is gone"
@@ -59,7 +58,7 @@ def check_unchanged(model: nn.Module, adapters: bool = False) -> None:
                     "model, write model = model.merge_and_unload(), or model.unload(), first"
                 )
             raise ModelError(f"the model has changed since apply_daq: layer {name!r} {now}; {_AGAIN}")
-        if _entry(layer) != dict(bits) or (layer.w_quant is None) is not config.packed:
+        if _chosen(layer.entry) != _chosen(bits) or (layer.w_quant is None) is not config.packed:
             raise ModelError(
                 f"layer {name!r} is not what model.daq_config says: {bits}, packed={config.packed}; {_AGAIN}"
             )
@@ -78,7 +77,7 @@ def check_unchanged(model: nn.Module, adapters: bool = False) -> None:
                 f"layer {name!r} uses the input bounds of layer {layer.input_owner.daq_name!r}, which is not the layer of that name any "
                 f"more; {_AGAIN}"
             )
-        if name not in (config.layers or {}):
+        if name not in entries:
             raise ModelError(
                 f"the model has changed since apply_daq: its layer {layer.daq_name!r} is {name!r} now, which model.daq_config "
                 f"does not name; {_AGAIN}"
@@ -89,6 +88,7 @@ def check_unchanged(model: nn.Module, adapters: bool = False) -> None:
                 f"quantized layer {name!r} computes its weight or bias from other parameters; write {call}, with "
                 f"layer = model.get_submodule({name!r})"
             )
+    entries.update({name: layer.entry for name, layer in layers.items()})
 
 
 def check_opens(tensors: Mapping[str, Tensor], build: Callable[[], nn.Module]) -> None:
@@ -125,19 +125,9 @@ def check_opens(tensors: Mapping[str, Tensor], build: Callable[[], nn.Module]) -
     )
 
 
-def _follow(config: DaqConfig, layers: Mapping[str, DaqLayer]) -> None:
-    """Let the config say which layers divide channels: a state dict that was loaded decides that, as `calibrate` does."""
-    entries: Any = config.layers or {}
-    for name in entries.keys() & layers.keys():
-        kept = {key: value for key, value in entries[name].items() if key != "smooth"}
-        entries[name] = kept | {key: value for key, value in _entry(layers[name]).items() if key == "smooth"}
-
-
-def _entry(layer: DaqLayer) -> dict[str, Any]:
-    bits = {"weight_bits": layer.weight_bits, "activation_bits": layer.input_bits}
-    if layer.input_owner is not None:
-        return bits | {"same_input_as": layer.input_owner.daq_name}
-    return bits if layer.smooth is None else bits | {"smooth": True}
+def _chosen(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what a state dict that is loaded decides, as `calibrate` does."""
+    return {key: value for key, value in entry.items() if key != "smooth"}
 
 
 def _is_tied(layer: Any) -> bool:

@@ -122,6 +122,14 @@ class DaqLayer(Leaf):
         return None if self.a_quant is None else self.a_quant.bits
 
     @property
+    def entry(self) -> dict[str, Any]:
+        """What `DaqConfig.layers` says of this layer."""
+        bits = {"weight_bits": self.weight_bits, "activation_bits": self.input_bits}
+        if self.input_owner is not None:
+            return bits | {"same_input_as": self.input_owner.daq_name}
+        return bits if self.smooth is None else bits | {"smooth": True}
+
+    @property
     def span(self) -> Tensor | float:
         """The input that quantizing turns into 1, shape (1,); 1 where the input is not quantized or has a scale for each
         token."""

@@ -106,15 +106,8 @@ def link(layers: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) ->
             share_input(layers[name], layers[entry["same_input_as"]])
 
 
-def regroup(
-    layers: Mapping[str, Any], groups: Iterable[Sequence[str]], quantizers: Mapping[str, Any]
-) -> dict[str, str]:
-    """Let the layers of each group share the quantizer of its first one.
-
-    Returns:
-        layer -> the one whose quantizer it uses, by their names in the model that was quantized.
-    """
-    owners = {}
+def regroup(layers: Mapping[str, Any], groups: Iterable[Sequence[str]], quantizers: Mapping[str, Any]) -> None:
+    """Let the layers of each group share the quantizer of its first one."""
     for first, *others in groups:
         for name in (first, *others):
             for key in ("input_owners", "input_readers", "_shared_result"):
@@ -122,8 +115,6 @@ def regroup(
             set_input_quantizer(layers[name], quantizers[name])
         for name in others:
             share_input(layers[name], layers[first])
-            owners[layers[name].daq_name] = layers[first].daq_name
-    return owners
 
 
 def groups_left(before: Mapping[str, Any], layers: Mapping[str, Any]) -> list[list[str]]:
@@ -133,16 +124,3 @@ def groups_left(before: Mapping[str, Any], layers: Mapping[str, Any]) -> list[li
         if name in layers and layer.a_quant is not None:
             groups.setdefault(layer.input_owner or layer, []).append(name)
     return list(groups.values())
-
-
-def with_owners(
-    entries: Mapping[str, Mapping[str, Any]], owners: Mapping[str, str], layers: Iterable[Any]
-) -> dict[str, dict[str, Any]]:
-    """The entries of a config with these layers sharing quantizers, and no others; and which of `layers` divide channels."""
-    changed = {name: {key: entry[key] for key in ("weight_bits", "activation_bits")} for name, entry in entries.items()}
-    for name, owner in owners.items():
-        changed[name]["same_input_as"] = owner
-    for layer in layers:
-        if layer.smooth is not None and layer.input_owner is None:
-            changed[layer.daq_name]["smooth"] = True
-    return changed
