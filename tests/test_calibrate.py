@@ -180,8 +180,11 @@ def test_layers_that_see_only_zeros_warn_and_train():
         model.stem.weight.zero_()
         model.stem.bias.zero_()
         model.hidden.weight.zero_()
-    with pytest.warns(UserWarning, match="'conv' saw only zeros"):
-        calibrated(model, [images()], bits=3, modules_to_not_convert=["depthwise"])
+    hf_daq.apply_daq(model, bits=3, modules_to_not_convert=["depthwise"])
+    with pytest.warns(UserWarning, match="'conv' saw only zeros") as warned:  # noqa: SIM117
+        with hf_daq.calibrate(model):
+            model(images())
+    assert warned[0].filename == __file__
     model.train()(images()).sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.requires_grad)
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from timm.layers import Conv2dSame
 from timm.layers.padding import pad_same
-from torch import Tensor
+from torch import Tensor, nn
 
 from .layers import CONVOLUTIONS, TRANSPOSED
 from .quantizers import processes
@@ -19,6 +19,7 @@ from .quantizers import processes
 _BINS = 8192
 _SMALLEST_EXPONENT = -126
 _SAMPLE_VALUES, _SAMPLE_ROWS = 2**22, 1024  # of a layer
+_EXPERT_ROWS = 64  # of each expert, at least
 _TOGETHER, _FEWEST_ROWS = 2**28, 256  # values of all layers, and rows that each may have in any case
 
 
@@ -174,6 +175,39 @@ class InputSample:
         function: Any = (F.conv1d, F.conv2d, F.conv3d)[rows.ndim - 3]
         output: Tensor = function(rows, weight, groups=self.layer.groups).flatten(1)
         return output
+
+
+class LayerInputs:
+    """The inputs of one layer: statistics of all, and a sample."""
+
+    def __init__(self, layer: Any) -> None:
+        self.statistics = Statistics(layer.weight.device)
+        self.samples = [InputSample(layer, layer.weight_shape())]
+
+    def parts(self, weight: Tensor) -> list[Tensor]:
+        """The weight of each sample."""
+        return [weight]
+
+    def outputs(self, weight: Tensor, a_quant: nn.Module | None = None) -> list[Tensor]:
+        """Of each sample, without a bias."""
+        return [
+            sample.output(sample.rows if a_quant is None else a_quant(sample.rows), part)
+            for sample, part in zip(self.samples, self.parts(weight), strict=True)
+        ]
+
+
+class ExpertsInputs(LayerInputs):
+    """The inputs of one layer of all experts: statistics of all, and a sample for each expert."""
+
+    def __init__(self, layer: Any) -> None:
+        self.statistics, self.sizes = Statistics(layer.weight.device), layer.sizes
+        experts, out, columns = layer.sizes
+        self.samples = [InputSample(layer, (out, columns)) for _ in range(experts)]
+        for sample in self.samples:
+            sample.limit = max(sample.limit // experts, _EXPERT_ROWS)
+
+    def parts(self, weight: Tensor) -> list[Tensor]:
+        return list(weight.reshape(self.sizes))
 
 
 def limit_together(samples: Iterable[InputSample]) -> None:

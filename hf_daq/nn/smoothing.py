@@ -4,8 +4,9 @@ with powers of two, so that neither rounds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,10 +16,10 @@ from transformers.pytorch_utils import Conv1D
 from .observers import InputSample, Statistics, all_reduce
 from .quantizers import ActivationQuantizer
 
+Fitted = TypeVar("Fitted")
 SMOOTHED = nn.Linear, Conv1D
 """Float classes whose inputs may be divided."""
-GAIN = 0.2
-"""Of the error of the output: for less, inputs are not divided."""
+_GAIN = 0.2  # of the error of the output: for less, inputs are not divided
 # Alpha, the share of the inputs' magnitudes, and what is added before powers are rounded; first what mostly serves.
 _TRIED = (0.75, 0.0), (0.75, 0.5), (0.5, 0.0)
 _UNEVEN = 2.0  # the largest channel of inputs, by the median one: below, all are alike
@@ -27,7 +28,7 @@ _FURTHEST = 7  # powers of two from the median factor: float16 has place for the
 
 def candidates(layers: Iterable[Any], weights: Sequence[Tensor], sample: InputSample) -> list[Tensor]:
     """Factors worth a try for layers that read the same inputs, each of shape (columns,), 1 and more; none where channels are
-    alike. If the first is no gain, the others are none.
+    alike.
 
     Args:
         weights: of the float layers, shape (out, columns). sample: of the inputs, on this rank.
@@ -51,6 +52,20 @@ def candidates(layers: Iterable[Any], weights: Sequence[Tensor], sample: InputSa
         factors = (powers - powers.min()).exp2()
         if not any(torch.equal(factors, other) for other in found):
             found.append(factors)
+    return found
+
+
+def best(fit: Callable[[Tensor | None], tuple[Fitted, float]], factors: Iterable[Tensor]) -> Fitted:
+    """What `fit` gives, beside the logarithm of the error of the output, for the factors that lower this error most; for None,
+    if none of them lowers it by a fifth."""
+    found, least = fit(None)
+    least, gained = least + math.log(1 - _GAIN), False
+    for tried in factors:
+        other, error = fit(tried)
+        if error < least:
+            found, least, gained = other, error, True
+        elif not gained:
+            break  # the first does most of it
     return found
 
 
