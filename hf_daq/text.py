@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 
 COLUMNS = 80  # of a text whose reader is not known
+SMOOTH_NOTE = "*: channels of the input are divided by powers of two before it is rounded"
+"""Below tables whose bits are `marked`."""
 
 
 def printable(text: str) -> str:
@@ -109,6 +111,11 @@ def shape_text(shape: tuple[int, ...]) -> str:
 def bits_text(bits: int | None) -> str:
     """A number of bits, or "float"."""
     return "float" if bits is None else str(bits)
+
+
+def marked(bits: str, smooth: bool) -> str:
+    """Bits of a layer, with a star where channels of its input are divided."""
+    return bits + "*" * smooth
 
 
 def width_text(weight_bits: int, activation_bits: int | None) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import re
 
 import onnx
 import peft
@@ -12,10 +13,12 @@ from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadMo
 
 import hf_daq
 from hf_daq.errors import CheckpointError, ConfigError, ExportError
+from hf_daq.files.inspect import every_layer
 from hf_daq.nn.layers import quantized_layers
 from hf_daq.nn.packed import packed_layers
 from hf_daq.nn.paths import bit_for_bit
 from hf_daq.nn.smoothing import half_of
+from hf_daq.text import SMOOTH_NOTE, as_text
 
 BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
 
@@ -277,6 +280,35 @@ def test_adapters_inside(packed):
         assert error(found, wanted) > 1e-2
         merged = adapted.merge_and_unload()
         assert error(merged(x).logits, found) < 1e-2
+
+
+# --------------------------------------------------------------------------------------------------------- what is shown of it
+
+
+def test_what_is_shown_of_a_model_says_which_layers_divide_channels(tmp_path):
+    model, divided = network(), [f"attention.{name}" for name in "qkv"]
+    figures = hf_daq.summary(model, images())
+    assert {layer.name: layer.smooth for layer in figures.layers if layer.smooth} == dict.fromkeys(
+        divided, float(model.attention.q.smooth.max())
+    )
+    hf_daq.save_pretrained(model, tmp_path / "small", packed=True)
+    found, path = hf_daq.inspect(tmp_path / "small"), tmp_path / "report.html"
+    assert [layer.name for layer in found.layers if layer.smooth] == divided
+    hf_daq.report(model, hf_daq.remove_daq(copy.deepcopy(model)), [images()], path)
+    texts = [str(figures), figures.to_text(wide=True), str(found), path.read_text()]
+    assert all(text.count(SMOOTH_NOTE) == 1 for text in texts)
+    for text in (*texts, as_text(every_layer(found))):
+        assert len(re.findall(r"8\*(?=[ <])", text)) == 3
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "powers of two before they are rounded in `attention.q`, `attention.k`, `attention.v`.\n" in card
+
+
+def test_where_nothing_is_divided_nothing_is_said_of_it(tmp_path):
+    model = network(smooth=False)
+    hf_daq.save_pretrained(model, tmp_path)
+    for text in (str(hf_daq.summary(model)), str(hf_daq.inspect(tmp_path)), (tmp_path / "README.md").read_text()):
+        assert "*" not in text
+        assert "powers of two" not in text
 
 
 # ----------------------------------------------------------------------------------------------------- state dicts and configs

@@ -119,7 +119,7 @@ def test_the_figures_of_a_linear_layer_are_those_computed_by_hand(bits, granular
 
 def test_rows_have_the_fields_that_others_build_on():
     names = [field.name for field in dataclasses.fields(LayerSummary)]
-    want = """name kind shape weight_bits activation_bits parameters weight_lower weight_upper weight_scale input_lower input_upper
+    want = """name kind shape weight_bits activation_bits smooth parameters weight_lower weight_upper weight_scale input_lower input_upper
     zero_point weights_clipped inputs_clipped weight_codes input_codes weight_sqnr output_sqnr float_bytes bytes macs path path_error"""
     assert names == want.split()
 

@@ -109,6 +109,7 @@ def render(inspection: Inspection, repo_id: str | None = None, license: str | No
         *running(inspection, _task(inspection), repo_id),
         "## Quantized layers",
         _table(("layers", "bits of weights", "bits of inputs", "number", "weights"), _quantized_rows(inspection)),
+        *_smooth(inspection),
         f"`{config.weight_granularity}` granularity, `weight_grid={config.weight_grid!r}`, `rounding={config.rounding!r}`, "
         f"`weight_normalization={config.weight_normalization!r}`.",
         "## In full precision",
@@ -218,6 +219,12 @@ def _quantized_rows(inspection: Inspection) -> list[tuple[Any, ...]]:
         )
         for name, layers in groups.items()
     ]
+
+
+def _smooth(inspection: Inspection) -> list[str]:
+    names = grouped([layer for layer in inspection.layers if layer.smooth], lambda layer: ())
+    layers = ", ".join(f"`{name.strip()}`" for name in names)
+    return [f"Channels of the inputs are divided by powers of two before they are rounded in {layers}."] * bool(names)
 
 
 def _kept(inspection: Inspection) -> list[str]:

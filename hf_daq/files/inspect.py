@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ..config import DaqConfig, packed_bytes
 from ..errors import CheckpointError
-from ..text import add_row, as_text, bits_text, cell, plain_table, shape_text
+from ..text import SMOOTH_NOTE, add_row, as_text, bits_text, cell, marked, plain_table, shape_text
 from . import hub
 from .facts import CardFacts
 from .header import (
@@ -36,7 +36,7 @@ from .header import (
 
 @dataclass(frozen=True)
 class InspectedLayer:
-    """A quantized layer of a file. bytes: of its weight in this file, codes and scales; float_bytes: of the float weight;
+    """A quantized layer of a file. smooth: whether it divides channels of its input by powers of two. bytes: of its weight in this file, codes and scales; float_bytes: of the float weight;
     all 0 for a layer that shares the weight of an embedding, which counts it."""
 
     name: str
@@ -46,6 +46,12 @@ class InspectedLayer:
     parameters: int
     bytes: int
     float_bytes: int
+    smooth: bool = False
+
+    @property
+    def bits(self) -> tuple[str, str]:
+        """Of weights and inputs, as tables show them."""
+        return str(self.weight_bits), marked(bits_text(self.activation_bits), self.smooth)
 
 
 @dataclass(frozen=True)
@@ -95,16 +101,24 @@ class Inspection:
         kind = "packed" if self.packed else "trainable"
         title = f"{self.source}: {self.architecture} of {self.library}, {kind}, hf_daq {self.version}"
         table = plain_table("layers", "W", "A", "number", "weights", "float MB", "file MB")
-        for group, layers in grouped(self.layers, lambda layer: (layer.weight_bits, layer.activation_bits)).items():
+        for group, layers in grouped(self.layers, lambda layer: layer.bits).items():
             count = sum(layer.parameters for layer in layers)
             sizes = [sum(layer.float_bytes for layer in layers), sum(layer.bytes for layer in layers)]
-            bits = map(bits_text, (layers[0].weight_bits, layers[0].activation_bits))
-            add_row(table, "", group, *bits, str(len(layers)), f"{count:,}", *(f"{size / 1e6:.3f}" for size in sizes))
+            add_row(
+                table,
+                "",
+                group,
+                *layers[0].bits,
+                str(len(layers)),
+                f"{count:,}",
+                *(f"{size / 1e6:.3f}" for size in sizes),
+            )
         for group, tensors in grouped(self.matrices, lambda tensor: (tensor.dtype,)).items():
             count = sum(math.prod(tensor.shape) for tensor in tensors)
             size = f"{sum(tensor.bytes for tensor in tensors) / 1e6:.3f}"
             add_row(table, "", group, tensors[0].dtype.lower(), "float", str(len(tensors)), f"{count:,}", size, size)
-        lines: list[Any] = [cell(title, "bold"), table, cell(self._sizes())]
+        note = [cell(SMOOTH_NOTE)] * any(layer.smooth for layer in self.layers)
+        lines: list[Any] = [cell(title, "bold"), table, *note, cell(self._sizes())]
         for result in self.facts.results:
             before = "" if result.float_value is None else f" (float {result.float_value:g})"
             where = " ".join(filter(None, (result.dataset, result.split)))
@@ -186,7 +200,14 @@ def describe(source: str, description: Mapping[str, Any], headers: list[Header])
         if describes_transformers_model(description)
         else "torch"
     )
-    layers = tuple(_layer(name, bits, header, description) for name, bits in (config.layers or {}).items())
+    entries = config.layers or {}
+    layers = tuple(
+        replace(
+            _layer(name, bits, header, description),
+            smooth="smooth" in entries.get(bits.get("same_input_as", name), bits),
+        )
+        for name, bits in entries.items()
+    )
     keys = ("weight", "weight_codes", "weight_scale")
     own = {f"{header.names.get(layer.name, layer.name)}.{key}" for layer in layers for key in keys}
     own |= {key for keys in header.weights.values() for key in _held(keys, header)}
@@ -318,7 +339,7 @@ def every_layer(found: Any) -> Table:
             "",
             layer.name,
             shape_text(layer.shape),
-            *map(bits_text, (layer.weight_bits, layer.activation_bits)),
+            *layer.bits,
             *sizes,
         )
     for tensor in found.matrices:

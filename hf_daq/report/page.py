@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, ModelError
 from ..model.batch import examples_in, on_device_of
 from ..nn.packed import daq_layers
-from ..text import bits_text, printable, shape_text
+from ..text import SMOOTH_NOTE, bits_text, marked, printable, shape_text
 from ..version import __version__
 from . import sentences
 from .compare import Comparison, both, compare, without_labels
@@ -103,6 +103,7 @@ def report(
         "code": sentences.code_that_loads(model, str(saved)),
         "figures": sentences.figures(compared),
         "explanation": sentences.explanation(compared),
+        "smooth_note": SMOOTH_NOTE,
         "depth": draw_depth(found.layers),
         "worst": _noisiest(model, first, found),
         "examples": examples,
@@ -131,6 +132,7 @@ def _html(page: dict[str, Any]) -> str:
         "counted": sentences.counted,
         "decibels": _decibels,
         "folded": _folded,
+        "marked": marked,
         "number": _number,
         "percent": _percent,
         "shape": shape_text,

@@ -20,7 +20,7 @@ from ..nn.attention import parameters_of_attention
 from ..nn.layers import LAYER_TYPES
 from ..nn.packed import daq_layers
 from ..nn.quantizers import wide
-from ..text import COLUMNS, Name, as_text, bits_text, cell, plain, shape_text
+from ..text import COLUMNS, SMOOTH_NOTE, Name, as_text, bits_text, cell, marked, plain, shape_text
 from .measure import Measurement, bits_name, check_quantized, kept_modules, measure, paths_taken, paths_text, usable
 
 
@@ -31,6 +31,8 @@ class LayerSummary:
 
     name, kind: in the model, and the float class, e.g. "Conv2d". shape: of the weight, (out, in / groups, ...).
     weight_bits, activation_bits: the latter None for inputs in float.
+    smooth: by what the channel of the input that is divided most is divided before it is rounded, a power of two; None where
+        none is. Bounds are those of the divided input, and of the weight that is multiplied with the same.
     parameters: how many weights.
     weight_lower, weight_upper: bounds in units of the float weight; of channels or groups the lowest and the highest.
     weight_scale: mean of |scale|.
@@ -52,6 +54,7 @@ class LayerSummary:
     shape: tuple[int, ...]
     weight_bits: int
     activation_bits: int | None
+    smooth: float | None
     parameters: int
     weight_lower: float | None
     weight_upper: float | None
@@ -121,7 +124,7 @@ class Summary:
 
     def to_table(self, wide: bool = False) -> Group:
         """For rich: a table of layers and the totals; `wide` with all figures, in some 150 columns."""
-        table, totals = _wide_table(self) if wide else _table(self), _totals_text(self.totals, wide)
+        table, totals = _wide_table(self) if wide else _table(self), _totals_text(self, wide)
         return Group(table, totals, *_paths_text(self.layers))
 
     def to_text(self, wide: bool = False) -> str:
@@ -175,6 +178,7 @@ def _row(found: Measurement) -> LayerSummary:
         shape=found.shape,
         weight_bits=found.weight_bits,
         activation_bits=found.input_bits,
+        smooth=None if found.layer.smooth is None else found.layer.smooth.max().item(),
         parameters=found.parameters,
         weight_lower=found.weight_lower,
         weight_upper=found.weight_upper,
@@ -277,7 +281,7 @@ def _table(summary: Summary) -> Table:
     for layer in summary.layers:
         rows.append(
             (
-                bits_name(layer.weight_bits, layer.activation_bits),
+                marked(bits_name(layer.weight_bits, layer.activation_bits), layer.smooth is not None),
                 *(_cell(value, ".1f", 100) for value in (layer.weights_clipped, layer.inputs_clipped)),
                 *(_cell(value, ".1f") for value in (layer.weight_sqnr, layer.output_sqnr)),
                 _cell(layer.bytes, ",.1f", 1e-3),
@@ -305,7 +309,7 @@ def _wide_table(summary: Summary) -> Table:
         table.add_row(
             *_first_cells(layer),
             bits_text(layer.weight_bits),
-            bits_text(layer.activation_bits),
+            marked(bits_text(layer.activation_bits), layer.smooth is not None),
             *(_cell(value, ".3g") for value in (layer.weight_lower, layer.weight_upper)),
             *(_cell(value, ".3g") for value in (layer.input_lower, layer.input_upper)),
             *(_cell(value, ".1f", 100) for value in (layer.weights_clipped, layer.inputs_clipped)),
@@ -342,7 +346,8 @@ def _first_cells(layer: LayerSummary | KeptLayer) -> tuple[Any, ...]:
     return Name(cell(layer.name)), cell(layer.kind), shape_text(layer.shape), f"{layer.parameters:,}"
 
 
-def _totals_text(totals: dict[str, Any], wide: bool) -> Text:
+def _totals_text(summary: Summary, wide: bool) -> Text:
+    totals = summary.totals
     weights = ", ".join(f"{count:,} {bits}" for bits, count in totals["weights"].items() if count)
     before, after = totals["bytes_before"] / 1e6, totals["bytes_after"] / 1e6
     legend = "W: weights, A: layer inputs; clip: outside of the bounds"
@@ -351,6 +356,7 @@ def _totals_text(totals: dict[str, Any], wide: bool) -> Text:
     lines = [
         "",
         legend,
+        *[SMOOTH_NOTE] * any(layer.smooth is not None for layer in summary.layers),
         f"weights: {weights}; other parameters: {totals['other_parameters']:,}",
         f"size: {before:,.3f} MB in float, {after:,.3f} MB packed, {totals['compression']:.2f} times smaller",
     ]
