@@ -10,7 +10,8 @@ import torch.nn.functional as F
 import yaml
 
 import hf_daq
-from measure import estimator_table, estimators, learned_steps, side_by_side
+from hf_daq.nn.layers import quantized_layers
+from measure import estimator_table, estimators, ingredients, learned_steps, side_by_side
 from measure.ewgs import use_ewgs
 from measure.learned_steps import use_lsq, use_paretoq
 from measure.study import Run, Study, read_rows, read_study, runs_of
@@ -32,7 +33,7 @@ TINY = {
         "ewgs": {"ewgs": 1.0},
         "all": {
             **{"distill": 0.5, "features": 0.1, "ema": 0.9, "reestimate": 2, "dampening": 0.1},
-            "transitions": 0.01,
+            **{"transitions": 0.01, "kurtosis": 0.1, "cauchy_schwarz": 0.1, "freeze": 0.001, "inputs_first": 1},
         },
     },
 }
@@ -283,6 +284,55 @@ def test_groups_train_the_same_network_and_the_longest_go_first():
     assert sorted(str(run) for group in several for run in group) == sorted(map(str, runs))
     assert [group[0].epochs for group in several] == [2, 2, 2, 2, 1, 1, 1, 1]
     assert all(len({run.network_key for run in group}) == 1 and len(group) <= 2 for group in several)
+
+
+# Ingredients ------------------------------------------------------------------------------------------------------
+
+
+def test_regularizers_are_least_where_their_papers_say():
+    model, _ = layers(torch.float32)
+    with torch.no_grad():
+        for layer in quantized_layers(model).values():
+            layer.weight.copy_(torch.linspace(-1, 1, layer.weight.numel()).view_as(layer.weight))
+        assert ingredients.kurtosis(model) < 0.01
+        assert ingredients.cauchy_schwarz(model) > 0.1
+        for layer in quantized_layers(model).values():
+            layer.weight.copy_(layer.weight.sign() * torch.rand(len(layer.weight), 1, 1, 1))
+        assert ingredients.cauchy_schwarz(model) < 1e-6
+        assert ingredients.kurtosis(model) > 0.1
+
+
+def test_a_weight_that_goes_to_and_fro_is_frozen_where_it_mostly_is():
+    model, _ = layers(torch.float32)
+    layer = model[0]
+    high, low = 0.01, -0.01  # of two codes beside one another
+    freezing = ingredients.Freezing(model, threshold=0.3, momentum=0.2)
+    weights = layer.weight.detach().view(-1)
+    for step in range(20):
+        weights[0] = low if step % 8 == 0 else high  # oscillates
+        weights[1] = (step - 10) / 1000  # goes one way
+        freezing.step()
+    weights[:2] = low
+    freezing.step()
+    assert weights[0] == pytest.approx(high)
+    assert weights[1] == pytest.approx(low)
+    assert [int(known["frozen"].sum()) for known in freezing.state] == [1, 0]
+
+
+def test_inputs_first_leaves_weights_in_float_and_then_starts_from_them(study, images):
+    run = Run("resnet8_cifar", "2/2", "all", {"inputs_first": 1}, "sgd", 0.05, 2, 0)
+    settings, model, _ = network(study, images, run)
+    training = side_by_side.Training(settings, run, images, model)
+    layer = model.layer1[0].conv1
+    training.start_epoch()
+    assert layer.quantized_weight() is layer.weight
+    training.advance()
+    training.end_epoch()
+    bounds = layer.w_quant.upper.clone()
+    training.start_epoch()
+    assert len(layer.quantized_weight().unique()) <= 4
+    assert not torch.equal(layer.w_quant.upper, bounds)
+    training.advance()
 
 
 # Learned steps ----------------------------------------------------------------------------------------------------

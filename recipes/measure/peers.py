@@ -85,8 +85,12 @@ class Sentences:
         self.collate = DataCollatorWithPadding(self.tokenizer)
 
     def batches(self, order: list[int], size: int) -> Iterator[Batch]:
-        for start in range(0, len(order), size):
-            yield dict(self.collate([self.rows[index] for index in order[start : start + size]]))
+        """Sentences of like length together, as Trainer groups them: of 8 batches at a time, in the order of the first of each."""
+        for start in range(0, len(order), 8 * size):
+            part = sorted(order[start : start + 8 * size], key=lambda index: len(self.rows[index]["input_ids"]))
+            groups = [part[first : first + size] for first in range(0, len(part), size)]
+            for group in sorted(groups, key=min):
+                yield dict(self.collate([self.rows[index] for index in group]))
 
 
 # ---------------------------------------------------------------------------------------------------------- model

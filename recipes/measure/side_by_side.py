@@ -26,6 +26,7 @@ import hf_daq
 from hf_daq.nn.quantizers import Quantizer
 from measure.brevitas_layers import use_brevitas
 from measure.ewgs import use_ewgs
+from measure.ingredients import Freezing, begin_with_weights, cauchy_schwarz, kurtosis, wait_with_weights
 from measure.learned_steps import has_steps, use_lsq, use_paretoq
 from measure.study import Run, Study
 from shared.distillation import Distillation, distill
@@ -43,8 +44,14 @@ OTHER = {
     "reestimate",
     "dampening",
     "transitions",
+    "kurtosis",
+    "cauchy_schwarz",
+    "freeze",
+    "inputs_first",
 }
 """Settings of an estimator that are no fields of DaqConfig."""
+
+REGULARIZERS = {"kurtosis": kurtosis, "cauchy_schwarz": cauchy_schwarz}
 
 
 class Images:
@@ -235,7 +242,10 @@ class Training:
         if "ema" in run.settings:
             self.learned = [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
             self.averaged = [tensor.detach().clone() for tensor in self.learned]
+        self.freezing: Freezing | None = None
         self.prepare()
+        if "freeze" in settings:
+            self.freezing = Freezing(model, settings["freeze"])
 
     def loss(self, batch: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(batch.device.type, torch.bfloat16):
@@ -257,11 +267,16 @@ class Training:
         if factor := self.run.settings.get("dampening"):
             share = 0.5 - 0.5 * torch.cos(math.pi * self.done[0] / self.updates)
             loss = loss + factor * share * hf_daq.dampening(self.model)
+        for name, regularizer in REGULARIZERS.items():
+            if factor := self.run.settings.get(name):
+                loss = loss + factor * regularizer(self.model)
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
         if self.transitions is not None:
             self.transitions.step()
+        if self.freezing is not None:
+            self.freezing.step()
         self.loss_sum += loss.detach()
         self.done += 1
         if self.averaged:
@@ -299,6 +314,8 @@ class Training:
                 for name, tensor in optimizer.state[parameter].items():
                     found[f"optimizer.{number}.{place}.{name}"] = tensor
         found |= {f"averaged.{number}": tensor for number, tensor in enumerate(self.averaged)}
+        if self.freezing is not None:
+            found |= {f"freezing.{name}": tensor for name, tensor in self.freezing.tensors().items()}
         return found | {"done": self.done}
 
     def start_epoch(self) -> None:
@@ -310,7 +327,17 @@ class Training:
         self.data.flip.copy_(source.flip)
         self.order.copy_(self.images.order(self.run.seed, epoch))
         self.loss_sum.zero_()
+        self.quantize_weights_from(self.run.settings.get("inputs_first", 0), epoch)
         self.model.train()
+
+    def quantize_weights_from(self, first: int, epoch: int) -> None:
+        if not first or epoch > first:
+            return
+        if epoch < first:
+            wait_with_weights(self.model)
+        else:
+            begin_with_weights(self.model)
+        torch._dynamo.reset()  # the compiled loss would go on as before
 
     def advance(self) -> None:
         """One update, or on a GPU its beginning."""
