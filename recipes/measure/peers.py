@@ -8,6 +8,7 @@ dev and test. Each variant trains at each learning rate; the one that is best on
 is told, which nothing is chosen on, with the standard error over the seeds.
 
     daq, ste   hf_daq, weights per channel, inputs per tensor; ste with a straight-through estimator, all else equal
+    reconstruct, distill, both    daq that starts from hf_daq.reconstruct; with half of its loss from the float network; with both
     lsq        Esser et al., ICLR 2020: a learned step for each tensor, which learns at the rate of the network
     paretoq    Liu et al., arXiv 2502.02631: its weights, per channel, with inputs of LSQ
     torchao    QAT of torchao: dynamic ranges, inputs per token, weights per channel
@@ -41,11 +42,12 @@ from measure.benchmark import torchao
 from measure.brevitas_layers import brevitas_layer
 from measure.learned_steps import has_steps, use_lsq, use_paretoq
 from measure.study import read_rows
+from shared.distillation import Distillation, distill
 from shared.loop import EpochShuffle, cosine
 
 SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 """As `datasets` names them."""
-VARIANTS = ("daq", "ste", "lsq", "paretoq", "torchao", "brevitas")
+VARIANTS = ("daq", "ste", "reconstruct", "distill", "both", "lsq", "paretoq", "torchao", "brevitas")
 Batch = dict[str, Tensor]
 
 
@@ -118,6 +120,8 @@ def quantized(model: nn.Module, variant: str, bits: tuple[int, int], batches: li
             model(**batch)
     if variant in ("lsq", "paretoq"):
         (use_lsq if variant == "lsq" else use_paretoq)(model, batches[0])
+    if variant in ("reconstruct", "both"):
+        hf_daq.reconstruct(model, batches, progress=False)
 
 
 def optimizer_of(model: nn.Module, variant: str, lr: float, args: argparse.Namespace) -> torch.optim.Optimizer:
@@ -152,6 +156,12 @@ def train(run: dict[str, Any], splits: dict[str, Sentences], args: argparse.Name
     quantized(model.eval(), run["variant"], tuple(map(int, run["bits"].split("/"))), batches)
     found = {"start": accuracy(model, splits["dev"])}
     optimizer = optimizer_of(model, run["variant"], run["lr"], args)
+    distillation = Distillation(alpha=0.5, temperature=1.0)
+    teacher = (
+        text_classification.load_float(args.model, known.texts).eval()
+        if run["variant"] in ("distill", "both")
+        else None
+    )
     updates, update, seconds = run["epochs"] * math.ceil(len(known.rows) / size), 0, []
     (schedule,) = cosine([optimizer], updates, updates // 10)
     for epoch in range(run["epochs"]):
@@ -162,7 +172,11 @@ def train(run: dict[str, Any], splits: dict[str, Sentences], args: argparse.Name
             schedule.step_update(update)
             began = time.process_time()
             with torch.autocast("cpu", torch.bfloat16):
-                loss = model(**batch).loss
+                loss, logits = model(**batch, return_dict=False)
+                if teacher is not None:
+                    with torch.no_grad():
+                        wanted = teacher(**batch).logits
+                    loss = distill(loss, logits, wanted, distillation)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
