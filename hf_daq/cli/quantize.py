@@ -234,12 +234,12 @@ def _facts(result: Any, model: str, data: str, seed: int) -> Any:
 def _refuse_export(build: Callable[[], Any], to: Output, network: Any, processor: str | None) -> None:
     """Before the work, not after it."""
     if to == "gguf":
-        from ..export.gguf import check_gguf
+        from ..export.gguf import check_gguf, check_tokenizer
         from ..integrations.examples import processor_of
 
         built = build()
-        check_gguf(built)
-        check_gguf(built, processor_of(network, processor, "AutoTokenizer"))
+        found = check_gguf(built)
+        check_tokenizer(built, processor_of(network, processor, "AutoTokenizer"), *found)
     if to == "compressed-tensors":
         from ..export.compressed_tensors import check_compressed_tensors
 

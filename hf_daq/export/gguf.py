@@ -111,7 +111,8 @@ def export_gguf(model: nn.Module, path: str | Path, tokenizer: Any = None, *, em
     """
     if embeddings not in get_args(FloatType):
         raise ExportError(f"embeddings={embeddings!r} is not one of {', '.join(map(repr, get_args(FloatType)))}")
-    gguf, family = check_gguf(model, tokenizer)
+    gguf, family = check_gguf(model)
+    check_tokenizer(model, tokenizer, gguf, family)
     check_calibrated(daq_layers(model), "the export")
     config: Any = model.config
     target = Path(path)
@@ -133,7 +134,7 @@ def export_gguf(model: nn.Module, path: str | Path, tokenizer: Any = None, *, em
     return reports[0]
 
 
-def check_gguf(model: nn.Module, tokenizer: Any = None) -> tuple[Any, Family]:
+def check_gguf(model: nn.Module) -> tuple[Any, Family]:
     """Refuse what no GGUF file holds, of a model that may have no weights yet: the library, and the model's family."""
     gguf, family = library("gguf", "gguf"), family_of(model)
     layers = layers_to_export(model)
@@ -155,9 +156,14 @@ def check_gguf(model: nn.Module, tokenizer: Any = None) -> tuple[Any, Family]:
         check_unchanged(model)
     config: Any = model.config
     check_config(config, family)
+    return gguf, family
+
+
+def check_tokenizer(model: nn.Module, tokenizer: Any, gguf: Any, family: Family) -> None:
+    """Refuse one that llama.cpp has no form of, by writing it to nowhere; None is none."""
+    config: Any = model.config
     if tokenizer is not None:
         add_tokenizer(gguf.GGUFWriter(None, family.architecture), gguf, tokenizer, config.vocab_size)
-    return gguf, family
 
 
 # ------------------------------------------------------------------------------------------------------ tensors
