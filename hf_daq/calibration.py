@@ -7,7 +7,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -72,18 +72,7 @@ def calibrate(model: nn.Module, *, check: bool = True) -> Iterator[nn.Module]:
         ModelError: the model is not quantized, or already wrapped, sharded or offloaded.
         CalibrationError: a layer was not reached, or its inputs or weights are not finite.
     """
-    layers = quantized_layers(model)
-    config: DaqConfig | None = getattr(model, "daq_config", None)
-    if not layers or config is None:
-        raise ModelError(
-            f"calibrate needs the model that apply_daq returned, not a float, wrapped or packed one; order: {ORDER}"
-        )
-    refuse_wrapped(model)
-    refuse_adapted_weights(model, "calibrated")
-    if any(is_shard(layer.first_parameter) for layer in layers.values()):
-        raise ModelError(f"calibrate cannot see through a sharded model; the order is: {ORDER}")
-    if any(layer.weight.is_meta for layer in layers.values()):
-        raise ModelError(f"calibrate needs the weights, and the model is offloaded; {ONLOAD}")
+    layers, config = _checked(model), cast(DaqConfig, model.daq_config)
     recorder, readers = Recorder(model, keep_calls=check), Readers()
     observers = {
         name: (_ExpertsObserver if isinstance(layer, DaqExpertsLinear) else _Observer)(layer, recorder)
@@ -117,6 +106,21 @@ def calibrate(model: nn.Module, *, check: bool = True) -> Iterator[nn.Module]:
                 values[name].write(layer)
     if check:
         _warn(model, recorder.calls)
+
+
+def _checked(model: nn.Module) -> dict[str, QuantizedLayer]:
+    layers = quantized_layers(model)
+    if not layers or not hasattr(model, "daq_config"):
+        raise ModelError(
+            f"calibrate needs the model that apply_daq returned, not a float, wrapped or packed one; order: {ORDER}"
+        )
+    refuse_wrapped(model)
+    refuse_adapted_weights(model, "calibrated")
+    if any(is_shard(layer.first_parameter) for layer in layers.values()):
+        raise ModelError(f"calibrate cannot see through a sharded model; the order is: {ORDER}")
+    if any(layer.weight.is_meta for layer in layers.values()):
+        raise ModelError(f"calibrate needs the weights, and the model is offloaded; {ONLOAD}")
+    return layers
 
 
 class _Observer(LayerInputs):

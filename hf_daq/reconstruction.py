@@ -264,10 +264,7 @@ class _Sweep:
         for number, inputs in enumerate(there):
             for half, x, exact in inputs(number % 2):
                 q = x if layer.a_quant is None else layer.a_quant(x) * layer.a_quant.span.to(x.dtype)
-                exact = (
-                    exact if layer.a_quant is None or layer.a_quant.smooth is None else layer.a_quant.smoothed(exact)
-                )
-                moments.add(half, q, exact, moments.limit // (2 * len(there)) + 1)
+                moments.add(half, q, layer.smoothed(exact), moments.limit // (2 * len(there)) + 1)
         moments.reduce()
         if not bool(moments.quantized.isfinite().all() and moments.mixed.isfinite().all()):
             raise CalibrationError(f"the inputs of layer {layer.daq_name!r} have NaN or infinite values")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -193,21 +193,10 @@ def describe(source: str, description: Mapping[str, Any], headers: list[Header])
     header = joined(headers)
     config = described_config(description, source)
     check_agreement(header, config, f"the weights of {source}")
-    library = (
-        "timm"
-        if describes_timm_model(description)
-        else "transformers"
-        if describes_transformers_model(description)
-        else "torch"
-    )
+    library = _library(description)
     entries = config.layers or {}
-    layers = tuple(
-        replace(
-            _layer(name, bits, header, description),
-            smooth="smooth" in entries.get(bits.get("same_input_as", name), bits),
-        )
-        for name, bits in entries.items()
-    )
+    divided = {name for name, entry in entries.items() if "smooth" in entries[entry.get("same_input_as", name)]}
+    layers = tuple(_layer(name, entry, header, description, name in divided) for name, entry in entries.items())
     keys = ("weight", "weight_codes", "weight_scale")
     own = {f"{header.names.get(layer.name, layer.name)}.{key}" for layer in layers for key in keys}
     own |= {key for keys in header.weights.values() for key in _held(keys, header)}
@@ -236,7 +225,15 @@ def describe(source: str, description: Mapping[str, Any], headers: list[Header])
     )
 
 
-def _layer(name: str, bits: Mapping[str, Any], header: Header, description: Mapping[str, Any]) -> InspectedLayer:
+def _library(description: Mapping[str, Any]) -> str:
+    if describes_timm_model(description):
+        return "timm"
+    return "transformers" if describes_transformers_model(description) else "torch"
+
+
+def _layer(
+    name: str, bits: Mapping[str, Any], header: Header, description: Mapping[str, Any], smooth: bool = False
+) -> InspectedLayer:
     weight_bits, activation_bits = bits["weight_bits"], bits["activation_bits"]
     assert weight_bits is not None
     owner = header.tied.get(name)
@@ -263,7 +260,7 @@ def _layer(name: str, bits: Mapping[str, Any], header: Header, description: Mapp
     parts = [part, *held, *(header.tensors.get(f"{stored}.{key}") for key in keys)]
     size = sum(_size(*one) for one in parts if one is not None)
     count = math.prod(shape)
-    return InspectedLayer(name, shape, weight_bits, activation_bits, count, size, _size(dtype, shape))
+    return InspectedLayer(name, shape, weight_bits, activation_bits, count, size, _size(dtype, shape), smooth)
 
 
 def _part_of_attention(name: str, header: Header) -> tuple[str, tuple[int, ...]] | None:

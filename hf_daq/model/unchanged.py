@@ -63,20 +63,7 @@ def check_unchanged(model: nn.Module, adapters: bool = False) -> None:
                 f"layer {name!r} is not what model.daq_config says: {bits}, packed={config.packed}; {_AGAIN}"
             )
     for name, layer in layers.items():
-        if isinstance(layer, QuantizedLayer) and layer.owner is None and not layer.w_quant.fits(layer.weight_shape()):
-            raise ModelError(
-                f"the weight of layer {name!r} has another shape, {tuple(layer.weight_shape())}, than when it was quantized; {_AGAIN}"
-            )
-        if layer.owner is not None and (layers.get(layer.owner.daq_name) is not layer.owner or not _is_tied(layer)):
-            raise ModelError(
-                f"layer {name!r} does not share its weight with {layer.owner.daq_name!r} any more, as it did when both were "
-                f"quantized as one; write model.tie_weights(), or {_AGAIN.removeprefix('write ')}"
-            )
-        if layer.input_owner is not None and layers.get(layer.input_owner.daq_name) is not layer.input_owner:
-            raise ModelError(
-                f"layer {name!r} uses the input bounds of layer {layer.input_owner.daq_name!r}, which is not the layer of that name any "
-                f"more; {_AGAIN}"
-            )
+        _check_place(name, layer, layers)
         if name not in entries:
             raise ModelError(
                 f"the model has changed since apply_daq: its layer {layer.daq_name!r} is {name!r} now, which model.daq_config "
@@ -89,6 +76,24 @@ def check_unchanged(model: nn.Module, adapters: bool = False) -> None:
                 f"layer = model.get_submodule({name!r})"
             )
     entries.update({name: layer.entry for name, layer in layers.items()})
+
+
+def _check_place(name: str, layer: DaqLayer, layers: Mapping[str, DaqLayer]) -> None:
+    """Refuse a layer whose weight, or a layer that it shares something with, is another one than when it was quantized."""
+    if isinstance(layer, QuantizedLayer) and layer.owner is None and not layer.w_quant.fits(layer.weight_shape()):
+        raise ModelError(
+            f"the weight of layer {name!r} has another shape, {tuple(layer.weight_shape())}, than when it was quantized; {_AGAIN}"
+        )
+    if layer.owner is not None and (layers.get(layer.owner.daq_name) is not layer.owner or not _is_tied(layer)):
+        raise ModelError(
+            f"layer {name!r} does not share its weight with {layer.owner.daq_name!r} any more, as it did when both were "
+            f"quantized as one; write model.tie_weights(), or {_AGAIN.removeprefix('write ')}"
+        )
+    if layer.input_owner is not None and layers.get(layer.input_owner.daq_name) is not layer.input_owner:
+        raise ModelError(
+            f"layer {name!r} uses the input bounds of layer {layer.input_owner.daq_name!r}, which is not the layer of that name any "
+            f"more; {_AGAIN}"
+        )
 
 
 def check_opens(tensors: Mapping[str, Tensor], build: Callable[[], nn.Module]) -> None:

@@ -203,6 +203,10 @@ class OneExpert:
         if layer.per_expert:
             self.w_quant.granularity = "tensor"
 
+    def smoothed(self, x: Tensor) -> Tensor:
+        """The input: channels of experts are not divided."""
+        return x
+
     def float_weight(self) -> Tensor:
         return self.weight.contiguous()
 

@@ -4,7 +4,9 @@
 
 with unsigned codes of the input, integers for the weight, and one scale a layer, a channel or a group. The integers are
 odd, `2q - R`, or on the grid "integer" `q - 2**(b - 1)`. Inputs with a scale for each token have no other one:
-`input_scale` is 1, and the output is multiplied by the scale of its token before the bias is added.
+`input_scale` is 1, and the output is multiplied by the scale of its token before the bias is added. Where channels of the
+input are divided (`smooth`), codes are those of the divided input, and integers those of the weight that is multiplied with
+the same.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ more than one pixel.
 
     output[c] = scale[c] * sum_i (code_i - zero_point) * weight[c, i] + bias[c]
 
-(with a scale for each token: times that before the bias) with unsigned codes of the input and the integers of integers.py for the weight, which fit int8 but for the odd ones of 8
-bits. There the weight is `q - 128`, and as `2q - 255 = 2 (q - 128) + 1`, half of the sum of the inputs is added.
+(with a scale for each token: times that before the bias) with unsigned codes of the input and the integers of integers.py for
+the weight, which fit int8 but for the odd ones of 8 bits. There the weight is `q - 128`, and as `2q - 255 = 2 (q - 128) + 1`,
+half of the sum of the inputs is added.
 
 The sums are exact where the processor adds products in 32 bits. Without VNNI instructions it adds pairs of them in 16
 bits, and cuts off what is too large. So a layer goes this way only after its own weights gave the right sums for the
@@ -314,8 +315,8 @@ def _output_of_machine(layer: Any, x: Tensor, arranged: machine.Arranged) -> Ten
     result = machine.output(layer, arranged, wide, bias, torch.float32 if dtype == torch.float16 else dtype)
     if result is None:
         return None
-    last = x.ndim != 4 or not isinstance(layer, nn.Conv2d) or not x.is_contiguous()
-    return (result if last else result.contiguous()).to(dtype)
+    image = x.ndim == 4 and isinstance(layer, nn.Conv2d)
+    return (result.contiguous() if image and x.is_contiguous() else result).to(dtype)
 
 
 def _output_of_tokens(layer: Any, x: Tensor, found: Prepared) -> Tensor:

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from .observers import InputSample, Statistics, all_reduce
 from .quantizers import ActivationQuantizer
 
-Fitted = TypeVar("Fitted")
+_Fitted = TypeVar("_Fitted")
 SMOOTHED = nn.Linear, Conv1D
 """Float classes whose inputs may be divided."""
 _GAIN = 0.2  # of the error of the output: for less, inputs are not divided
@@ -55,7 +55,7 @@ def candidates(layers: Iterable[Any], weights: Sequence[Tensor], sample: InputSa
     return found
 
 
-def best(fit: Callable[[Tensor | None], tuple[Fitted, float]], factors: Iterable[Tensor]) -> Fitted:
+def best(fit: Callable[[Tensor | None], tuple[_Fitted, float]], factors: Iterable[Tensor]) -> _Fitted:
     """What `fit` gives, beside the logarithm of the error of the output, for the factors that lower this error most; for None,
     if none of them lowers it by a fifth."""
     found, least = fit(None)
