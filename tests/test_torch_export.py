@@ -4,6 +4,7 @@ import pytest
 import torch
 from models import images, quantized_timm, small_net
 from text_models import tiny_bert, tokens
+from torch import nn
 
 import hf_daq
 
@@ -42,6 +43,27 @@ def test_a_transformers_model_is_exported(packed):
     inputs = {"input_ids": tokens(), "attention_mask": torch.ones_like(tokens())}
     program = torch.export.export(model, (), inputs)
     assert torch.allclose(program.module()(**inputs).logits, model(**inputs).logits, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "columns", "packed"),
+    [
+        ({}, 32, False),
+        ({}, 30, True),
+        ({"weight_granularity": "group", "group_size": 24}, 32, False),
+        ({"weight_granularity": "group", "group_size": 24}, 32, True),
+        ({"weight_grid": "ternary", "embedding_bits": 2}, 32, True),
+    ],
+)
+def test_tables_are_exported_for_any_number_of_tokens(options, columns, packed):
+    model = nn.Sequential(nn.Embedding(50, columns), nn.Linear(columns, 4)).eval()
+    hf_daq.apply_daq(model, **({"weight_bits": 8, "embedding_bits": 4} | options))
+    if packed:
+        hf_daq.pack(model)
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
+    program = torch.export.export(model, (torch.randint(50, (3, 12)),), dynamic_shapes=(sizes,)).module()
+    for x in (torch.randint(50, (2, 5)), torch.randint(50, (1, 7))):
+        assert torch.equal(program(x), model(x))
 
 
 @pytest.mark.slow

@@ -55,16 +55,21 @@ def unpack_bits(packed: Tensor, bits: float, count: int) -> Tensor:
         digits = packed[:, None] // packed.new_tensor(_POWERS) % 3
         return digits.flatten()[:count]
     bits = int(bits)
-    columns = F.pad(packed, (0, -packed.numel() % bits)).view(-1, bits)
-    codes = torch.empty(len(columns), 8, dtype=torch.uint8, device=packed.device)
+    return _eights(F.pad(packed, (0, -packed.numel() % bits)).view(-1, bits)).flatten()[:count]
+
+
+def _eights(packed: Tensor) -> Tensor:
+    """Eight codes from each row of bytes: shape (..., bits) to (..., 8)."""
+    bits = packed.shape[-1]
+    codes = packed.new_empty(*packed.shape[:-1], 8)
     mask = 2**bits - 1
     for index in range(8):
         byte, shift = divmod(index * bits, 8)
-        code = columns[:, byte] >> shift
+        code = packed[..., byte] >> shift
         if shift + bits > 8:
-            code = code | (columns[:, byte + 1] << (8 - shift))
-        codes[:, index] = code & mask
-    return codes.flatten()[:count]
+            code = code | (packed[..., byte + 1] << (8 - shift))
+        codes[..., index] = code & mask
+    return codes
 
 
 def unpack_rows(packed: Tensor, bits: float, columns: int, rows: Tensor) -> Tensor:
@@ -80,9 +85,9 @@ def unpack_rows(packed: Tensor, bits: float, columns: int, rows: Tensor) -> Tens
     if bits == TERNARY:
         first = rows * columns
         places = first[:, None] // 5 + torch.arange(-(-columns // 5) + 1, device=rows.device)
-        digits = unpack_bits(packed[places.clamp_(max=len(packed) - 1)].flatten(), bits, places.numel() * 5)
+        digits = packed[places.clamp_(max=len(packed) - 1)].unsqueeze(2) // packed.new_tensor(_POWERS) % 3
         columns_of = first[:, None] % 5 + torch.arange(columns, device=rows.device)
-        return digits.view(len(rows), -1).gather(1, columns_of)
+        return digits.flatten(1).gather(1, columns_of)
     bits = int(bits)
     size = -(-columns // 8) * bits  # bytes of whole eights of codes
     if columns % 8 == 0:
@@ -94,5 +99,5 @@ def unpack_rows(packed: Tensor, bits: float, columns: int, rows: Tensor) -> Tens
             torch.int32
         )  # behind the last byte are none of these codes
         window = ((found[:, :-1] | found[:, 1:] << 8) >> (start & 7).int().unsqueeze(1) & 255).to(torch.uint8)
-    eights = unpack_bits(window.flatten(), bits, len(rows) * size // bits * 8)
-    return eights.view(len(rows), -1)[:, :columns]
+    codes = window if bits == 8 else _eights(window.unflatten(1, (-1, bits))).flatten(1)
+    return codes[:, :columns]

@@ -5,6 +5,7 @@ formula.py has the mathematics, kernels.py how it runs. Here is what users call,
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -254,12 +255,12 @@ def dequantize_weight(
     step = scale.to(wide_dtype).abs() / zero
     rows, missing = codes, 0
     if group_size is not None:
-        missing = -(codes.numel() // len(codes)) % group_size
+        missing = -math.prod(codes.shape[1:]) % group_size
         rows = torch.nn.functional.pad(codes.flatten(1), (0, missing)).view(-1, group_size)
-    step = step if len(step) == 1 else step.view(-1, *(1,) * (rows.ndim - 1))
+    step = step if step.shape[0] == 1 else step.view(-1, *(1,) * (rows.ndim - 1))
     weight = rows.to(wide_dtype).sub_(zero).mul_(step).to(dtype)
     if missing:
-        weight = weight.view(len(codes), -1)[:, :-missing]
+        weight = weight.view(codes.shape[0], -1)[:, :-missing]
     return weight.reshape(codes.shape)
 
 

@@ -272,7 +272,7 @@ class WeightQuantizer(BoundedQuantizer):
             return None
         count = self.groups * self.group_size
         flat = torch.arange(count, device=rows.device) < count - self.padding
-        return flat.float().view(self.groups, -1).repeat(len(rows) // self.groups, 1)
+        return flat.float().view(self.groups, -1).repeat(rows.shape[0] // self.groups, 1)
 
     def statistics(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Offset and unit of the bounds for this weight, from `rows`, each broadcastable to it. No gradient."""
@@ -283,9 +283,11 @@ class WeightQuantizer(BoundedQuantizer):
         if self.padding:
             sizes = torch.full((self.groups, 1), float(self.group_size), device=rows.device)
             sizes[-1] -= self.padding
-            count = sizes.repeat(len(rows) // self.groups, 1)
+            count = sizes.repeat(rows.shape[0] // self.groups, 1)
         wide_dtype = torch.promote_types(rows.dtype, torch.float32)
-        offset = torch.zeros((1 if whole else len(rows), *(1,) * (rows.ndim - 1)), device=rows.device, dtype=wide_dtype)
+        offset = torch.zeros(
+            (1 if whole else rows.shape[0], *(1,) * (rows.ndim - 1)), device=rows.device, dtype=wide_dtype
+        )
         if self.normalization == "standardize":
             offset = rows.sum(dims, keepdim=True, dtype=wide_dtype) / count
             valid = self.valid(rows)
