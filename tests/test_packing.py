@@ -325,6 +325,31 @@ def test_a_packed_layer_is_the_float_class_moves_between_dtypes_and_pickles():
     assert torch.allclose(wide(probe.double()).float(), want, atol=0.1)
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda weight: weight.data.add_(1),
+        lambda weight: weight.data.copy_(torch.zeros(16, 16)),
+        lambda weight: weight.data.__setitem__(0, 1.0),
+        lambda weight: weight.detach().view(-1).mul_(2),
+        lambda weight: weight.chunk(2)[0].zero_(),
+        lambda weight: [row.zero_() for row in weight],
+        lambda weight: nn.init.normal_(weight.data),
+        lambda weight: torch.add(weight, 1, out=weight.data),
+        lambda weight: torch._foreach_mul_([weight.data], 2.0),
+    ],
+)
+def test_nothing_is_written_to_a_packed_weight(write):
+    layer = hf_daq.pack(hf_daq.apply_daq(nn.Sequential(nn.Linear(16, 16)), weight_bits=4, first_last_bits=4))[0]
+    with pytest.raises(ModelError, match=r"nothing can be written to it; first write hf_daq.unpack\(model\)"):
+        write(layer.weight)
+    # It is read all the same.
+    kept = nn.Parameter(torch.zeros(16, 16))
+    kept.data.copy_(layer.weight)
+    assert torch.equal(kept, copy.deepcopy(layer.weight))
+    assert type(layer.weight.data * 2) is type(layer.weight.clone()) is torch.Tensor
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_eight_bit_codes_survive_unpacking_into_half_precision(dtype):
     model = hf_daq.apply_daq(small_net(), weight_bits=8)

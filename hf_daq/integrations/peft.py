@@ -312,6 +312,48 @@ def inside(config: Any, adapter_name: str, target: Any, **kwargs: Any) -> nn.Mod
     )
 
 
+class _CalledError(Exception):
+    pass
+
+
+def _called(*_: Any) -> None:
+    raise _CalledError
+
+
+@torch.no_grad()
+def check_calls(adapter: nn.Module, layer: Any) -> None:
+    """Refuse an adapter around this quantized or packed layer that does not call it: then neither weight nor input would be
+    quantized. What tells is a forward with zeros, which ends where the layer is called."""
+    if isinstance(layer, PackedLayer) and layer.a_quant is None:
+        return  # its weight is what its codes mean
+    handle = layer.register_forward_pre_hook(_called)
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapter(_zeros(layer))
+    except Exception:  # called, or an adapter that needs more than an input
+        return
+    finally:
+        handle.remove()
+    kind = f"{type(adapter).__module__}.{type(adapter).__name__}"
+    raise ModelError(
+        f"{kind} reads the weight of layer {layer.daq_name!r} and does not call it, so it would not be quantized: take "
+        "adapters that call their layer, as LoraConfig's do, or leave the layer out of target_modules"
+    )
+
+
+def _zeros(layer: Any) -> Tensor:
+    """One input."""
+    if isinstance(layer, nn.Embedding):
+        return torch.zeros(1, 1, dtype=torch.long, device=layer.weight.device)
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        sizes = [step * (size - 1) + 1 for size, step in zip(layer.kernel_size, layer.dilation, strict=True)]
+        shape: tuple[int, ...] = (1, layer.in_channels, *sizes)
+    else:
+        shape = (1, layer.weight_shape()[1])
+    return torch.zeros(shape, dtype=layer.weight_dtype, device=layer.weight.device)
+
+
 def _check_config(config: Any, adapter_name: str) -> None:
     if config.init_lora_weights not in (INSIDE, WITH_BOUNDS):
         raise ModelError(

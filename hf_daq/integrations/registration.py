@@ -1,5 +1,5 @@
 """timm hears of the architecture `hf_daq` when it is loaded, transformers of the quantizer `daq` when it loads its own, PEFT
-of LoRA inside the quantizer when it loads its own, and none of them before."""
+of adapters for quantized layers when it loads its own, and none of them before."""
 
 from __future__ import annotations
 
@@ -79,27 +79,16 @@ def _guard_transformers() -> None:
 
 
 def _register_with_peft() -> None:
-    """`LoraConfig(init_lora_weights="daq")` makes the LoRA layers of `integrations.peft`."""
-    from peft.tuners.lora.model import LoraModel
+    from . import peft_hooks
 
-    create: Any = LoraModel._create_new_module
-
-    @wraps(create)
-    def create_new_module(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
-        if lora_config.init_lora_weights not in ("daq", "daq_bounds"):
-            return create(lora_config, adapter_name, target, **kwargs)
-        from .peft import inside
-
-        return inside(lora_config, adapter_name, target, **kwargs)
-
-    LoraModel._create_new_module = staticmethod(create_new_module)  # type: ignore[method-assign]
+    peft_hooks.register()
 
 
 for _name, _register in (
     ("timm", _register_with_timm),
     ("transformers.quantizers.auto", _register_with_transformers),
     ("transformers.modeling_utils", _guard_transformers),
-    ("peft.tuners.lora.model", _register_with_peft),
+    ("peft.peft_model", _register_with_peft),
 ):
     if _name in sys.modules:
         _register()

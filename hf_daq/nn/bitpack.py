@@ -99,5 +99,5 @@ def unpack_rows(packed: Tensor, bits: float, columns: int, rows: Tensor) -> Tens
             torch.int32
         )  # behind the last byte are none of these codes
         window = ((found[:, :-1] | found[:, 1:] << 8) >> (start & 7).int().unsqueeze(1) & 255).to(torch.uint8)
-    codes = window if bits == 8 else _eights(window.unflatten(1, (-1, bits))).flatten(1)
+    codes = window if bits == 8 else _eights(window.view(-1, size // bits, bits)).flatten(1)
     return codes[:, :columns]

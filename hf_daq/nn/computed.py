@@ -13,7 +13,7 @@ _WRITING = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
 
 
 class ComputedWeight(Tensor):
-    """Refuses to be written to. What is computed with it is a plain tensor.
+    """Refuses to be written to, as do its `data` and other views of it. What is computed with it is a plain tensor.
 
     problem: the error's text.
     """
@@ -22,9 +22,31 @@ class ComputedWeight(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
+        name, named = getattr(func, "__name__", ""), kwargs or {}
         in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-        if in_place or name in _WRITING or func == Tensor.data.__set__:  # type: ignore[attr-defined]
+        writes = in_place or name in _WRITING or func == Tensor.data.__set__  # type: ignore[attr-defined]
+        target = args[0] if args else next(iter(named.values()), None)
+        if any(isinstance(tensor, cls) for tensor in _tensors(target if writes else named.get("out"))):
             raise ModelError(cls.problem)
+        if name == "__deepcopy__":
+            return args[0].as_subclass(Tensor).clone()
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **named)
+            weights = [value for value in args if isinstance(value, cls)]
+            if type(result) in (tuple, list):
+                return type(result)(cls._viewed(part, weights) for part in result)
+            return cls._viewed(result, weights)
+
+    @classmethod
+    def _viewed(cls, result: Any, weights: list[Any]) -> Any:
+        is_view = type(result) is Tensor and any(_same_memory(result, weight) for weight in weights)
+        return result.as_subclass(cls) if is_view else result
+
+
+def _tensors(value: Any) -> Any:
+    return value if isinstance(value, (tuple, list)) else (value,)
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    strided = one.layout == other.layout == torch.strided
+    return strided and one.untyped_storage()._cdata == other.untyped_storage()._cdata
