@@ -34,6 +34,7 @@ TINY = {
         "all": {
             **{"distill": 0.5, "features": 0.1, "ema": 0.9, "reestimate": 2, "dampening": 0.1},
             **{"transitions": 0.01, "kurtosis": 0.1, "cauchy_schwarz": 0.1, "freeze": 0.001, "inputs_first": 1},
+            "reconstruct": True,
         },
     },
 }

@@ -48,6 +48,7 @@ OTHER = {
     "cauchy_schwarz",
     "freeze",
     "inputs_first",
+    "reconstruct",
 }
 """Settings of an estimator that are no fields of DaqConfig."""
 
@@ -144,6 +145,8 @@ def quantized_model(study: Study, run: Run, images: Images, state: dict[str, Ten
     with hf_daq.calibrate(model):
         for batch in batches:
             model(batch)
+    if "reconstruct" in run.settings:
+        hf_daq.reconstruct(model, batches, progress=False)
     if "ewgs" in run.settings:
         use_ewgs(model, run.settings["ewgs"])
     if "lsq" in run.settings:
