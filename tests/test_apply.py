@@ -9,6 +9,9 @@ import torch
 from models import images, small_net, small_timm
 from torch import nn
 from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import remove_parametrizations
+from torch.optim.swa_utils import AveragedModel
 
 import hf_daq
 from hf_daq import DaqConfig
@@ -275,6 +278,37 @@ def test_remove_refuses_what_it_cannot_store():
         hf_daq.remove_daq(model, weights="codes")
     with pytest.raises(CalibrationError, match="not calibrated"):
         hf_daq.remove_daq(hf_daq.apply_daq(small_net(), bits=4), weights="quantized")
+
+
+@pytest.mark.parametrize("change", [hf_daq.remove_daq, hf_daq.restart])
+def test_of_a_wrapped_model_the_part_is_named(change):
+    model = hf_daq.apply_daq(small_net(), weight_bits=4)
+    for wrapped in (nn.DataParallel(model), AveragedModel(model)):
+        with pytest.raises(ModelError, match=rf"{change.__name__}\(model.get_submodule\('module'\)\)"):
+            change(wrapped)
+    change(model)
+
+
+@pytest.mark.parametrize("change", [hf_daq.pack, lambda model: hf_daq.save_pretrained(model, "nowhere")])
+def test_of_a_compiled_model_the_original_is_named(change):
+    compiled = torch.compile(hf_daq.apply_daq(small_net(), weight_bits=4), backend="eager")
+    with pytest.raises(ModelError, match="write model._orig_mod in its place"):
+        change(compiled)
+
+
+@pytest.mark.parametrize("change", [hf_daq.remove_daq, lambda model: hf_daq.calibrate(model).__enter__()])
+def test_what_was_parametrized_since_is_refused(change):
+    model = hf_daq.apply_daq(small_net(), weight_bits=4)
+    name, layer = next(iter(quantized_layers(model).items()))
+    weight_norm(layer)
+    outputs = model(images())
+    with pytest.raises(
+        ModelError, match=rf"layer {name!r} computes its weight.*remove_parametrizations\(layer, 'weight'\)"
+    ):
+        change(model)
+    assert torch.equal(model(images()), outputs)
+    remove_parametrizations(layer, "weight")
+    change(model)
 
 
 def test_on_the_meta_device_and_back():

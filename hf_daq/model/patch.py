@@ -25,7 +25,7 @@ from ..nn.tied import tie_layer, unpack_tied
 from ..nn.weight_norm import give_norms_back, hold_norms
 from .guards import ORDER, refuse_wrapped, watch
 from .plan import Plan, plan
-from .roles import computed_weights, kept_computed_weights
+from .roles import computed_weights, kept_computed_weights, refuse_parametrized
 from .shares import too_little
 from .unchanged import check_unchanged, quantized_parts
 
@@ -118,6 +118,7 @@ def restart_weights(model: nn.Module) -> None:
     if not layers:
         state = "packed: hf_daq.unpack(model) comes first" if packed_layers(model) else "not quantized, or wrapped"
         raise ModelError(f"restart needs the model that apply_daq returned; this one is {state}")
+    _refuse_part(model, "restart")
     for name, layer in layers.items():
         if is_shard(layer.first_parameter):
             raise ModelError("restart needs whole weights, and the model is sharded: restart before it is prepared")
@@ -175,6 +176,8 @@ def unpatch(model: nn.Module, quantized: bool = False) -> None:
             if packed_layers(model)
             else "the model is not quantized: there is nothing to remove"
         )
+    _refuse_part(model, "remove_daq")
+    refuse_parametrized(model)
     if quantized:
         values = {name: layer.as_parameter(_dequantized_weight(name, layer)) for name, layer in layers.items()}
         gained = [name for name, layer in layers.items() if layer.bias is None and layer.w_quant.shift is not None]
@@ -279,6 +282,16 @@ def check_float_model(model: nn.Module) -> None:
             raise ModelError(
                 f"parameter {parameter_name!r} is a {type(parameter).__name__}: the model is sharded or already "
                 f"quantized by another library; apply_daq on the plain float model. The order is: {ORDER}"
+            )
+
+
+def _refuse_part(model: nn.Module, what: str) -> None:
+    """Refuse a model of which a part is the one that `apply_daq` returned, as of one that is wrapped."""
+    if not hasattr(model, "daq_config"):
+        for name in quantized_parts(model)[:1]:
+            raise ModelError(
+                f"{what} needs the model that apply_daq returned, which is a part of this {type(model).__name__}: write "
+                f"hf_daq.{what}(model.get_submodule({name!r}))"
             )
 
 

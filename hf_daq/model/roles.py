@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..errors import ModelError
 from ..nn.attention import DaqMultiheadAttention, has_switch, projections
 from ..nn.base import DaqLayer
 from ..nn.experts import ExpertsLinear, SplitExperts, fused_experts
@@ -232,6 +233,16 @@ def computed_weights(model: nn.Module) -> dict[str, str]:
                 if call := _call_to_undo(module, key):
                     found[name] = call
     return found
+
+
+def refuse_parametrized(model: nn.Module) -> None:
+    """Refuse a model with quantized layers whose class is one of torch.nn.utils.parametrize now: no other can be given to them."""
+    for name, call in computed_weights(model).items():
+        if "parametrize" in call and isinstance(model.get_submodule(name), DaqLayer):
+            raise ModelError(
+                f"quantized layer {name!r} computes its weight or bias from other parameters; write {call}, with "
+                f"layer = model.get_submodule({name!r})"
+            )
 
 
 def kept_computed_weights(model: nn.Module) -> dict[str, str]:

@@ -44,6 +44,8 @@ def check_unchanged(model: nn.Module, adapters: bool = False) -> None:
     Raises:
         ModelError: a layer was replaced, dropped, moved or added since `apply_daq`, or its weight is computed from others.
     """
+    if "_orig_mod" in model._modules:
+        raise ModelError("the model is the one that torch.compile returned; write model._orig_mod in its place")
     config: DaqConfig = model.daq_config  # type: ignore[assignment]
     layers, modules, entries = daq_layers(model), dict(model.named_modules()), cast(dict[str, Any], config.layers or {})
     if adapters:
