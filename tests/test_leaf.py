@@ -60,6 +60,18 @@ def test_offloaded_layers_compute_what_they_did_and_are_refused_where_their_weig
             hf_daq.pack(model)
         with pytest.raises(ModelError, match="is offloaded.*remove_hook_from_submodules"), hf_daq.calibrate(model):
             pass
+        with pytest.raises(ModelError, match="is offloaded.*remove_hook_from_submodules"):
+            hf_daq.restart(model)
+    else:
+        with pytest.raises(ModelError, match="is offloaded.*remove_hook_from_submodules"):
+            hf_daq.unpack(model)
+    with pytest.raises(ModelError, match="is offloaded.*remove_hook_from_submodules"):
+        hf_daq.remove_daq(model, weights="quantized")
+    with torch.no_grad():
+        assert torch.equal(model(images(2, 64)), want)
+    plain = accelerate.cpu_offload(nn.Sequential(nn.Linear(8, 8)), execution_device=torch.device("cpu"))
+    with pytest.raises(ModelError, match="is offloaded.*remove_hook_from_submodules"):
+        hf_daq.apply_daq(plain, weight_bits=8, first_last_bits=8)
 
 
 @pytest.mark.parametrize("kind", KINDS)

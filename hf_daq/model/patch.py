@@ -119,6 +119,7 @@ def restart_weights(model: nn.Module) -> None:
         state = "packed: hf_daq.unpack(model) comes first" if packed_layers(model) else "not quantized, or wrapped"
         raise ModelError(f"restart needs the model that apply_daq returned; this one is {state}")
     _refuse_part(model, "restart")
+    _refuse_offloaded(model)
     for name, layer in layers.items():
         if is_shard(layer.first_parameter):
             raise ModelError("restart needs whole weights, and the model is sharded: restart before it is prepared")
@@ -179,6 +180,7 @@ def unpatch(model: nn.Module, quantized: bool = False) -> None:
     _refuse_part(model, "remove_daq")
     refuse_parametrized(model)
     if quantized:
+        _refuse_offloaded(model)
         values = {name: layer.as_parameter(_dequantized_weight(name, layer)) for name, layer in layers.items()}
         gained = [name for name, layer in layers.items() if layer.bias is None and layer.w_quant.shift is not None]
         if gained:
@@ -234,6 +236,7 @@ def unpack_layers(model: nn.Module) -> None:
     layers, config = packed_layers(model), getattr(model, "daq_config", None)
     if not layers or config is None:
         raise ModelError("unpack needs a packed model, from pack or from a packed checkpoint")
+    _refuse_offloaded(model)
     for name, layer in layers.items():
         if layer.standardizes:
             raise ModelError(
@@ -273,6 +276,7 @@ def check_float_model(model: nn.Module) -> None:
     if daq_layers(model) or hasattr(model, "daq_config"):
         part = next((f".get_submodule({name!r})" for name in quantized_parts(model)), "")
         raise ModelError(f"the model is already quantized; hf_daq.remove_daq(model{part}) first to choose other bits")
+    _refuse_offloaded(model)
     for parameter_name, parameter in model.named_parameters():
         if nn.parameter.is_lazy(parameter):
             raise ModelError(
@@ -283,6 +287,13 @@ def check_float_model(model: nn.Module) -> None:
                 f"parameter {parameter_name!r} is a {type(parameter).__name__}: the model is sharded or already "
                 f"quantized by another library; apply_daq on the plain float model. The order is: {ORDER}"
             )
+
+
+def _refuse_offloaded(model: nn.Module) -> None:
+    """Refuse a model whose weights Accelerate brings for each forward alone."""
+    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+    if hooked and any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise ModelError(f"the model is offloaded; {ONLOAD}")
 
 
 def _refuse_part(model: nn.Module, what: str) -> None:
