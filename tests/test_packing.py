@@ -325,6 +325,22 @@ def test_a_packed_layer_is_the_float_class_moves_between_dtypes_and_pickles():
     assert torch.allclose(wide(probe.double()).float(), want, atol=0.1)
 
 
+@pytest.mark.parametrize("options", [{"weight_bits": 4}, {"bits": 4}, {"bits": 8, "weight_granularity": "channel"}])
+def test_scales_that_training_turned_are_packed_and_unpacked(options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(136, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 4)).eval()
+    hf_daq.apply_daq(model, **options)
+    x = torch.randn(4, 136)
+    with hf_daq.calibrate(model, check=False):
+        model(x)
+    with torch.no_grad():
+        model[2].w_quant.scale.neg_()
+    want = model(x)
+    assert torch.allclose(hf_daq.pack(copy.deepcopy(model))(x), want, atol=1e-6)
+    assert torch.allclose(hf_daq.unpack(hf_daq.pack(model))(x), want, atol=1e-6)
+    hf_daq.remove_daq(hf_daq.pack(model), weights="quantized")
+
+
 @pytest.mark.parametrize(
     "write",
     [

@@ -309,5 +309,5 @@ def _on_codes(
     largest = scale.abs().clamp_min(1e-12)
     quantizer.set_bounds(parts, largest / span.to(scale.dtype) if isinstance(span, Tensor) else largest)
     quantizer.scale.copy_(scale)
-    quantizer.finish()
+    quantizer.finish(loaded=True)  # training may have turned the sign of a scale
     return quantizer
