@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import hf_daq
+from hf_daq.errors import ModelError
 from hf_daq.nn.layers import LAYER_TYPES, quantized_layers
 
 FAMILIES = [
@@ -238,3 +239,17 @@ def test_other_sizes_of_images_after_opening(tmp_path):
     want = whole(x)
     assert (opened(x) - want).norm() < 0.1 * want.norm()
     assert len(opened.forward_intermediates(x, indices=3, intermediates_only=True)) == 3
+
+
+def test_blocks_are_fused_before_they_are_quantized():
+    branches = timm.models.fastvit.MobileOneBlock(4, 4, 3).eval()
+    model = nn.Sequential(branches, nn.Conv2d(4, 4, 1)).eval()
+    fused = timm.utils.reparameterize_model(model)
+    assert hf_daq.apply_daq(fused, weight_bits=4, first_last_bits=8).daq_config.layers
+    hf_daq.apply_daq(model, weight_bits=4, first_last_bits=8)
+    for call in (timm.utils.reparameterize_model, timm.models.reparameterize_model):
+        with pytest.raises(ModelError, match=r"would fuse the quantized layer '0.*call it first, model = timm.utils"):
+            call(model)
+    plain = timm.create_model("test_resnet")
+    hf_daq.apply_daq(plain, weight_bits=4, first_last_bits=8)
+    assert quantized_layers(timm.utils.reparameterize_model(plain)).keys() == quantized_layers(plain).keys()

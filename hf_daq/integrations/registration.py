@@ -42,9 +42,36 @@ class _WhenLoaded(MetaPathFinder):
 
 
 def _register_with_timm() -> None:
-    from timm.models import register_model
+    from timm.models import _manipulate, register_model
 
     register_model(hf_daq)
+    fuse: Any = getattr(_manipulate, "reparameterize_model", None)
+    if fuse is not None:  # in older releases it is elsewhere
+        guarded = wraps(fuse)(_before_apply(fuse))
+        for module in (_manipulate, sys.modules["timm.models"]):
+            setattr(module, fuse.__name__, guarded)
+
+
+def _before_apply(fuse: Callable[..., Any]) -> Callable[..., Any]:
+    """`reparameterize_model` refuses a model in which it would fuse quantized layers into float ones."""
+
+    def reparameterize_model(model: Any, inplace: bool = False) -> Any:
+        blocks = [
+            module
+            for module in model.modules()
+            if any(hasattr(module, call) for call in ("fuse", "reparameterize", "switch_to_deploy"))
+        ]
+        fused = [part.daq_name for block in blocks for part in block.modules() if hasattr(part, "daq_name")]
+        if fused:
+            from ..errors import ModelError
+
+            raise ModelError(
+                f"reparameterize_model would fuse the quantized layer {fused[0]!r} into one in float: call it first, model = "
+                "timm.utils.reparameterize_model(model), then apply_daq and calibrate"
+            )
+        return fuse(model, inplace=inplace)
+
+    return reparameterize_model
 
 
 def hf_daq(*args: Any, **kwargs: Any) -> Any:
