@@ -385,7 +385,7 @@ def test_param_groups():
         ("hf_daq.nn.packed.encode", lambda: quantized(), hf_daq.pack),
         ("hf_daq.nn.packed._on_codes", lambda: hf_daq.pack(quantized()), hf_daq.unpack),
         ("hf_daq.model.patch.restore_layer", lambda: quantized(), hf_daq.remove_daq),
-        ("hf_daq.calibration._write", lambda: quantized(), lambda model: calibrated_again(model)),
+        ("hf_daq.calibration._share", lambda: quantized(), lambda model: calibrated_again(model)),
     ],
 )
 def test_ctrl_c_leaves_no_model_between_two_kinds(where, ready, change, monkeypatch):
