@@ -393,6 +393,7 @@ def test_restart_fits_the_quantizers_to_merged_weights():
     [
         lambda layer: setattr(layer.weight, "data", torch.zeros(32, 32)),
         lambda layer: layer.weight.add_(1),
+        lambda layer: layer.weight.data.add_(1),
         lambda layer: layer.weight.__iadd__(1),
         lambda layer: nn.init.zeros_(layer.weight),
         lambda layer: setattr(layer, "weight", nn.Parameter(torch.zeros(32, 32))),
@@ -403,7 +404,6 @@ def test_nothing_can_be_written_to_the_weight_of_a_packed_layer(write):
     with torch.no_grad(), pytest.raises(ModelError, match=r"first write hf_daq.unpack\(model\)"):
         write(model[5])
     assert type(model[5].weight * 1) is torch.Tensor
-    assert type(model[5].weight.data) is torch.Tensor
 
 
 class ByKeyword(nn.Module):

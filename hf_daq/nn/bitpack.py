@@ -55,12 +55,11 @@ def unpack_bits(packed: Tensor, bits: float, count: int) -> Tensor:
         digits = packed[:, None] // packed.new_tensor(_POWERS) % 3
         return digits.flatten()[:count]
     bits = int(bits)
-    return _eights(F.pad(packed, (0, -packed.numel() % bits)).view(-1, bits)).flatten()[:count]
+    return _eights(F.pad(packed, (0, -packed.numel() % bits)).view(-1, bits), bits).flatten()[:count]
 
 
-def _eights(packed: Tensor) -> Tensor:
+def _eights(packed: Tensor, bits: int) -> Tensor:
     """Eight codes from each row of bytes: shape (..., bits) to (..., 8)."""
-    bits = packed.shape[-1]
     codes = packed.new_empty(*packed.shape[:-1], 8)
     mask = 2**bits - 1
     for index in range(8):
@@ -99,5 +98,5 @@ def unpack_rows(packed: Tensor, bits: float, columns: int, rows: Tensor) -> Tens
             torch.int32
         )  # behind the last byte are none of these codes
         window = ((found[:, :-1] | found[:, 1:] << 8) >> (start & 7).int().unsqueeze(1) & 255).to(torch.uint8)
-    codes = window if bits == 8 else _eights(window.view(-1, size // bits, bits)).flatten(1)
+    codes = window if bits == 8 else _eights(window.view(-1, size // bits, bits), bits).flatten(1)
     return codes[:, :columns]
