@@ -19,7 +19,7 @@ from .errors import ModelError
 from .model.batch import Calls
 from .model.guards import ORDER, refuse_wrapped
 from .model.recording import Recorder
-from .model.roles import refuse_parametrized
+from .model.roles import refuse_computed
 from .model.siblings import Readers, find_siblings
 from .nn.base import layer_input, refuse_adapted_weights
 from .nn.experts import DaqExpertsLinear
@@ -117,7 +117,7 @@ def _checked(model: nn.Module) -> dict[str, QuantizedLayer]:
         )
     refuse_wrapped(model)
     refuse_adapted_weights(model, "calibrated")
-    refuse_parametrized(model)
+    refuse_computed(model, "parametrize")
     if any(is_shard(layer.first_parameter) for layer in layers.values()):
         raise ModelError(f"calibrate cannot see through a sharded model; the order is: {ORDER}")
     if any(layer.weight.is_meta for layer in layers.values()):

@@ -25,7 +25,7 @@ from ..nn.tied import tie_layer, unpack_tied
 from ..nn.weight_norm import give_norms_back, hold_norms
 from .guards import ORDER, refuse_wrapped, watch
 from .plan import Plan, plan
-from .roles import computed_weights, kept_computed_weights, refuse_parametrized
+from .roles import computed_weights, kept_computed_weights, refuse_computed
 from .shares import too_little
 from .unchanged import check_unchanged, quantized_parts
 
@@ -178,7 +178,7 @@ def unpatch(model: nn.Module, quantized: bool = False) -> None:
             else "the model is not quantized: there is nothing to remove"
         )
     _refuse_part(model, "remove_daq")
-    refuse_parametrized(model)
+    refuse_computed(model, "parametrize")
     if quantized:
         _refuse_offloaded(model)
         values = {name: layer.as_parameter(_dequantized_weight(name, layer)) for name, layer in layers.items()}

@@ -235,10 +235,14 @@ def computed_weights(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def refuse_parametrized(model: nn.Module) -> None:
-    """Refuse a model with quantized layers whose class is one of torch.nn.utils.parametrize now: no other can be given to them."""
+def refuse_computed(model: nn.Module, by: str = "") -> None:
+    """Refuse a model with quantized layers that compute their weight or bias from others by now.
+
+    Args:
+        by: "parametrize" for such layers of torch.nn.utils.parametrize alone, to which no other class can be given.
+    """
     for name, call in computed_weights(model).items():
-        if "parametrize" in call and isinstance(model.get_submodule(name), DaqLayer):
+        if by in call and isinstance(model.get_submodule(name), DaqLayer):
             raise ModelError(
                 f"quantized layer {name!r} computes its weight or bias from other parameters; write {call}, with "
                 f"layer = model.get_submodule({name!r})"

@@ -13,7 +13,7 @@ from ..errors import ConfigError, ModelError
 from ..nn.base import DaqLayer
 from ..nn.layers import QuantizedLayer
 from ..nn.packed import daq_layers
-from .roles import computed_weights
+from .roles import refuse_computed
 
 _AGAIN = "write hf_daq.remove_daq(model), then apply_daq and calibrate anew"
 
@@ -71,12 +71,7 @@ def check_unchanged(model: nn.Module, adapters: bool = False) -> None:
                 f"the model has changed since apply_daq: its layer {layer.daq_name!r} is {name!r} now, which model.daq_config "
                 f"does not name; {_AGAIN}"
             )
-    for name, call in computed_weights(model).items():
-        if name in layers:
-            raise ModelError(
-                f"quantized layer {name!r} computes its weight or bias from other parameters; write {call}, with "
-                f"layer = model.get_submodule({name!r})"
-            )
+    refuse_computed(model)
     entries.update({name: layer.entry for name, layer in layers.items()})
 
 
