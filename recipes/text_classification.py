@@ -238,7 +238,9 @@ def training_arguments(cfg: Config, phase: str, epochs: float, **others: Any) ->
         **cfg.training,
         **others,
     }
-    return TrainingArguments(**arguments)
+    found = TrainingArguments(**arguments)
+    options.warn_of_slow_bf16(found.bf16, found.device, "--training.bf16 false")
+    return found
 
 
 def train_phase(trainer: Trainer, phase: str, report: dict[str, Any], cfg: Config) -> None:

@@ -159,6 +159,17 @@ def test_images_through_an_onnx_file_beside_the_card(model, tmp_path, monkeypatc
     assert abs(scope["logits"] - want).max() < 0.2 * want.std()
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_card_says_how_8_bits_stay_exact_without_vnni(tmp_path, bits):
+    model = hf_daq.apply_daq(tiny_bert(), bits=bits)
+    with hf_daq.calibrate(model):
+        model(tokens(2))
+    hf_daq.save_pretrained(model, tmp_path)
+    (tmp_path / "model.onnx").touch()
+    write_card(tmp_path)
+    assert ("session.x64quantprecision" in (tmp_path / "README.md").read_text()) == (bits == 8)
+
+
 @pytest.mark.parametrize(
     ("packed", "without"),
     [(False, "loads the float weights, which are not quantized"), (True, "transformers refuses the folder")],

@@ -372,7 +372,7 @@ def test_channels_last_gives_the_same_gradients():
         model.to(memory_format=memory_format)
         model(batches(1).contiguous(memory_format=memory_format)).square().sum().backward()
         results.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-    close(*results, 1e-3)
+    close(*results, 5e-3)  # a value next to a threshold has another code where sums round otherwise
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -12,7 +12,7 @@ from hf_daq.nn import native
 from hf_daq.nn.kernels import compiler
 
 pytestmark = pytest.mark.skipif(compiler() is None or os.name == "nt", reason="no compiler of C++")
-SMALL = 'extern "C" { int daq_linear() { return 7; } int daq_weights() { return 7; } int daq_read_codes() { return 7; } int daq_write_codes() { return 7; } int daq_start() { return 7; } int daq_block() { return 7; } int daq_whole() { return 7; } }'
+SMALL = 'extern "C" { int daq_linear() { return 7; } int daq_weights() { return 7; } int daq_read_codes() { return 7; } int daq_write_codes() { return 7; } int daq_start() { return 7; } int daq_block() { return 7; } int daq_pairs() { return 7; } int daq_whole() { return 7; } }'
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from packed_layers import LAYERS, close, packed, plain, tiny, write
+from processor import needs_vnni
 from torch import nn
 from torch._inductor.utils import run_and_get_code
 
@@ -16,6 +17,7 @@ from hf_daq.nn import onednn
 from hf_daq.nn.packed import shared_copy
 
 
+@needs_vnni
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_outputs_are_those_of_integer_arithmetic_with_all_bits(name):
@@ -204,6 +206,7 @@ def test_what_the_operators_do_not_know_computes_in_float(layer, shape):
 @pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("weight_bits", [4, 8])
 def test_a_compiled_model_sees_through(weight_bits, tiles, monkeypatch):
+    torch._dynamo.reset()
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
     torch.manual_seed(0)
     x = torch.randn(2, 4, 6, 6)

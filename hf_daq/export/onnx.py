@@ -340,6 +340,7 @@ def _rewrite(proto: Any, batch: Inputs, weights: str, int8_outputs: bool, runtim
         storage.store_scales_once(graph)
         storage.dequantize_at_load(graph)
     passes.share_constants(graph)
+    passes.separate_zero_points(graph)
     passes.drop_traces(graph)
     if size_of(proto) <= LARGEST_FILE:
         onnx.checker.check_model(proto)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import platform
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -144,9 +145,26 @@ def check_exact(
     wrong = [name for name, distances in file.distances.items() if not distances.error <= _CODES]
     if wrong or not agreement.error <= (_OUTPUTS if forwards else _OUTPUTS_IN_FLOAT):
         where = f"the input of layer {wrong[0]!r}" if wrong else "the outputs"
+        why = (
+            f"This processor has no VNNI instructions: {runtime} adds pairs of products in 16 bits here, and cuts off what is too large "
+            "for them, as products of 8-bit inputs and weights are. Take weight_bits=7, or compare on another processor "
+            '(verify=False, or runtimes=["onnxruntime"]).'
+            if _overflows(forwards.values())
+            else f"This is a fault of the export or of {runtime}: try another `runtime=`, or leave what stands before it in float, and "
+            "report it."
+        )
         raise ExportError(
             f"{runtime}: the file computes something else than the model: {where} differ by more than rounding "
-            f"explains (outputs by {agreement.error:.1e}). This is a fault of the export or of {runtime}: try another "
-            f"`runtime=`, or leave what stands before it in float, and report it. Nothing was written.\n{report}"
+            f"explains (outputs by {agreement.error:.1e}). {why} Nothing was written.\n{report}"
         )
     return agreement
+
+
+def _overflows(layers: Iterable[_OnCodes]) -> bool:
+    """Whether sums of two products of a layer are too large for 16 bits, and this processor adds them in as many."""
+    largest = (2 * on.layer.a_quant.levels * int(on.values.weight.abs().max()) for on in layers)
+    return (
+        platform.machine() in ("x86_64", "AMD64")
+        and not torch.cpu._is_vnni_supported()
+        and max(largest, default=0) >= 2**15
+    )

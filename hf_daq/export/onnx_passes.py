@@ -417,6 +417,19 @@ def share_constants(graph: Graph) -> None:
         graph.graph.value_info.remove(info)
 
 
+def separate_zero_points(graph: Graph) -> None:
+    """One for each int8 weight: ONNX Runtime, told to compute exactly on processors without VNNI, makes weights uint8 and adds
+    their zero points under a name that they may have once."""
+    used: set[str] = set()
+    for node in graph.nodes("DequantizeLinear"):
+        codes = graph.constant(node.input[0])
+        if codes is not None and codes.dtype == np.int8 and len(node.input) > 2:
+            if node.input[2] in used:
+                node.input[2] = graph.add(node.input[2], graph.values(node.input[2]))
+            used.add(node.input[2])
+    graph.index()
+
+
 def _digest(tensor: Any) -> bytes:
     values = onnx.TensorProto()
     values.CopyFrom(tensor)

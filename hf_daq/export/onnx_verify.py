@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportError
+from ..files.feeding import EXACT_WITHOUT_VNNI
 from ..model.batch import Inputs, outputs_of
 from ..nn.integers import integer_arithmetic
 from .onnx_files import readable
@@ -264,10 +265,16 @@ class OnnxRuntime:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what is wrong comes as an error
         options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry(EXACT_WITHOUT_VNNI, "1")
         with _loading("ONNX Runtime"), readable(proto) as source:
-            self.session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            given = {"providers": ["CPUExecutionProvider"]}
+            try:
+                self.session = onnxruntime.InferenceSession(source, options, **given)
+            except Exception:  # it fails to write a weight anew that two products have
+                options.add_session_config_entry(EXACT_WITHOUT_VNNI, "0")
+                self.session = onnxruntime.InferenceSession(source, options, **given)
         self.inputs = [value.name for value in self.session.get_inputs()]
         self.names = names
 

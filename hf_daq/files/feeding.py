@@ -12,6 +12,9 @@ from ..text import printable
 from .header import read_description
 from .inspect import Inspection
 
+EXACT_WITHOUT_VNNI = "session.x64quantprecision"
+"""The option of ONNX Runtime with which x86 processors without VNNI add products of 8-bit inputs and weights exactly; on others it
+does nothing."""
 _IMAGE = """\
 import torch
 from PIL import Image
@@ -91,7 +94,8 @@ def running(inspection: Inspection, task: str | None, repo_id: str | None) -> li
         parts = ["## Run it on an image", *_sentences(image), _python(_IMAGE)]
         fits = image.get("crop_mode", "center") == "center" and {"mean", "std", "crop_pct"} <= image.keys()
         name = _FILTERS.get(str(image.get("interpolation")))
-        return [*parts, *(_onnx(_ONNX_IMAGE.format(name=one, filter=name)) for one in onnx if fits and name)]
+        code = [_ONNX_IMAGE.format(name=one, filter=name) for one in onnx if fits and name]
+        return [*parts, *(_onnx(lines, inspection) for lines in code)]
     where, sources = _companions(inspection, folder, repo_id)
     if task == "image-classification":
         given = {"auto": "AutoImageProcessor", "argument": "image_processor", "example": "image.jpg"}
@@ -102,7 +106,7 @@ def running(inspection: Inspection, task: str | None, repo_id: str | None) -> li
     parts = ["## Run it on a sentence", *sources, _python(_PIPELINE.format(task=task, where=where, **given))]
     for name, path in onnx.items():
         lines = _ONNX_CACHE if _takes_cache(path) else _ONNX_TEXT
-        parts.append(_onnx(lines.format(name=name, where=where, example=given["example"])))
+        parts.append(_onnx(lines.format(name=name, where=where, example=given["example"]), inspection))
     return parts
 
 
@@ -186,5 +190,11 @@ def _python(code: str) -> str:
     return f"```python\n{code}\n```"
 
 
-def _onnx(code: str) -> str:
-    return f"In ONNX Runtime, without hf_daq and PyTorch:\n\n{_python(code)}"
+def _onnx(code: str, inspection: Inspection) -> str:
+    text = f"In ONNX Runtime, without hf_daq and PyTorch:\n\n{_python(code)}"
+    if any(layer.weight_bits == layer.activation_bits == 8 for layer in inspection.layers):
+        text += (
+            "\n\nx86 processors without VNNI cut off sums of 8-bit products, unless the session is opened with `options`, where "
+            f'`options = onnxruntime.SessionOptions()` and `options.add_session_config_entry("{EXACT_WITHOUT_VNNI}", "1")`.'
+        )
+    return text

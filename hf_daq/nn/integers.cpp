@@ -9,8 +9,11 @@
 
 #if (defined(__AVX512F__) && defined(__AVX512VNNI__)) || (!defined(__AVX512F__) && defined(__AVXVNNI__))
 #define ADDS_PRODUCTS 1  // four products of bytes are added to a sum of 32 bits
+#elif defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
+#define ADDS_PAIRS 1  // two of bytes to one of 16 bits, or two of 16 bits to one of 32
 #endif
 typedef int32_t Ints __attribute__((vector_size(4 * W)));
+typedef int16_t Shorts __attribute__((vector_size(4 * W)));
 
 constexpr int64_t CACHE = 3 << 17;  // bytes of inputs in a buffer
 constexpr float SMALLEST_STEP = 1.1920929e-7f;
@@ -22,6 +25,7 @@ struct Whole {
   int64_t scale;   // likewise, of its sum
   int64_t channels, outputs, groups, kernel[2], stride[2], dilation[2];
   int32_t depthwise, halves, zero, tokens;  // halves: to twice the sum that of the inputs is added
+  int64_t steps;                            // ADDS_PAIRS: how many sums of two products 16 bits hold; with 0 weights are int16, (..., size / 2, W, 2)
   float start, inverse, levels;             // tokens: a scale for each row instead of start and inverse, for linear layers
 
   template <class T> const T* at(int64_t bytes) const { return (const T*)((const char*)this + bytes); }
@@ -73,6 +77,10 @@ static INLINE Floats ceil_of(Floats v) {
 static INLINE void store(Floats v, uint8_t* out) {
 #if defined(__AVX512F__)
   _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8(_mm512_cvttps_epi32((__m512)v)));
+#elif defined(__AVX2__)
+  const __m256i low = _mm256_shuffle_epi8(_mm256_cvttps_epi32((__m256)v), _mm256_set1_epi32(0x0C080400));
+  const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+  _mm_storel_epi64((__m128i*)out, both);
 #else
   Ints k = __builtin_convertvector(v, Ints);
   for (int i = 0; i < W; i++) out[i] = uint8_t(k[i]);
@@ -273,7 +281,10 @@ struct Outputs {
 #if defined(__AVX512F__)
       _mm512_mask_storeu_ps(to, left < W ? (1u << left) - 1 : 0xFFFF, (__m512)v);
 #else
-      memcpy(to, &v, left < W ? 4 * left : 4 * W);
+      if (left < W)
+        memcpy(to, &v, 4 * left);
+      else
+        memcpy(to, &v, 4 * W);
 #endif
     } else {
       uint16_t halves[W];
@@ -360,31 +371,96 @@ static void depthwise(const Whole& a, const Image& b, const Buffer& in, int64_t 
     }
 }
 
-#if ADDS_PRODUCTS
-static INLINE Ints add_products(Ints sum, Ints bytes, Ints weight) {
-#if defined(__AVX512F__)
-  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)bytes, (__m512i)weight);
+// Whether inputs are multiplied in 16 bits.
+static INLINE bool in_shorts(const Whole& a) {
+#if ADDS_PAIRS
+  return !a.depthwise && !a.steps;
 #else
-  return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)bytes, (__m256i)weight);
+  return false;
 #endif
 }
 
-// Where the inputs of a pixel lie: runs of `used` bytes that lie one after the other, the runs `row` or `column` apart.
-// size: a multiple of 4; weights are 0 behind what is used.
+#if ADDS_PRODUCTS || ADDS_PAIRS
+#if defined(__AVX512F__)
+constexpr int PIXELS = 6, BLOCKS = 4;  // whose sums stay in registers
+#else
+constexpr int PIXELS = 6, BLOCKS = 2;
+#endif
+
+// Where the inputs of a pixel lie: runs of `used` inputs that lie one after the other, the runs `row` or `column` bytes apart.
+// size: in bytes, a multiple of 4; weights are 0 behind what is used.
 struct Runs {
   int64_t rows, columns, used, size, row, column;
 };
 
 // What is added to twice the sums of a pixel, where weights mean half a code more.
-static int32_t sum_of_inputs(const Runs& runs, const uint8_t* pixel, int32_t zero) {
+template <class T> static int32_t sum_of_inputs(const Runs& runs, const uint8_t* pixel, int32_t zero) {
   int32_t sum = -zero * int32_t(runs.rows * runs.columns * runs.used);
   for (int64_t ky = 0; ky < runs.rows; ky++)
     for (int64_t kx = 0; kx < runs.columns; kx++) {
-      const uint8_t* x = pixel + ky * runs.row + kx * runs.column;
+      const T* x = (const T*)(pixel + ky * runs.row + kx * runs.column);
       for (int64_t k = 0; k < runs.used; k++) sum += x[k];
     }
   return sum;
 }
+
+static INLINE Ints add_products(Ints sum, Ints inputs, Ints weight) {
+#if ADDS_PAIRS && defined(__AVX512F__)  // inputs in 16 bits
+  return sum + (Ints)_mm512_madd_epi16((__m512i)inputs, (__m512i)weight);
+#elif ADDS_PAIRS
+  return sum + (Ints)_mm256_madd_epi16((__m256i)inputs, (__m256i)weight);
+#elif defined(__AVX512F__)
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)inputs, (__m512i)weight);
+#else
+  return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)inputs, (__m256i)weight);
+#endif
+}
+
+// Adds the products of `size` bytes of P pixels with those of B blocks of weights, which lie `block` bytes apart.
+template <int P, int B>
+static INLINE void add_run(Ints (&sum)[P][B], const uint8_t* const (&x)[P], const int8_t* weight, int64_t block, int64_t size) {
+  for (int64_t k = 0; k < size; k += 4, weight += 4 * W) {
+    Ints w[B];
+    for (int j = 0; j < B; j++) w[j] = load<Ints>(weight + j * block);
+    for (int i = 0; i < P; i++) {
+      const Ints none = {};
+      Ints inputs = none + load<int32_t>(x[i] + k);
+      for (int j = 0; j < B; j++) sum[i][j] = add_products(sum[i][j], inputs, w[j]);
+    }
+  }
+}
+
+#if ADDS_PAIRS
+static INLINE Shorts pairs_of(Ints bytes, Ints weight) {
+#if defined(__AVX512F__)
+  return (Shorts)_mm512_maddubs_epi16((__m512i)bytes, (__m512i)weight);
+#else
+  return (Shorts)_mm256_maddubs_epi16((__m256i)bytes, (__m256i)weight);
+#endif
+}
+
+// The same of bytes, of which `steps` sums of two products fit in 16 bits.
+template <int P, int B>
+static INLINE void add_run(Ints (&sum)[P][B], const uint8_t* const (&x)[P], const int8_t* weight, int64_t block,
+                           int64_t size, int64_t steps) {
+  const Ints none = {};
+  for (int64_t k = 0; k < size;) {
+    Shorts part[P][B] = {};
+    const int64_t end = size - k < 4 * steps ? size : k + 4 * steps;
+    for (; k < end; k += 4, weight += 4 * W) {
+      Ints w[B];
+      for (int j = 0; j < B; j++) w[j] = load<Ints>(weight + j * block);
+      for (int i = 0; i < P; i++) {
+        const Ints bytes = none + load<int32_t>(x[i] + k);
+        for (int j = 0; j < B; j++) part[i][j] += pairs_of(bytes, w[j]);
+      }
+    }
+    const Shorts ones = Shorts{} + int16_t(1);
+    for (int i = 0; i < P; i++)
+      for (int j = 0; j < B; j++) sum[i][j] = add_products(sum[i][j], (Ints)part[i][j], (Ints)ones);
+  }
+}
+#endif
 
 // P pixels, with what their sums are multiplied by; B blocks of W outputs each; `at`: of the first in the output.
 template <int P, int B>
@@ -396,22 +472,20 @@ static void tile(const Whole& a, const Runs& runs, const uint8_t* const* pixels,
   for (int j = 0; j < B; j++)
     for (int i = 0; i < P; i++) sum[i][j] = load<Ints>(first + W * j);
   for (int64_t ky = 0; ky < runs.rows; ky++)
-    for (int64_t kx = 0; kx < runs.columns; kx++) {
+    for (int64_t kx = 0; kx < runs.columns; kx++, weight += runs.size * W) {
       const uint8_t* x[P];
       for (int i = 0; i < P; i++) x[i] = pixels[i] + ky * runs.row + kx * runs.column;
-      for (int64_t k = 0; k < runs.size; k += 4, weight += 4 * W) {
-        Ints w[B];
-        for (int j = 0; j < B; j++) w[j] = load<Ints>(weight + j * block);
-        for (int i = 0; i < P; i++) {
-          const Ints none = {};
-          Ints bytes = none + load<int32_t>(x[i] + k);
-          for (int j = 0; j < B; j++) sum[i][j] = add_products(sum[i][j], bytes, w[j]);
-        }
+#if ADDS_PAIRS
+      if (a.steps) {
+        add_run<P, B>(sum, x, weight, block, runs.size, a.steps);
+        continue;
       }
+#endif
+      add_run<P, B>(sum, x, weight, block, runs.size);
     }
   if (a.halves)
     for (int i = 0; i < P; i++) {
-      const int32_t inputs = sum_of_inputs(runs, pixels[i], a.zero);
+      const int32_t inputs = in_shorts(a) ? sum_of_inputs<uint16_t>(runs, pixels[i], a.zero) : sum_of_inputs<uint8_t>(runs, pixels[i], a.zero);
       for (int j = 0; j < B; j++) sum[i][j] = sum[i][j] * 2 + inputs;
     }
 #pragma GCC unroll 8
@@ -422,29 +496,34 @@ static void tile(const Whole& a, const Runs& runs, const uint8_t* const* pixels,
 
 typedef void (*Tile)(const Whole&, const Runs&, const uint8_t* const*, const float*, const int8_t*, const int32_t*,
                      const Outputs&, int64_t);
+#if defined(__AVX512F__)
 #define TILES(P) {tile<P, 1>, tile<P, 2>, tile<P, 3>, tile<P, 4>}
-static const Tile TILE[6][4] = {TILES(1), TILES(2), TILES(3), TILES(4), TILES(5), TILES(6)};
+#else
+#define TILES(P) {tile<P, 1>, tile<P, 2>}
+#endif
+static const Tile TILE[PIXELS][BLOCKS] = {TILES(1), TILES(2), TILES(3), TILES(4), TILES(5), TILES(6)};
 
 // Blocks `from` to `to` of the outputs of each group. scales: of the pixels, or none.
 static void dense(const Whole& a, const Image& b, const Buffer& in, const float* scales, int64_t rows, int64_t at,
                   int64_t from, int64_t to) {
   const int64_t per_group = a.outputs / a.groups, blocks = (per_group + W - 1) / W;
-  const int64_t right = a.stride[1] * in.pixel, down = a.stride[0] * in.columns * in.pixel;
+  const int64_t each = in_shorts(a) ? 2 : 1;  // bytes of an input
+  const int64_t pixel = in.pixel * each, right = a.stride[1] * pixel, down = a.stride[0] * in.columns * pixel;
   const bool joined = a.groups == 1 && a.dilation[1] == 1;  // all pixels below a row of the kernel
   const int64_t used = joined ? a.kernel[1] * in.pixel : in.padded;
-  const Runs runs{a.kernel[0], joined ? 1 : a.kernel[1], used, (used + 3) / 4 * 4, a.dilation[0] * in.columns * in.pixel, a.dilation[1] * in.pixel};
+  const Runs runs{a.kernel[0], joined ? 1 : a.kernel[1], used, (used + 3) / 4 * 4 * each, a.dilation[0] * in.columns * pixel, a.dilation[1] * pixel};
   for (int64_t g = 0; g < a.groups; g++)
     for (int64_t block = from, wide; block < to; block += wide) {
-      wide = part(to - block, 4);
+      wide = part(to - block, BLOCKS);
       const int64_t index = g * blocks + block, channel = g * per_group + block * W;
       const int8_t* weight = a.at<int8_t>(a.weight) + index * runs.rows * runs.columns * runs.size * W;
       Bias bias;
       const Outputs out{b.y, a.at<float>(a.scale) + index * W, bias.of(a, b, channel, wide * W), per_group - block * W, b.out_kind};
-      const uint8_t* row = in.data + g * in.padded;
+      const uint8_t* row = in.data + g * in.padded * each;
       for (int64_t p = 0, x = 0, size; p < rows * b.out_width; p += size) {
-        size = part(rows * b.out_width - p, 6);
-        const uint8_t* pixels[6];
-        float factors[6];
+        size = part(rows * b.out_width - p, PIXELS);
+        const uint8_t* pixels[PIXELS];
+        float factors[PIXELS];
         for (int64_t i = 0; i < size; i++) {
           factors[i] = scales ? scales[p + i] : 1;
           pixels[i] = row + x * right;
@@ -470,7 +549,7 @@ static int run(const Whole& a, Image b) {
   const int64_t reach = (a.kernel[0] - 1) * a.dilation[0] + 1;
   const int64_t columns = (b.out_width - 1) * a.stride[1] + (a.kernel[1] - 1) * a.dilation[1] + 1;
   const int64_t bytes = columns * groups * padded;
-  int64_t rows = (CACHE / bytes - reach) / a.stride[0] + 1;  // of outputs, in a task
+  int64_t rows = (CACHE / (in_shorts(a) ? 3 * bytes : bytes) - reach) / a.stride[0] + 1;  // of outputs, in a task
   rows = rows < 1 ? 1 : rows < b.out_height ? rows : b.out_height;
   int64_t chunks = (b.out_height + rows - 1) / rows, parts = 1, blocks = (a.outputs / a.groups + W - 1) / W;
   if (chunks * b.count < b.threads) {  // then several take the same inputs, or fewer rows
@@ -487,7 +566,8 @@ static int run(const Whole& a, Image b) {
     const int64_t needed = (last - first - 1) * a.stride[0] + reach;
     static thread_local Room room;
     const int64_t scales = a.tokens ? (4 * needed + 63) / 64 * 64 : 0;  // bytes
-    float* begin = (float*)room.of(scales + needed * bytes + 4);
+    const int64_t size = needed * bytes, behind = in_shorts(a) ? (size + 63) / 64 * 64 : 0;
+    float* begin = (float*)room.of(scales + behind * 3 + size + 8);
     Buffer in{(uint8_t*)begin + scales, columns, groups * padded, group, padded, uint8_t(a.zero)};
     if (!begin) {
       failed = 1;
@@ -498,6 +578,11 @@ static int run(const Whole& a, Image b) {
       bad |= b.kind == BFLOAT16 ? in.read_rows<uint16_t>(a, b, top, needed, begin) : in.read_rows<float>(a, b, top, needed, begin);
     else
       bad |= b.kind == BFLOAT16 ? in.read<uint16_t>(a, b, n, top, needed) : in.read<float>(a, b, n, top, needed);
+    if (behind) {
+      uint16_t* shorts = (uint16_t*)(in.data + behind);
+      for (int64_t i = 0; i < size; i++) shorts[i] = in.data[i];
+      in.data = (uint8_t*)shorts;
+    }
     if (deep)
       dense(a, b, in, a.tokens ? begin : nullptr, last - first, at, blocks * part / parts, blocks * (part + 1) / parts);
     else
@@ -508,10 +593,19 @@ static int run(const Whole& a, Image b) {
 
 extern "C" {
 
-// Outputs in a block; 0 where products are not added in 32 bits.
+// Outputs in a block; 0 where `dense` does nothing.
 int daq_block() {
-#if ADDS_PRODUCTS
+#if ADDS_PRODUCTS || ADDS_PAIRS
   return W;
+#else
+  return 0;
+#endif
+}
+
+// Whether `steps` counts.
+int daq_pairs() {
+#if ADDS_PAIRS
+  return 1;
 #else
   return 0;
 #endif

@@ -37,6 +37,7 @@ _FUNCTIONS = {
     "daq_read_codes": (*_STREAM, _address, _whole),
     "daq_write_codes": (_address, _number, _address, _whole),
     "daq_block": (),
+    "daq_pairs": (),
     "daq_whole": (_address, _address),
     "daq_start": (_address, _number, *[_whole] * 4, _address, _address, *[_real] * 5, _address, _address, _number),
 }

@@ -1,6 +1,6 @@
 """Packed layers with quantized inputs in whole numbers: on the CPU by integers.cpp (whole.py), else oneDNN's operators in torch;
-linear ones on a GPU by gpu.py. In graphs oneDNN comes first where it is faster: on a processor with AMX, and for convolutions of
-more than one pixel.
+linear ones on a GPU by gpu.py. In graphs oneDNN comes first where it is faster: on a processor with AMX, and with VNNI for
+convolutions of more than one pixel.
 
     output[c] = scale[c] * sum_i (code_i - zero_point) * weight[c, i] + bias[c]
 
@@ -98,7 +98,7 @@ def _suits(layer: Any, x: Tensor) -> bool:
 def _is_prepared(layer: Any, alone: bool) -> bool:
     """As `prepared`, once while a model is compiled; the graph then has what the layer keeps."""
     pixels = isinstance(layer, nn.Conv2d) and layer.groups == 1 and max(layer.kernel_size) > 1
-    alone = alone or pixels or torch.cpu._is_amx_tile_supported()
+    alone = alone or (pixels and torch.cpu._is_vnni_supported()) or torch.cpu._is_amx_tile_supported()
     return prepared(layer, alone).computes(alone)
 
 
@@ -402,5 +402,6 @@ def _padded(layer: Any, codes: Tensor, zero_point: int) -> tuple[Tensor, list[in
 def _say_inexact() -> None:
     logger.warning(
         "this processor or build of torch does not add products of whole numbers exactly (VNNI instructions are missing): "
-        "packed layers whose largest sums come out wrong compute in float, slower and right"
+        "packed layers whose largest sums come out wrong compute in float, slower and right; with a compiler of C++ (g++) there is "
+        "another way"
     )

@@ -26,6 +26,7 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _PAIR = c_int64 * 2
 _LINE = 64  # bytes of a cache line
 _EXACT = 2**24  # up to here float32 has every whole number
+_SHORT = 2**15 - 1
 
 
 class _Whole(ctypes.Structure):
@@ -35,6 +36,7 @@ class _Whole(ctypes.Structure):
         *((name, c_int64) for name in ("weight", "first", "scale", "channels", "outputs", "groups")),
         *((name, _PAIR) for name in ("kernel", "stride", "dilation")),
         *((name, c_int32) for name in ("depthwise", "halves", "zero", "tokens")),
+        ("steps", c_int64),
         *((name, c_float) for name in ("start", "inverse", "levels")),
     )
 
@@ -92,16 +94,19 @@ def arrange(
     block = functions.daq_block()
     if not depthwise and block == 0:
         return None
+    largest = 2 * rounding[2] * int(weight.to(torch.int16).abs().amax())  # of the sums of two products
+    in_short = _SHORT // max(largest, 1)
     scale = scale * 0.5 if halves else scale
     if depthwise:
         tensors = _taps(weight.view(outputs, taps), scale, halves, zero_point)
     else:
         runs = weight.view(groups, outputs // groups, -1, *kernel).permute(0, 1, 3, 4, 2)
         joined = groups == 1 and (not convolution or layer.dilation[1] == 1)  # all pixels below a row of the kernel
-        tensors = _blocks(runs.flatten(3 if joined else 4).flatten(2, -2), scale, block, zero_point)
+        wide = in_short == 0 and bool(functions.daq_pairs())
+        tensors = _blocks(runs.flatten(3 if joined else 4).flatten(2, -2), scale, block, zero_point, wide)
     steps = (layer.stride, layer.dilation) if convolution else ((1, 1), (1, 1))
     sizes = channels, outputs, groups, *(_PAIR(*pair) for pair in (kernel, *steps))
-    rest = *sizes, depthwise, halves, zero_point, tokens, *rounding
+    rest = *sizes, depthwise, halves, zero_point, tokens, in_short, *rounding
     work = weight.numel() // (1 if depthwise else groups)
     return Arranged(_joined(tensors, rest), channels, outputs, work, {})
 
@@ -121,12 +126,14 @@ def _taps(weight: Tensor, scale: Tensor, halves: bool, zero_point: int) -> tuple
     return _filled(wide.t(), 1, 16).contiguous(), scale[:0], _filled(scale, 0, 16)
 
 
-def _blocks(weight: Tensor, scale: Tensor, block: int, zero_point: int) -> tuple[Tensor, ...]:
-    """weight: shape (groups, out, runs, size of a run). Returns weight, `first` and `scale` of integers.cpp."""
-    groups, outputs, runs, size = weight.shape
+def _blocks(weight: Tensor, scale: Tensor, block: int, zero_point: int, wide: bool) -> tuple[Tensor, ...]:
+    """weight: shape (groups, out, runs, size of a run). Returns weight, int16 if `wide`, `first` and `scale` of integers.cpp."""
+    groups, outputs, runs = weight.shape[:3]
     first = _filled(weight.sum((2, 3), dtype=torch.int32) * -zero_point, 1, block)
-    parts = _filled(_filled(weight, 1, block), 3, 4).view(groups, -1, block, runs, -(-size // 4), 4)
-    arranged = parts.permute(0, 1, 3, 4, 2, 5).contiguous()
+    filled = _filled(_filled(weight, 1, block), 3, 4)
+    beside = 2 if wide else 4  # bytes, or numbers in 16 bits, make up 32
+    parts = filled.view(groups, -1, block, runs, filled.shape[3] // beside, beside)
+    arranged = parts.permute(0, 1, 3, 4, 2, 5).contiguous().to(torch.int16 if wide else torch.int8)
     return arranged, first.contiguous(), _filled(scale.view(groups, outputs), 1, block).contiguous()
 
 

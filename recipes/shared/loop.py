@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
 import hf_daq
+from shared.options import warn_of_slow_bf16
 
 # What may differ between a run and its continuation.
 FREE_ON_RESUME = {
@@ -268,6 +269,7 @@ def start_accelerator(cfg: Any, checkpoint: Path | None) -> Accelerator:
             f"{launched_processes()} processes were launched, and Accelerate sees {accelerator.num_processes}; without GPUs set "
             "ACCELERATE_USE_CPU=true"
         )
+    warn_of_slow_bf16(cfg.mixed_precision == "bf16", accelerator.device, "--mixed_precision no")
     accelerator.init_trackers("hf_daq", config=flat(dataclasses.asdict(cfg)))
     if cfg.resume:
         accelerator.print(f"continues from {checkpoint}" if checkpoint else "no checkpoint yet: starts anew")
