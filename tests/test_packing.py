@@ -390,3 +390,16 @@ def test_a_config_that_asks_for_more_layers_than_the_file_has_is_refused_at_once
         path.write_text(json.dumps(description))
         with pytest.raises(CheckpointError, match=message):
             hf_daq.from_pretrained(tmp_path)
+
+
+def test_what_was_frozen_stays_frozen():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    hf_daq.apply_daq(model, bits=4, first_last_bits=8)
+    with hf_daq.calibrate(model):
+        model(torch.randn(5, 4))
+    model[0].requires_grad_(False)
+    model[1].bias.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    hf_daq.unpack(hf_daq.pack(model))
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before

@@ -74,14 +74,16 @@ def test_tokens_are_trained_in_a_quantized_table(alone, tied, packed, tmp_path):
         lambda target: peft.MissConfig(r=2, init_weights="bat", target_modules=target),
     ],
 )
-def test_adapters_that_read_the_weight_are_refused(config):
+def test_adapters_that_read_the_weight_are_refused(config, tmp_path):
     model = quantized()
     wanted = outputs(model)
-    with pytest.raises(
-        ModelError, match=r"reads the weight of layer '.*q_proj' and does not call it.*take adapters that"
-    ):
+    problem = r"reads the weight of layer '.*q_proj' and does not call it.*take adapters that"
+    with pytest.raises(ModelError, match=problem):
         peft.get_peft_model(model, config(["q_proj"]))
     assert torch.equal(outputs(model), wanted)
+    peft.get_peft_model(tiny_llama(), config(["q_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=problem):
+        peft.PeftModel.from_pretrained(model, tmp_path, low_cpu_mem_usage=True)
     convolutions = hf_daq.apply_daq(
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1)), weight_bits=3
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -326,11 +327,14 @@ def check_calls(adapter: nn.Module, layer: Any) -> None:
     quantized. What tells is a forward with zeros, which ends where the layer is called."""
     if isinstance(layer, PackedLayer) and layer.a_quant is None:
         return  # its weight is what its codes mean
+    tensors = itertools.chain(adapter.named_parameters(), adapter.named_buffers())
+    # With low_cpu_mem_usage=True an adapter has no values yet.
+    absent = {name: torch.zeros_like(tensor, device=layer.weight.device) for name, tensor in tensors if tensor.is_meta}
     handle = layer.register_forward_pre_hook(_called)
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            adapter(_zeros(layer))
+            functional_call(adapter, absent, (_zeros(layer),), tie_weights=False)
     except Exception:  # called, or an adapter that needs more than an input
         return
     finally:

@@ -47,7 +47,7 @@ class PackedLayer(DaqLayer):
     weight_scale: float32.
     bias: of the quantized layer.
     weight: the weight as the float layer has it, computed when it is read.
-    quantizing: options of the weight quantizer that the layer had.
+    quantizing: options of the weight quantizer that the layer had. frozen: names of its parameters that did not learn.
     fast: whether the layer may round more than the quantized one, where that is faster. It is not saved.
 
     The weight exists in float only while the layer computes.
@@ -203,7 +203,7 @@ def _packed_class(quantized_class: Any) -> type[PackedLayer]:
     return type(name, (base, float_class), {**taken, "__module__": __name__})
 
 
-PLAIN = ("weight_bits", "weight_grid", "shape", "group_size", "has_bias", "weight_dtype", "quantizing")
+PLAIN = ("weight_bits", "weight_grid", "shape", "group_size", "has_bias", "weight_dtype", "quantizing", "frozen")
 _OPTIONS = ("granularity", "scale_dtype", "normalization", "rounding", "gamma", "sigma", "temperature")
 PACKED_TYPES: dict[type[QuantizedLayer], type[PackedLayer]] = {}
 
@@ -245,6 +245,7 @@ def pack_layer(layer: Any, values: bool = True) -> None:
     quantizer, dtype, device = layer.w_quant, layer.weight.dtype, layer.weight.device
     own = layer.owner is None
     bits, shape, group_size, has_bias = quantizer.bits, layer.weight_shape(), layer.group_size, layer.has_bias
+    frozen = {name for name, parameter in layer.named_parameters() if not parameter.requires_grad}
     if not own:
         codes = scale = None
     elif values:
@@ -270,7 +271,7 @@ def pack_layer(layer: Any, values: bool = True) -> None:
         layer.register_buffer("weight_codes", codes)
         layer.register_buffer("weight_scale", scale)
     layer.weight_bits, layer.weight_grid, layer.shape, layer.weight_dtype = bits, quantizer.grid, shape, dtype
-    layer.group_size, layer.has_bias = group_size, has_bias
+    layer.group_size, layer.has_bias, layer.frozen = group_size, has_bias, frozen
     layer.quantizing = {name: getattr(quantizer, name) for name in _OPTIONS}
     if layer.a_quant is not None and layer.input_owner is None:
         layer.a_quant = copy.deepcopy(layer.a_quant).requires_grad_(False)  # the model may be a shared copy
@@ -281,6 +282,7 @@ def unpack_layer(layer: Any, config: DaqConfig) -> None:
     """Turn a packed layer into a quantized one, in place, whose float weight lies on the codes."""
     weight, scale, bias = layer.weight.as_subclass(Tensor), layer.weight_scale, layer.bias
     bits, name, has_bias, span = layer.weight_bits, layer.daq_name, layer.has_bias, layer.span
+    frozen = layer.frozen
     layer._forget()
     layer.__dict__.pop("fast", None)
     own = layer._modules.pop("a_quant", None)
@@ -299,6 +301,8 @@ def unpack_layer(layer: Any, config: DaqConfig) -> None:
     if own is not None:
         own.requires_grad_(True)
         own.finish()
+    for name in frozen & dict(layer.named_parameters()).keys():
+        layer.get_parameter(name).requires_grad_(False)
 
 
 @torch.no_grad()
