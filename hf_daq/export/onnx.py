@@ -21,6 +21,7 @@ from ..errors import DaqError, ExportError
 from ..model.batch import Inputs, are_images
 from ..model.unchanged import check_unchanged
 from ..nn.base import check_calibrated, refuse_adapted_weights
+from ..nn.integers import exceeds_16_bits
 from ..nn.layers import CONVOLUTIONS, TRANSPOSED, evaluating
 from ..nn.packed import daq_layers
 from .guards import refuse_experts
@@ -150,6 +151,7 @@ def export_onnx(
             name_sizes(proto)
         write_metadata(proto, decoder, layers, runtime, size)
         report = Report(path, size_of(proto), weights, int8_outputs, int8_inputs, inputs=input_shapes(proto))
+        report.large_sums = any(map(exceeds_16_bits, layers.values()))
         if verify:
             with _explained("the file cannot be compared with the model; report it, with the model"):
                 verify_file(report, model, layers, proto, batch, chosen)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import ExportError
 from ..model.batch import Inputs, outputs_of
-from ..nn.integers import Integers, integers
+from ..nn.integers import Integers, exceeds_16_bits, integers
 from ..nn.layers import replaced_forwards
 from .onnx_verify import RUNTIMES, Agreement, Comparison, Report, class_axis
 
@@ -149,7 +149,7 @@ def check_exact(
             f"This processor has no VNNI instructions: {runtime} adds pairs of products in 16 bits here, and cuts off what is too large "
             "for them, as products of 8-bit inputs and weights are. Take weight_bits=7, or compare on another processor "
             '(verify=False, or runtimes=["onnxruntime"]).'
-            if _overflows(forwards.values())
+            if _cuts_off(layers.values())
             else f"This is a fault of the export or of {runtime}: try another `runtime=`, or leave what stands before it in float, and "
             "report it."
         )
@@ -160,11 +160,7 @@ def check_exact(
     return agreement
 
 
-def _overflows(layers: Iterable[_OnCodes]) -> bool:
-    """Whether sums of two products of a layer are too large for 16 bits, and this processor adds them in as many."""
-    largest = (2 * on.layer.a_quant.levels * int(on.values.weight.abs().max()) for on in layers)
-    return (
-        platform.machine() in ("x86_64", "AMD64")
-        and not torch.cpu._is_vnni_supported()
-        and max(largest, default=0) >= 2**15
-    )
+def _cuts_off(layers: Iterable[Any]) -> bool:
+    """Whether this processor may cut off sums of one of these layers."""
+    without_vnni = platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_vnni_supported()
+    return without_vnni and any(map(exceeds_16_bits, layers))

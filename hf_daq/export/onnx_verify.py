@@ -28,6 +28,9 @@ held against the model's integers on its own codes, and the outputs passed."""
 _FINE_ROUNDED = """\
 Different codes are meant here: outputs of convolutions are rounded to 8 bits.
 The outputs of the whole network decide, and they passed."""
+_LARGE_SUMS = f"""\
+x86 processors without VNNI cut off sums of 8-bit products, unless ONNX Runtime's
+session has the option {EXACT_WITHOUT_VNNI}=1, as in this comparison."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Report:
     layers: layer -> share of the codes of its input that differ in ONNX Runtime, in the order of computation.
     int8_outputs: whether outputs of convolutions were rounded to 8 bits. int8_inputs: whether inputs of linear layers
     with weights alone are. inputs: by name, their shapes in the file, with
-    names for dimensions that are free. passed: whether the file was compared and kept.
+    names for dimensions that are free. large_sums: whether sums of two products may exceed 16 bits. passed: whether the file was compared and kept.
     """
 
     path: Path
@@ -69,6 +72,7 @@ class Report:
     runtimes: dict[str, Agreement] = field(default_factory=dict)
     layers: dict[str, float] = field(default_factory=dict)
     inputs: dict[str, tuple[int | str, ...]] = field(default_factory=dict)
+    large_sums: bool = False
     passed: bool = False
 
     def __str__(self) -> str:
@@ -90,6 +94,8 @@ class Report:
             lines += [f"{name:<{width}}{share:>21.4%}" for name, share in self.layers.items()]
             if self.passed and any(self.layers.values()):
                 lines.append(_FINE_ROUNDED if self.int8_outputs else _FINE)
+        if self.large_sums and "onnxruntime" in self.runtimes:
+            lines.append(_LARGE_SUMS)
         return "\n".join(lines)
 
 

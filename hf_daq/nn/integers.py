@@ -102,6 +102,13 @@ def integers(layer: DaqLayer) -> Integers:
     )
 
 
+def exceeds_16_bits(layer: DaqLayer) -> bool:
+    """Whether sums of two products of a layer may: x86 processors without VNNI add bytes in so many."""
+    bits, zero = layer.weight_bits, center(layer.weight_bits, layer.weight_grid)
+    largest = 128 if bits == 8 else levels(bits) if zero % 1 else int(zero)  # of odd ones of 8 bits there are halves
+    return layer.a_quant is not None and 2 * layer.a_quant.levels * largest >= 2**15
+
+
 @contextmanager
 def integer_arithmetic(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, every quantized or packed layer computes with integers: integers for weights, unsigned codes of its input, sums

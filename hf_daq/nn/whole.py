@@ -94,8 +94,8 @@ def arrange(
     block = functions.daq_block()
     if not depthwise and block == 0:
         return None
-    largest = 2 * rounding[2] * int(weight.to(torch.int16).abs().amax())  # of the sums of two products
-    in_short = _SHORT // max(largest, 1)
+    low, high = weight.aminmax()
+    in_short = _SHORT // max(2 * rounding[2] * max(-int(low), int(high)), 1)  # sums of two products
     scale = scale * 0.5 if halves else scale
     if depthwise:
         tensors = _taps(weight.view(outputs, taps), scale, halves, zero_point)
