@@ -196,9 +196,8 @@ def test_graphs_have_the_layer_as_one_operator(last, monkeypatch):
         pytest.skip("this processor adds no products in 32 bits")
     compiled = torch.compile(model, fullgraph=True, dynamic=False)
     found, (code,) = run_and_get_code(compiled, x)
-    assert (
-        code.count("hf_daq.integer_layer.default(") == 3
-    )  # with VNNI the first one, of more than one pixel, is oneDNN's
+    # With VNNI the first one, of more than one pixel, is oneDNN's.
+    assert code.count("hf_daq.integer_layer.default(") == 3
     assert torch.equal(found, model(x))
     x[1, 2, 3, 4] = torch.nan
     assert compiled(x)[1].isnan().all()

@@ -150,8 +150,9 @@ def export_onnx(
         if dynamic_size:
             name_sizes(proto)
         write_metadata(proto, decoder, layers, runtime, size)
-        report = Report(path, size_of(proto), weights, int8_outputs, int8_inputs, inputs=input_shapes(proto))
-        report.large_sums = any(map(exceeds_16_bits, layers.values()))
+        large = any(map(exceeds_16_bits, layers.values()))
+        shapes = input_shapes(proto)
+        report = Report(path, size_of(proto), weights, int8_outputs, int8_inputs, inputs=shapes, large_sums=large)
         if verify:
             with _explained("the file cannot be compared with the model; report it, with the model"):
                 verify_file(report, model, layers, proto, batch, chosen)

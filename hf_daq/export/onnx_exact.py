@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ExportError
 from ..model.batch import Inputs, outputs_of
-from ..nn.integers import Integers, exceeds_16_bits, integers
+from ..nn.integers import Integers, adds_in_16_bits, integers
 from ..nn.layers import replaced_forwards
 from .onnx_verify import RUNTIMES, Agreement, Comparison, Report, class_axis
 
@@ -149,7 +148,7 @@ def check_exact(
             f"This processor has no VNNI instructions: {runtime} adds pairs of products in 16 bits here, and cuts off what is too large "
             "for them, as products of 8-bit inputs and weights are. Take weight_bits=7, or compare on another processor "
             '(verify=False, or runtimes=["onnxruntime"]).'
-            if _cuts_off(layers.values())
+            if report.large_sums and adds_in_16_bits()
             else f"This is a fault of the export or of {runtime}: try another `runtime=`, or leave what stands before it in float, and "
             "report it."
         )
@@ -158,9 +157,3 @@ def check_exact(
             f"explains (outputs by {agreement.error:.1e}). {why} Nothing was written.\n{report}"
         )
     return agreement
-
-
-def _cuts_off(layers: Iterable[Any]) -> bool:
-    """Whether this processor may cut off sums of one of these layers."""
-    without_vnni = platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_vnni_supported()
-    return without_vnni and any(map(exceeds_16_bits, layers))

@@ -30,7 +30,7 @@ Different codes are meant here: outputs of convolutions are rounded to 8 bits.
 The outputs of the whole network decide, and they passed."""
 _LARGE_SUMS = f"""\
 x86 processors without VNNI cut off sums of 8-bit products, unless ONNX Runtime's
-session has the option {EXACT_WITHOUT_VNNI}=1, as in this comparison."""
+session has the option {EXACT_WITHOUT_VNNI}=1."""
 
 
 @dataclass(frozen=True)

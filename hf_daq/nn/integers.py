@@ -11,6 +11,7 @@ the same.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,10 +104,15 @@ def integers(layer: DaqLayer) -> Integers:
 
 
 def exceeds_16_bits(layer: DaqLayer) -> bool:
-    """Whether sums of two products of a layer may: x86 processors without VNNI add bytes in so many."""
+    """Whether sums of two products of a layer may."""
     bits, zero = layer.weight_bits, center(layer.weight_bits, layer.weight_grid)
     largest = 128 if bits == 8 else levels(bits) if zero % 1 else int(zero)  # of odd ones of 8 bits there are halves
     return layer.a_quant is not None and 2 * layer.a_quant.levels * largest >= 2**15
+
+
+def adds_in_16_bits() -> bool:
+    """Whether this processor does, so that oneDNN, ONNX Runtime and OpenVINO cut off larger sums of products of bytes."""
+    return platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_vnni_supported()
 
 
 @contextmanager
