@@ -1,5 +1,6 @@
 """The study of estimators: its table, that a stopped run goes on as if it had not been, and EWGS."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -41,7 +42,7 @@ TINY = {
 
 
 def row(estimator, lr, seed, heldout, test, **more):
-    settings = {"network": "n", "bits": "1/1", "settings": {}, "optimizer": "sgd", "epochs": 5}
+    settings = {"network": "n", "bits": "1/1", "settings": {}, "dtype": "bfloat16", "optimizer": "sgd", "epochs": 5}
     values = {"estimator": estimator, "lr": lr, "seed": seed, "heldout": heldout, "test": test}
     return settings | values | {"history": [{"loss": 1.0, "heldout": heldout}] * 2} | more
 
@@ -63,9 +64,9 @@ def test_the_table_chooses_on_held_out_images_and_reports_test(tmp_path, capsys)
     results.write_text("".join(json.dumps(entry) + "\n" for entry in ROWS))
     estimators.main(["--table", "--results", str(results), "--report", str(tmp_path / "report")])
     printed = capsys.readouterr().out
-    assert "| n | 1/1 | sgd | 5 | daq | 0.1 (3) | 62.00 ± 2.00 | 52.00 ± 2.00 | 2 | +3.00 ± 2.00 | 0 |" in printed
-    assert "| n | 1/1 | sgd | 5 | ste | 0.1 (1) | 50.00 ± 0.00 | 49.00 ± 0.00 | 2 | - | 0 |" in printed
-    assert "| n | 1/1 | sgd | 5 | soft | 0.1 (1) | 70.00 | 60.00 | 1 | +11.00 | +2.5 |" in printed
+    assert "| n | 1/1 | bfloat16 | sgd | 5 | daq | 0.1 (3) | 62.00 ± 2.00 | 52.00 ± 2.00 | 2 | +3.00 ± 2.00 | 0 |" in printed
+    assert "| n | 1/1 | bfloat16 | sgd | 5 | ste | 0.1 (1) | 50.00 ± 0.00 | 49.00 ± 0.00 | 2 | - | 0 |" in printed
+    assert "| n | 1/1 | bfloat16 | sgd | 5 | soft | 0.1 (1) | 70.00 | 60.00 | 1 | +11.00 | +2.5 |" in printed
     assert (tmp_path / "report" / "estimators.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "report" / "estimators.md").read_text()
     for line in printed.splitlines()[:5]:
@@ -102,8 +103,14 @@ def images():
     """Read once: it takes longer than the runs."""
     with pytest.MonkeyPatch.context() as patch:
         found = side_by_side.Images(Study(**TINY, grids=[]), "digits")
-        patch.setattr(estimators, "Images", lambda study, dataset: found)
+        patch.setattr(estimators, "Images", lambda study, dataset: of_dtype(found, study.dtype))
         yield found
+
+
+def of_dtype(images, dtype):
+    found = copy.copy(images)
+    found.dtype = dtype
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +131,9 @@ def study(tmp_path_factory, images):
     return folder
 
 
-def run(folder):
+def run(folder, *options):
     files = ["--study", folder / "study.yaml", "--results", folder / "results.jsonl", "--work", folder / "work"]
-    estimators.main(["--dataset", "digits", *map(str, files)])
+    estimators.main(["--dataset", "digits", *map(str, files), *options])
     return read_rows(folder / "results.jsonl")
 
 
@@ -167,6 +174,23 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(study, monkeypatch):
     found, expected = run(study)[-1], json.loads(expected)
     assert {**found, "seconds": 0} == {**expected, "seconds": 0}
     assert found["seconds"] > 0
+
+
+def test_a_run_in_float32_is_another_run(study, tmp_path, monkeypatch, images):
+    monkeypatch.setenv("HF_DAQ_COMPILE", "0")
+    grids = [GRID | {"estimators": ["daq"], "lr": [0.05]}]
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(TINY | {"grids": grids}))
+    float32 = run(tmp_path, "--dtype", "float32")
+    assert [(row["estimator"], row["dtype"]) for row in float32] == [("float", "float32"), ("daq", "float32")]
+    both = run(tmp_path)
+    assert both[:2] == float32
+    assert [(row["estimator"], row["dtype"]) for row in both[2:]] == [("daq", "bfloat16")]
+    assert both[2]["history"] != both[1]["history"]
+    model = side_by_side.new_model(read_study(study / "study.yaml"), images.classes)
+    seen = set()
+    model.conv1.register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+    of_dtype(images, "float32").accuracy(model, images.plain, images.heldout_rows)
+    assert seen == {torch.float32}
 
 
 def network(study, images, run):
@@ -246,7 +270,7 @@ def test_updates_with_rates_in_tensors_are_those_of_torch(study, images, monkeyp
             loss.backward()
             sgd.step()
             adam.step()
-        found = side_by_side.accuracy(other, images.plain, images.heldout_rows)
+        found = images.accuracy(other, images.plain, images.heldout_rows)
         assert abs(found - training.history[epoch]["heldout"]) < 4
     for (name, one), two in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
         difference = (one.double() - two.double()).norm() / two.double().norm().clamp_min(1e-6)

@@ -38,10 +38,10 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 def table(rows: Rows) -> str:
     lines = [
-        "| network | bits | optimizer | epochs | estimator | best rate (of) | held out | test | seeds | minus ste | gap |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| network | bits | dtype | optimizer | epochs | estimator | best rate (of) | held out | test | seeds | minus ste | gap |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for key, group in by(rows, "network", "bits", "optimizer", "epochs").items():
+    for key, group in by(rows, "network", "bits", "dtype", "optimizer", "epochs").items():
         chosen = {name: (best(found), by(found, "lr")) for (name,), found in by(group, "estimator").items()}
         for name, ((lr, found), rates) in chosen.items():
             test = mean_and_error([row["test"] for row in found])

@@ -17,6 +17,7 @@ deployed; `gap` is what the soft quantizer has more in training, before it is ro
 
 import argparse
 import copy
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -49,6 +50,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--table", action="store_true", help="print the table of what is there, and run nothing")
     add("--report", type=Path, help="folder for the table and the figure, estimators.md and .png")
     add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--dtype", choices=["bfloat16", "float32"], help="instead of the study's: float32 on processors without bfloat16")
     add("--processes", type=int, help="how many share the work; default: 1 on a CPU, 8 on a GPU")
     add(
         "--side_by_side", type=int, help="runs that a process trains at the same time; default: 1 on a CPU, 12 on a GPU"
@@ -160,7 +162,8 @@ def groups_of(runs: list[Run], size: int) -> list[list[Run]]:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if not args.table:
-        carry_out(read_study(args.study), args)
+        study = read_study(args.study)
+        carry_out(dataclasses.replace(study, dtype=args.dtype or study.dtype), args)
     rows = read_rows(args.results)
     print(table(rows))
     if args.report:

@@ -73,6 +73,7 @@ class Images:
         self.classes, self.batch_size = len(images.label_names), study.batch_size
         self.batches = len(self.train_rows) // self.batch_size
         self.device = torch.device("cpu")
+        self.dtype = study.dtype
 
     def to(self, device: str) -> "Images":
         moved = copy.copy(self)
@@ -100,21 +101,22 @@ class Images:
         for rows in itertools.islice(self.order(0, 0), count):
             yield self.train.__getitems__(rows)[0]
 
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
 
-@torch.no_grad()
-def accuracy(model: nn.Module, images: Any, rows: Tensor, soft: bool = False) -> float:
-    """Top-1 in percent; with `soft` of the soft quantizer, as in training."""
-    model.eval()
-    for module in model.modules():
-        if soft and isinstance(module, Quantizer):
-            module.train()
-    device = images.pixels.device
-    hits = torch.zeros((), device=device)
-    for part in rows.to(device).split(500 if device.type == "cpu" else 5000):
-        batch, labels = images.__getitems__(part)
-        with torch.autocast(device.type, torch.bfloat16):
-            hits += (model(batch).argmax(1) == labels).sum()
-    return 100 * hits.item() / len(rows)
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module, images: Any, rows: Tensor, soft: bool = False) -> float:
+        """Top-1 in percent on these rows of `plain` or `test`; with `soft` of the soft quantizer, as in training."""
+        model.eval()
+        for module in model.modules():
+            if soft and isinstance(module, Quantizer):
+                module.train()
+        hits = torch.zeros((), device=self.device)
+        for part in rows.to(self.device).split(500 if self.device.type == "cpu" else 5000):
+            batch, labels = images.__getitems__(part)
+            with self.autocast():
+                hits += (model(batch).argmax(1) == labels).sum()
+        return 100 * hits.item() / len(rows)
 
 
 # ---------------------------------------------------------------------------------------------------------- model
@@ -251,7 +253,7 @@ class Training:
             self.freezing = Freezing(model, settings["freeze"])
 
     def loss(self, batch: Tensor, labels: Tensor) -> Tensor:
-        with torch.autocast(batch.device.type, torch.bfloat16):
+        with self.images.autocast():
             features, outputs = outputs_of(self.model, batch)
             loss = F.cross_entropy(outputs, labels)
             if self.teacher is not None:
@@ -352,7 +354,7 @@ class Training:
 
     def end_epoch(self) -> None:
         with self.deployed():
-            held_out = accuracy(self.model, self.images.plain, self.images.heldout_rows)
+            held_out = self.images.accuracy(self.model, self.images.plain, self.images.heldout_rows)
         loss = self.loss_sum.item() / self.images.batches
         self.history.append({"loss": round(loss, 4), "heldout": round(held_out, 3)})
         print(f"{self.run}: epoch {len(self.history)}, {self.history[-1]}", flush=True)
@@ -389,10 +391,10 @@ class Training:
     def result(self) -> dict[str, Any]:
         found = {"heldout": self.history[-1]["heldout"]}
         with self.deployed():
-            found["test"] = accuracy(self.model, self.images.test, torch.arange(len(self.images.test)))
+            found["test"] = self.images.accuracy(self.model, self.images.test, torch.arange(len(self.images.test)))
             if self.run.settings.get("rounding") == "soft":
                 held_out = self.images.plain, self.images.heldout_rows
-                found["gap"] = accuracy(self.model, *held_out, soft=True) - found["heldout"]
+                found["gap"] = self.images.accuracy(self.model, *held_out, soft=True) - found["heldout"]
         versions = {module.__name__: module.__version__ for module in (torch, timm, hf_daq)}
         device = self.images.device
         return {

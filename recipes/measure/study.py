@@ -39,6 +39,8 @@ class Study:
     """Share of the training images that no run is trained on."""
     calibration_batches: int = 8
     compile: bool = True
+    dtype: str = "bfloat16"
+    """Of products in training and in evaluation (autocast); "float32" for none, on processors that have no bfloat16."""
 
 
 def read_study(path: Path) -> Study:
@@ -56,6 +58,7 @@ class Run:
     lr: float
     epochs: int
     seed: int
+    dtype: str = "bfloat16"
 
     @property
     def key(self) -> str:
@@ -75,7 +78,7 @@ class Run:
 
 
 def float_run(study: Study) -> Run:
-    return Run(study.network, "float", "float", {}, "sgd", study.float_lr, study.float_epochs, 0)
+    return Run(study.network, "float", "float", {}, "sgd", study.float_lr, study.float_epochs, 0, study.dtype)
 
 
 def runs_of(study: Study, grid: dict[str, Any], rows: list[dict[str, Any]]) -> Iterator[Run]:
@@ -83,14 +86,15 @@ def runs_of(study: Study, grid: dict[str, Any], rows: list[dict[str, Any]]) -> I
     outer = grid["seeds"], grid["bits"], grid["epochs"], [None] if grid["lr"] == "best" else grid["lr"]
     for seed, bits, epochs, lr in itertools.product(*outer):
         for name in grid["estimators"]:
-            run = Run(study.network, bits, name, study.estimators[name], grid["optimizer"], lr or 0.0, epochs, seed)
+            settings = study.estimators[name]
+            run = Run(study.network, bits, name, settings, grid["optimizer"], lr or 0.0, epochs, seed, study.dtype)
             yield run if lr else dataclasses.replace(run, lr=best_rate(run, rows))
 
 
 def best_rate(run: Run, rows: list[dict[str, Any]]) -> float:
     """The learning rate with the best accuracy on held-out images in runs of the same estimator that are as long, or else in
     the longest of the shorter ones."""
-    same = "network", "bits", "estimator", "optimizer"
+    same = "network", "bits", "estimator", "optimizer", "dtype"
     alike = [row for row in rows if all(row[key] == getattr(run, key) for key in same) and row["epochs"] <= run.epochs]
     if not alike:
         raise SystemExit(f"lr: best, but no other run of {run.estimator} at {run.bits} with {run.optimizer} is there")
