@@ -646,13 +646,17 @@ def test_peers_train_from_one_network_and_are_not_run_again(reviews, text_float,
     monkeypatch.setenv("HF_DAQ_COMPILE", "0")
     variants, results = ("both", "lsq", "paretoq"), tmp_path / "results" / "peers.jsonl"
     options = f"--model {text_float} --dataset {tmp_path} --bits 2/8 --seeds 0 1 --batch_size 16 --results {results}"
-    argv = [*options.split(), "--variants", *variants, "--lrs", "1e-3", "1e-9"]
+    argv = [*options.split(), "--dtype", "float32", "--variants", *variants, "--lrs", "1e-3", "1e-9"]
     rows = peers.main(argv)
     lines = results.read_text().splitlines()
     assert len(lines) == 3 * 3  # two rates of the first seed, the second at one of them
     assert [(row["variant"], row["seed"]) for row in rows] == [(name, seed) for name in variants for seed in (0, 1)]
     assert all(0 <= row["test"] <= 100 and row["step"] > 0 for row in rows)
     assert "| 2/8 | paretoq | " in capsys.readouterr().out
+    other = [*options.split(), "--variants", "lsq", "--lrs", "1e-3"]
+    assert [row["dtype"] for row in peers.main(other)] == ["bfloat16"] * 2
+    lines = results.read_text().splitlines()
+    assert len(lines) == 3 * 3 + 2
     monkeypatch.setattr(peers, "train", None)
     assert peers.main(argv) == rows
     assert results.read_text().splitlines() == lines

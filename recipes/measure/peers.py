@@ -65,6 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the order of sentences and of dropout")
     add("--batch_size", type=int, default=64)
     add("--calibration_batches", type=int, default=8)
+    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of products in training")
     add("--threads", type=int, default=1)
     add("--results", type=Path, default=Path("runs/peers.jsonl"))
     return parser.parse_args(argv)
@@ -171,7 +172,7 @@ def train(run: dict[str, Any], splits: dict[str, Sentences], args: argparse.Name
             update += 1
             schedule.step_update(update)
             began = time.process_time()
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=run["dtype"] == "bfloat16"):
                 loss, logits = model(**batch, return_dict=False)
                 if teacher is not None:
                     with torch.no_grad():
@@ -204,7 +205,7 @@ def complete(args: argparse.Namespace, splits: dict[str, Sentences]) -> list[dic
         for variant in args.variants:
             if variant in ("torchao", "brevitas") and importlib.util.find_spec(variant) is None:
                 continue
-            run = {"variant": variant, "bits": bits, "epochs": args.epochs}
+            run = {"variant": variant, "bits": bits, "epochs": args.epochs, "dtype": args.dtype}
             first = [row_of(run | {"lr": lr, "seed": args.seeds[0]}) for lr in args.lrs]
             lr = max(first, key=lambda row: row["dev"])["lr"]
             wanted += [row_of(run | {"lr": lr, "seed": seed}) for seed in args.seeds]
