@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import hf_daq
-from hf_daq.errors import ModelError
+from hf_daq.errors import CheckpointError, ModelError
 from hf_daq.nn.layers import LAYER_TYPES, quantized_layers
 
 FAMILIES = [
@@ -239,6 +239,25 @@ def test_other_sizes_of_images_after_opening(tmp_path):
     want = whole(x)
     assert (opened(x) - want).norm() < 0.1 * want.norm()
     assert len(opened.forward_intermediates(x, indices=3, intermediates_only=True)) == 3
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options"), [("test_resnet", {}), ("test_vit", {}), ("test_resnet", {"feature_cls": "fx"})]
+)
+def test_a_network_of_features_is_saved_and_opened_as_a_module_of_ones_own(name, options, packed, tmp_path):
+    def new():
+        return timm.create_model(name, features_only=True, **options).eval()
+
+    model, x = hf_daq.apply_daq(new(), bits=4), images(2)
+    with hf_daq.calibrate(model):
+        model(x)
+    hf_daq.save_pretrained(model, tmp_path, packed=packed)
+    with pytest.raises(CheckpointError, match="model="):
+        hf_daq.from_pretrained(tmp_path)
+    opened = hf_daq.from_pretrained(tmp_path, model=new())
+    for found, wanted in zip(opened(x), model(x), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_blocks_are_fused_before_they_are_quantized():

@@ -45,9 +45,10 @@ _OTHER_SHAPES = {
 
 
 def is_timm_model(model: nn.Module) -> bool:
-    """True for a model that timm's factory can build again."""
+    """True for a model that timm's factory can build again. What `features_only` makes of one has no `num_classes`, and is a
+    module of your own."""
     config = getattr(model, "pretrained_cfg", None)
-    return isinstance(config, dict) and is_model(_base_name(model))
+    return isinstance(config, dict) and hasattr(model, "num_classes") and is_model(_base_name(model))
 
 
 def describe(model: nn.Module, config: DaqConfig) -> dict[str, Any]:
