@@ -64,7 +64,10 @@ def test_the_table_chooses_on_held_out_images_and_reports_test(tmp_path, capsys)
     results.write_text("".join(json.dumps(entry) + "\n" for entry in ROWS))
     estimators.main(["--table", "--results", str(results), "--report", str(tmp_path / "report")])
     printed = capsys.readouterr().out
-    assert "| n | 1/1 | bfloat16 | sgd | 5 | daq | 0.1 (3) | 62.00 ± 2.00 | 52.00 ± 2.00 | 2 | +3.00 ± 2.00 | 0 |" in printed
+    assert (
+        "| n | 1/1 | bfloat16 | sgd | 5 | daq | 0.1 (3) | 62.00 ± 2.00 | 52.00 ± 2.00 | 2 | +3.00 ± 2.00 | 0 |"
+        in printed
+    )
     assert "| n | 1/1 | bfloat16 | sgd | 5 | ste | 0.1 (1) | 50.00 ± 0.00 | 49.00 ± 0.00 | 2 | - | 0 |" in printed
     assert "| n | 1/1 | bfloat16 | sgd | 5 | soft | 0.1 (1) | 70.00 | 60.00 | 1 | +11.00 | +2.5 |" in printed
     assert (tmp_path / "report" / "estimators.png").read_bytes().startswith(b"\x89PNG")

@@ -50,7 +50,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--table", action="store_true", help="print the table of what is there, and run nothing")
     add("--report", type=Path, help="folder for the table and the figure, estimators.md and .png")
     add("--device", choices=["cpu", "cuda"], default="cpu")
-    add("--dtype", choices=["bfloat16", "float32"], help="instead of the study's: float32 on processors without bfloat16")
+    add(
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        help="instead of the study's: float32 on processors without bfloat16",
+    )
     add("--processes", type=int, help="how many share the work; default: 1 on a CPU, 8 on a GPU")
     add(
         "--side_by_side", type=int, help="runs that a process trains at the same time; default: 1 on a CPU, 12 on a GPU"
