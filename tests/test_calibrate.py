@@ -140,7 +140,14 @@ def test_mistakes_are_named():
 
 
 @pytest.mark.parametrize(
-    "call", [hf_daq.pack, hf_daq.remove_daq, hf_daq.apply_daq, lambda model: hf_daq.save_pretrained(model, "never")]
+    "call",
+    [
+        hf_daq.pack,
+        hf_daq.remove_daq,
+        hf_daq.apply_daq,
+        lambda model: hf_daq.save_pretrained(model, "never"),
+        copy.deepcopy,
+    ],
 )
 def test_all_else_comes_after_calibration(call):
     model = hf_daq.apply_daq(small_net(), bits=3)

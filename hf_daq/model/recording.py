@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..errors import ModelError
+from ..nn.base import INSIDE
 from ..nn.layers import quantized_layers
 from .batch import Call, Calls, examples_in
 
@@ -41,6 +43,10 @@ class Recorder:
                 module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
                 module.register_forward_hook(self._after, always_call=True),
             ]
+
+    def __reduce__(self) -> str:
+        """A copy of the model would keep these hooks for ever."""
+        raise ModelError(INSIDE)
 
     def remove(self) -> None:
         for hook in self._hooks:

@@ -186,14 +186,17 @@ def check_calibrated(layers: Mapping[str, DaqLayer], before: str) -> None:
             raise CalibrationError(f"layer {name!r} is not calibrated; run hf_daq.calibrate(model) before {before}")
 
 
+INSIDE = (
+    "the model is inside of `with hf_daq.calibrate(model):`, where its layers compute in float: run batches there, and "
+    "do all else after it"
+)
+
+
 def refuse_open(model: nn.Module) -> None:
     """Refuse a model inside `calibrate`, whose layers are float ones there."""
     for module in model.modules():
         if isinstance(module._modules.get("w_quant"), WeightQuantizer) and not isinstance(module, DaqLayer):
-            raise ModelError(
-                "the model is inside of `with hf_daq.calibrate(model):`, where its layers compute in float: run batches there, and "
-                "do all else after it"
-            )
+            raise ModelError(INSIDE)
 
 
 def refuse_adapted_weights(model: nn.Module, what: str) -> None:
