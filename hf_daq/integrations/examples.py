@@ -361,7 +361,7 @@ def _numbered(given: list[Any], known: dict[str, int], names: list[str] | None, 
 def _class_count(model: Any) -> int | None:
     """Classes that a model tells apart, None where it is no classifier."""
     if is_timm_model(model):
-        return int(getattr(model, "num_classes", 0)) or None
+        return int(model.num_classes) or None
     return model.config.num_labels if type(model).__name__.endswith("Classification") else None
 
 

@@ -66,9 +66,9 @@ def report(rows: Rows, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     parts = ["# What is measured so far", "Written by `recipes/measure/estimators.py`.", table(rows)]
     quantized = [row for row in rows if row["optimizer"] == "sgd" and row["bits"] != "float"]
-    # Estimators that were tried at several rates, of the network that most runs are of.
-    network = max(by(quantized, "network").values(), key=len, default=[])
-    tried = by(network, "bits", "estimator")
+    # Estimators that were tried at several rates, of the network and dtype that most runs are of.
+    most = max(by(quantized, "network", "dtype").values(), key=len, default=[])
+    tried = by(most, "bits", "estimator")
     drawn = [row for found in tried.values() if len(by(found, "lr")) > 1 for row in found if row["estimator"] in DRAWN]
     if drawn:
         draw(drawn, folder / "estimators.png")

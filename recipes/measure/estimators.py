@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from measure.estimator_table import report, table
 from measure.side_by_side import Images, Training, new_model, quantized_model, train
 from measure.study import Run, Study, float_run, key_of, read_rows, read_study, run_of, runs_of
+from shared.options import warn_of_slow_bf16
 
 RECIPES = Path(__file__).parents[1]
 
@@ -167,7 +168,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if not args.table:
         study = read_study(args.study)
-        carry_out(dataclasses.replace(study, dtype=args.dtype or study.dtype), args)
+        study = dataclasses.replace(study, dtype=args.dtype or study.dtype)
+        warn_of_slow_bf16(study.dtype == "bfloat16", torch.device(args.device), "--dtype float32")
+        carry_out(study, args)
     rows = read_rows(args.results)
     print(table(rows))
     if args.report:

@@ -44,6 +44,7 @@ from measure.learned_steps import has_steps, use_lsq, use_paretoq
 from measure.study import read_rows
 from shared.distillation import Distillation, distill
 from shared.loop import EpochShuffle, cosine
+from shared.options import warn_of_slow_bf16
 
 SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 """As `datasets` names them."""
@@ -229,6 +230,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     args = parse(argv)
     torch.set_num_threads(args.threads)
+    warn_of_slow_bf16(args.dtype == "bfloat16", torch.device("cpu"), "--dtype float32")
     splits = {name: Sentences(args, split) for name, split in SPLITS.items()}
     network = text_classification.load_float(args.model, splits["train"].texts)
     print("float: " + ", ".join(f"{name} {accuracy(network, splits[name]):.2f}" for name in ("dev", "test")))
