@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import hf_daq
-import networks.cifar_resnet  # noqa: F401  registers resnet20_cifar and resnet8_cifar with timm
+import networks  # noqa: F401  registers networks for small images with timm
 from shared import finish, loop, options
 from shared.data import eval_name, load_splits, split_pair
 from shared.distillation import Distillation, distill, last_features

@@ -115,20 +115,20 @@ def carry_out(study: Study, args: argparse.Namespace) -> None:
         return
     fork = multiprocessing.get_context("fork")  # shares the images
     with ProcessPoolExecutor(args.processes, fork, _start, arguments) as pool:
+        failed = []
 
         def give(groups: list[list[Run]]) -> Iterator[list[dict[str, Any]]]:
-            """What others finish is kept when one fails."""
-            failed = []
+            """What others finish is kept when one fails, and the next grids are begun."""
             for future in as_completed([pool.submit(_work, group) for group in groups]):
                 if error := future.exception():
                     traceback.print_exception(error)
                     failed.append(error)
                 else:
                     yield future.result()
-            if failed:
-                raise failed[0]
 
         in_order(study, args, give)
+        if failed:
+            raise SystemExit(f"{len(failed)} groups of runs failed: see above")
 
 
 def in_order(study: Study, args: argparse.Namespace, give: Callable) -> None:
@@ -154,14 +154,14 @@ def finish(runs: list[Run], args: argparse.Namespace, give: Callable, anew: bool
 
 
 def groups_of(runs: list[Run], size: int) -> list[list[Run]]:
-    """Runs that train at the same time: with the same network to compile, and the longest first where there are several."""
-    if size > 1:
-        runs = sorted(runs, key=lambda run: (-run.epochs, run.network_key))
-    groups: list[list[Run]] = []
-    for _, alike in itertools.groupby(runs, lambda run: (run.epochs, run.network_key)):
-        found = list(alike)
-        groups += [found[start : start + size] for start in range(0, len(found), size)]
-    return groups
+    """Runs that train at the same time: with the same network to compile, and the longest first where there are several; else in
+    their order."""
+    if size == 1:
+        return [[run] for run in runs]
+    alike: dict[tuple[int, str], list[Run]] = {}
+    for run in sorted(runs, key=lambda run: -run.epochs):
+        alike.setdefault((run.epochs, run.network_key), []).append(run)
+    return [found[start : start + size] for found in alike.values() for start in range(0, len(found), size)]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -62,6 +62,12 @@ class Freezing:
         known = {"codes": codes, "mean": codes.clone(), "direction": zeros, "often": zeros.clone()}
         return known | {"weight": weight, "frozen": torch.zeros_like(codes, dtype=torch.bool)}
 
+    def restart(self) -> None:
+        """From the weights as they are, in the same tensors."""
+        for layer, known in zip(self.layers, self.state, strict=True):
+            for name, value in self._start(layer).items():
+                known[name].copy_(value)
+
     @torch.no_grad()
     def step(self) -> None:
         for layer, known in zip(self.layers, self.state, strict=True):

@@ -25,7 +25,7 @@ import hf_daq
 from hf_daq import plots
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import networks.cifar_resnet  # noqa: F401  registers resnet20_cifar and resnet8_cifar with timm
+import networks  # noqa: F401  registers networks for small images with timm
 
 ENDINGS = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 

@@ -1,5 +1,6 @@
 """The runs of estimators.py: their networks, optimizers and updates. On a GPU an update of a run is one CUDA graph, and many runs
-train at the same time, each in a stream of its own: networks this small leave most of a GPU idle.
+train at the same time, each in a stream of its own: networks this small leave most of a GPU idle. An update that the host has a
+part in is no graph, and takes longer.
 """
 
 import copy
@@ -51,6 +52,9 @@ OTHER = {
     "reconstruct",
 }
 """Settings of an estimator that are no fields of DaqConfig."""
+
+ON_HOST = {"transitions", "inputs_first"}
+"""Of these the host decides something in each update or epoch."""
 
 REGULARIZERS = {"kurtosis": kurtosis, "cauchy_schwarz": cauchy_schwarz}
 
@@ -247,10 +251,8 @@ class Training:
         if "ema" in run.settings:
             self.learned = [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
             self.averaged = [tensor.detach().clone() for tensor in self.learned]
-        self.freezing: Freezing | None = None
+        self.freezing = Freezing(model, settings["freeze"]) if "freeze" in settings else None
         self.prepare()
-        if "freeze" in settings:
-            self.freezing = Freezing(model, settings["freeze"])
 
     def loss(self, batch: Tensor, labels: Tensor) -> Tensor:
         with self.images.autocast():
@@ -299,9 +301,10 @@ class Training:
                 for _ in range(3):
                     self.update()
             torch.cuda.synchronize()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.update()
+            if not ON_HOST & self.run.settings.keys():
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph, stream=self.stream):
+                    self.update()
         self.model.load_state_dict(self.start)
         if self.transitions is not None:
             self.transitions.load_state_dict(self.first)
@@ -310,6 +313,8 @@ class Training:
                 tensor.zero_()
         for average, tensor in zip(self.averaged, self.learned if self.averaged else [], strict=True):
             average.copy_(tensor.detach())
+        if self.freezing is not None:
+            self.freezing.restart()
 
     def tensors(self) -> dict[str, Tensor]:
         """By name."""
@@ -346,10 +351,10 @@ class Training:
 
     def advance(self) -> None:
         """One update, or on a GPU its beginning."""
-        if self.stream is None:
-            self.update()
-        else:
-            with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.stream):  # of no effect without a GPU
+            if self.graph is None:
+                self.update()
+            else:
                 self.graph.replay()
 
     def end_epoch(self) -> None:

@@ -79,7 +79,7 @@ class CifarResNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _cfg(**overrides) -> dict:
+def cfg(**overrides) -> dict:
     return {
         "url": "",
         "num_classes": 10,
@@ -95,7 +95,7 @@ def _cfg(**overrides) -> dict:
     }
 
 
-default_cfgs = generate_default_cfgs({"resnet20_cifar.untrained": _cfg(), "resnet8_cifar.untrained": _cfg()})
+default_cfgs = generate_default_cfgs({"resnet20_cifar.untrained": cfg(), "resnet8_cifar.untrained": cfg()})
 
 
 def _create(variant: str, pretrained: bool, **kwargs) -> CifarResNet:
