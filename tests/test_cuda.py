@@ -22,6 +22,16 @@ BITS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def as_users_have_it(monkeypatch):
+    """With compiled kernels, without which packed layers are unpacked."""
+    available = kernels.available
+    monkeypatch.setenv("HF_DAQ_COMPILE", "1")
+    available.cache_clear()
+    yield
+    available.cache_clear()
+
+
 def quantized(device, **config):
     model = small_timm("test_resnet").to(device)
     hf_daq.apply_daq(model, **config)
@@ -167,6 +177,27 @@ def test_integers_with_a_scale_for_each_token():
     model = packed_linear(x, **options)
     assert model[0].path(x) == "integers"
     assert differ(model(x), plain(model, x)) < 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", ["static", "token"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_inputs_have_the_codes_that_training_rounds_them_to(bits, scale):
+    """All of half a million, some of which lie beside a threshold; with a scale for each token the largest lie on one."""
+    from hf_daq.nn import triton_kernels
+
+    x = torch.randn(8192, 64, device="cuda")
+    options = {"weight_bits": bits, "activation_bits": bits, "activation_scale": scale}
+    layer = packed_linear(x, **options)[0]
+    assert layer.path(x) == "integers"
+    quantizer = layer.a_quant
+    if scale == "token":
+        codes, factor = quantizer.coded(x)
+    else:
+        codes = triton_kernels.codes(x, layer._prepared.int8.rows, 64)[0].int() + 128
+        factor = 1 / quantizer.levels
+    expected = (quantizer(x) / factor).round() + quantizer.zero_point
+    assert int((codes != expected).sum()) == 0
 
 
 @torch.no_grad()

@@ -201,27 +201,34 @@ def token_scale(x: Tensor, levels: float) -> Tensor:
     return step.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def token_positions(x: Tensor, scale: Tensor, constants: Constants) -> Tensor:
-    """Where rows lie between the codes, from 0 to R + 1/2. The code of zero is `(R + 1) / 2`."""
-    return torch.mul(x, 1 / scale).add_((constants.levels + 1) / 2)
+def token_positions(x: Tensor, inverse: Tensor, constants: Constants) -> Tensor:
+    """Where rows lie between the codes, from 0 to R + 1/2. The code of zero is `(R + 1) / 2`. inverse: `1 / scale`."""
+    return torch.mul(x, inverse).add_((constants.levels + 1) / 2)
 
 
-def quantize_rows(x: Tensor, scale: Tensor, constants: Constants, soft: Soft, dtype: torch.dtype) -> Tensor:
+def quantize_rows(
+    x: Tensor, scale: Tensor, inverse: Tensor, constants: Constants, soft: Soft, dtype: torch.dtype
+) -> Tensor:
     """`(Q(v) - z) * scale` with the scale of each row of x, shape (..., columns). Ties go to the even integer, as in the
-    libraries named above."""
+    libraries named above. inverse: `1 / scale`, divided before: the largest value of a row may lie on a tie, and a compiled
+    kernel divides less exactly."""
     zero = (constants.levels + 1) / 2
     if soft is None:
-        code = torch.mul(x, 1 / scale).round_().clamp_(-zero, zero - 1)
+        code = torch.mul(x, inverse).round_().clamp_(-zero, zero - 1)
     else:
-        code = _soft_round_(token_positions(x, scale, constants).clamp_(constants.zero, constants.levels), *soft) - zero
+        code = (
+            _soft_round_(token_positions(x, inverse, constants).clamp_(constants.zero, constants.levels), *soft) - zero
+        )
     return code.mul_(scale).to(dtype)
 
 
-def gradient_of_rows(x: Tensor, grad: Tensor, scale: Tensor, constants: Constants, rounding: str, soft: Soft) -> Tensor:
+def gradient_of_rows(
+    x: Tensor, grad: Tensor, inverse: Tensor, constants: Constants, rounding: str, soft: Soft
+) -> Tensor:
     """The gradient of x in `quantize_rows`. Scales are constants, and no value lies outside of the bounds."""
     if rounding == "ste":
         return grad.to(x.dtype)
-    v = token_positions(x, scale, constants)
+    v = token_positions(x, inverse, constants)
     gradient = daq_gradient_(v, constants) if soft is None else _soft_gradient_(v, *soft)
     return gradient.mul_(grad).to(x.dtype)
 

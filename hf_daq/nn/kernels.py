@@ -211,12 +211,12 @@ def run_codes(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return layout.unflat(codes), has_nan
 
 
-def _rows_forward(x: Tensor, scale: Tensor, constants: Any, soft: Soft, dtype: torch.dtype) -> Tensor:
-    return quantize_rows(x, scale, _named(constants), soft, dtype)
+def _rows_forward(x: Tensor, scale: Tensor, inverse: Tensor, constants: Any, soft: Soft, dtype: torch.dtype) -> Tensor:
+    return quantize_rows(x, scale, inverse, _named(constants), soft, dtype)
 
 
-def _rows_backward(x: Tensor, grad: Tensor, scale: Tensor, constants: Any, rounding: str, soft: Soft) -> Tensor:
-    return gradient_of_rows(x, grad, scale, _named(constants), rounding, soft)
+def _rows_backward(x: Tensor, grad: Tensor, inverse: Tensor, constants: Any, rounding: str, soft: Soft) -> Tensor:
+    return gradient_of_rows(x, grad, inverse, _named(constants), rounding, soft)
 
 
 _rows_forward_kernels, _rows_backward_kernels = Kernels(_rows_forward), Kernels(_rows_backward)
@@ -225,10 +225,10 @@ _rows_forward_kernels, _rows_backward_kernels = Kernels(_rows_forward), Kernels(
 def run_rows_forward(x: Tensor, scale: Tensor, constants: Constants, soft: Soft, dtype: torch.dtype) -> Tensor:
     """`quantize_rows`, compiled where it pays."""
     if not _compiles_rows(x, soft):
-        return quantize_rows(x, scale, constants, soft, dtype)
-    rows = x.contiguous().view(-1, x.shape[-1])
-    tensors = rows, scale.reshape(-1, 1), _on(constants, x.device)
-    result: Tensor = _rows_forward_kernels(tensors, (None, dtype), (_PER_ROW["x"], *_SCALES))
+        return quantize_rows(x, scale, 1 / scale, constants, soft, dtype)
+    rows, scale = x.contiguous().view(-1, x.shape[-1]), scale.reshape(-1, 1)
+    tensors = rows, scale, 1 / scale, _on(constants, x.device)
+    result: Tensor = _rows_forward_kernels(tensors, (None, dtype), (_PER_ROW["x"], _SCALES[0], *_SCALES))
     return result.view(x.shape)
 
 
@@ -237,9 +237,9 @@ def run_rows_backward(
 ) -> Tensor:
     """`gradient_of_rows`, compiled where it pays."""
     if rounding == "ste" or not _compiles_rows(x, soft):
-        return gradient_of_rows(x, grad, scale, constants, rounding, soft)
+        return gradient_of_rows(x, grad, 1 / scale, constants, rounding, soft)
     rows, grad = (value.contiguous().view(-1, x.shape[-1]) for value in (x, grad))
-    tensors = rows, grad, scale.reshape(-1, 1), _on(constants, x.device)
+    tensors = rows, grad, 1 / scale.reshape(-1, 1), _on(constants, x.device)
     shapes = _PER_ROW["x"], _PER_ROW["x"], *_SCALES
     result: Tensor = _rows_backward_kernels(tensors, (rounding, None), shapes)
     return result.view(x.shape)

@@ -68,7 +68,7 @@ class TokenQuantizer(Quantizer):
     @torch.no_grad()
     def positions(self, x: Tensor) -> Tensor:
         """Where inputs lie between the codes, before rounding."""
-        return token_positions(wide(x), self.scale(x), constants_of(True, self.bits, self.gamma, self.sigma))
+        return token_positions(wide(x), 1 / self.scale(x), constants_of(True, self.bits, self.gamma, self.sigma))
 
     def outside(self, positions: Tensor) -> Tensor:
         """Which values are clipped: none by more than half a step."""
