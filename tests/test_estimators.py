@@ -74,7 +74,16 @@ def test_the_table_chooses_on_held_out_images_and_reports_test(tmp_path, capsys)
     page = (tmp_path / "report" / "estimators.md").read_text()
     for line in printed.splitlines()[:5]:
         assert line in page
+    assert estimator_table.overall(ROWS) in page
     assert "(estimators.png)" in page
+
+
+def test_all_pairs_of_seeds_are_compared_at_the_best_rates():
+    later = [entry | {"epochs": 60} for entry in (row("daq", 0.2, 0, 70.0, 70.0), row("ste", 0.1, 0, 60.0, 60.0))]
+    assert estimator_table.overall(ROWS[4:7]) == ""  # one seed with both
+    words = estimator_table.overall(ROWS + later)  # 60 and 64 beside 50 twice, of those with two seeds
+    assert words.startswith("daq minus ste, seed by seed, 2 pairs")
+    assert words.endswith("+12.00 ± 2.00 held out, +3.00 ± 2.00 test.")
 
 
 def test_the_standard_error_is_that_of_the_mean():
@@ -88,15 +97,16 @@ def test_the_study_that_is_shipped_can_be_read_and_its_settings_exist():
     first = list(runs_of(study, study.grids[0], []))
     assert len({run.file for run in first}) == len(first) == 3 * 2 * 4 * 3
     assert [run.seed for run in first] == sorted(run.seed for run in first)
-    other = read_study(RECIPES / "configs" / "estimators_resnet20.yaml")
-    for name, parsed in (("estimators.yaml", study), ("estimators_resnet20.yaml", other)):
+    names = "estimators.yaml", "estimators_resnet20.yaml", "estimators_mobilenetv2.yaml"
+    for name in names:
+        parsed = read_study(RECIPES / "configs" / name)
         first_line = (RECIPES / "configs" / name).read_text().splitlines()[0]
         options = first_line.removeprefix("# python recipes/measure/estimators.py ").partition("[")[0]
         assert estimators.parse(options.split()).study.name == name
         for grid in parsed.grids:
             assert set(grid) == {"part", *GRID, "estimators", "lr"}
-    for settings in study.estimators.values():
-        hf_daq.DaqConfig(bits=2, **{key: value for key, value in settings.items() if key not in side_by_side.OTHER})
+        for settings in parsed.estimators.values():
+            hf_daq.DaqConfig(bits=2, **{key: value for key, value in settings.items() if key not in side_by_side.OTHER})
     with pytest.raises(SystemExit, match="no other run of daq at 1/1 with sgd"):
         list(runs_of(study, GRID | {"estimators": ["daq"], "lr": "best", "epochs": [60]}, []))
 

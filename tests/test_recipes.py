@@ -544,6 +544,20 @@ def test_cifar_resnet(name):
         assert sum(p.numel() for p in timm.create_model(name).parameters()) == 269_818
 
 
+def test_cifar_mobilenet_is_itself_when_it_is_opened(tmp_path):
+    model = timm.create_model("mobilenetv2_050_cifar", num_classes=7).eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert model.forward_features(x).shape == (2, 1280, 2, 2)
+    timm.models.save_for_hf(model, tmp_path / "float")
+    opened = timm.create_model(f"local-dir:{tmp_path / 'float'}", pretrained=True).eval()
+    assert torch.equal(opened(x), model(x))
+    hf_daq.apply_daq(model, bits=4)
+    with hf_daq.calibrate(model, check=False):
+        model(x)
+    hf_daq.save_pretrained(model, tmp_path / "daq")
+    assert torch.equal(hf_daq.from_pretrained(tmp_path / "daq").eval()(x), model.eval()(x))
+
+
 def test_post_training_measures_every_state_of_a_network(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     small = timm.create_model("test_efficientnet", num_classes=1000).eval()

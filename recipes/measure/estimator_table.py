@@ -56,6 +56,22 @@ def table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def overall(rows: Rows) -> str:
+    """DAQ minus the straight-through estimator, each at its best rate, where several seeds were trained with both."""
+    pairs = []
+    for group in by(rows, "network", "bits", "dtype", "optimizer", "epochs").values():
+        chosen = {name: best(found)[1] for (name,), found in by(group, "estimator").items() if name in ("daq", "ste")}
+        found, other = ({row["seed"]: row for row in chosen.get(name, [])} for name in ("daq", "ste"))
+        both = sorted(found.keys() & other.keys())
+        pairs += [(found[seed], other[seed]) for seed in both if len(both) > 1]
+    if not pairs:
+        return ""
+    heldout, test = (in_words(mean_and_error([a[key] - b[key] for a, b in pairs]), "+") for key in ("heldout", "test"))
+    return (
+        f"daq minus ste, seed by seed, {len(pairs)} pairs of all that was trained so: {heldout} held out, {test} test."
+    )
+
+
 def in_words(value: tuple[float, float], sign: str = "") -> str:
     mean, error = value
     return f"{mean:{sign}.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
@@ -64,7 +80,7 @@ def in_words(value: tuple[float, float], sign: str = "") -> str:
 def report(rows: Rows, folder: Path) -> None:
     """Write estimators.md, and estimators.png once there is a run with quantizers."""
     folder.mkdir(parents=True, exist_ok=True)
-    parts = ["# What is measured so far", "Written by `recipes/measure/estimators.py`.", table(rows)]
+    parts = ["# What is measured so far", "Written by `recipes/measure/estimators.py`.", table(rows), overall(rows)]
     quantized = [row for row in rows if row["optimizer"] == "sgd" and row["bits"] != "float"]
     # Estimators that were tried at several rates, of the network and dtype that most runs are of.
     most = max(by(quantized, "network", "dtype").values(), key=len, default=[])
@@ -73,13 +89,15 @@ def report(rows: Rows, folder: Path) -> None:
     if drawn:
         draw(drawn, folder / "estimators.png")
         parts.append("![accuracy against learning rate and epochs](estimators.png)")
-    (folder / "estimators.md").write_text("\n\n".join(parts) + "\n")
+    (folder / "estimators.md").write_text("\n\n".join(filter(None, parts)) + "\n")
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """For each number of bits: test accuracy against the learning rate (short runs), and below against epochs (the longest). The
-    axes end 12 points below the best; what lies deeper is in the legend."""
+    """For the four pairs of bits with most runs: test accuracy against the learning rate (short runs), and below against epochs
+    (the longest). The axes end 12 points below the best; what lies deeper is in the legend."""
     groups = by(rows, "bits")
+    most = sorted(groups, key=lambda bits: -len(groups[bits]))[:4]
+    groups = {bits: groups[bits] for bits in groups if bits in most}
     figure, axes = plt.subplots(2, len(groups), figsize=(4.6 * len(groups), 7), squeeze=False, layout="constrained")
     for ((bits,), group), (top, bottom) in zip(groups.items(), axes.T, strict=True):
         shortest, longest = (choose(row["epochs"] for row in group) for choose in (min, max))

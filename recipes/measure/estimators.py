@@ -32,7 +32,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from measure.estimator_table import report, table
+from measure.estimator_table import overall, report, table
 from measure.side_by_side import Images, Training, new_model, quantized_model, train
 from measure.study import Run, Study, float_run, key_of, read_rows, read_study, run_of, runs_of
 from shared.options import warn_of_slow_bf16
@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
         warn_of_slow_bf16(study.dtype == "bfloat16", torch.device(args.device), "--dtype float32")
         carry_out(study, args)
     rows = read_rows(args.results)
-    print(table(rows))
+    print(table(rows), overall(rows), sep="\n\n")
     if args.report:
         report(rows, args.report)
 
