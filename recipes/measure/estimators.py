@@ -6,8 +6,8 @@
     python recipes/measure/estimators.py --table --report recipes/results       # what is measured so far
 
 A study (configs/estimators.yaml) is a YAML file: the network, names of estimators with fields of `hf_daq.DaqConfig`, and grids of
-bits, estimators, optimizer, learning rates, epochs and seeds. One float network is trained once; all runs start from it, with
-equal bounds. A run is one line of JSON in `--results`; runs that are there are not repeated, and one that was stopped goes on
+bits, estimators, optimizer, learning rates, epochs and seeds. One float network is trained once, and kept beside the results; all runs
+start from it, with equal bounds. A run is one line of JSON in `--results`; runs that are there are not repeated, and one that was stopped goes on
 from its last whole epoch (`--work`), on a CPU bit for bit. Seeds change the order of the images and their crops and flips.
 
 A share of the training images is held out. The table takes the learning rate with the best mean accuracy on them, and reports the
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -46,7 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--study", type=Path, default=RECIPES / "configs" / "estimators.yaml")
     add("--dataset", default="cifar10", help="a Hub id, a folder of parquet files, or digits")
     add("--results", type=Path, default=RECIPES / "results" / "estimators.jsonl")
-    add("--work", type=Path, default=Path("runs/estimators"), help="folder of the float network and of checkpoints")
+    add("--work", type=Path, default=Path("runs/estimators"), help="folder of checkpoints")
     add("--parts", nargs="+", help="grids of these parts only")
     add("--table", action="store_true", help="print the table of what is there, and run nothing")
     add("--report", type=Path, help="folder for the table and the figure, estimators.md and .png")
@@ -74,13 +75,14 @@ class Worker:
         torch.set_num_threads(args.threads)
         torch._dynamo.config.recompile_limit = 200  # or else the ninth network would silently run uncompiled
         self.study, self.images, self.work = study, images.to(args.device), args.work
+        self.float_file = float_file(study, args)
 
     def __call__(self, runs: list[Run]) -> list[dict[str, Any]]:
         """The results of runs that are trained at the same time, and start with the same network."""
         start = new_model(self.study, self.images.classes).to(self.images.device)
         teacher = None
         if runs[0].bits != "float":
-            state = torch.load(self.work / f"float-{self.study.network}.pt", weights_only=True)
+            state = load_file(self.float_file)
             start.load_state_dict(state)
             start, teacher = quantized_model(self.study, runs[0], self.images, state), start
         trainings = [Training(self.study, run, self.images, copy.deepcopy(start), teacher) for run in runs]
@@ -88,9 +90,14 @@ class Worker:
         for training in train(trainings, self.work):
             rows.append(training.result())
             if training.run.bits == "float":
-                state = {name: tensor.cpu() for name, tensor in training.model.state_dict().items()}
-                torch.save(state, self.work / f"float-{self.study.network}.pt")
+                state = {name: tensor.cpu().contiguous() for name, tensor in training.model.state_dict().items()}
+                save_file(state, self.float_file)
         return rows
+
+
+def float_file(study: Study, args: argparse.Namespace) -> Path:
+    """Where the network lies that all runs start from: beside the results."""
+    return args.results.parent / f"float-{study.network}.safetensors"
 
 
 _worker: Worker
@@ -133,7 +140,7 @@ def carry_out(study: Study, args: argparse.Namespace) -> None:
 
 def in_order(study: Study, args: argparse.Namespace, give: Callable) -> None:
     """The float network, then all grids; those that take the best rates of earlier ones wait for them."""
-    if not (args.work / f"float-{study.network}.pt").exists():
+    if not float_file(study, args).exists():
         finish([float_run(study)], args, give, anew=True)
     wanted = [grid for grid in study.grids if not args.parts or grid["part"] in args.parts]
     for _, grids in itertools.groupby(wanted, lambda grid: grid["lr"] == "best"):
