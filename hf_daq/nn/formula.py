@@ -222,12 +222,8 @@ def quantize_rows(
     return code.mul_(scale).to(dtype)
 
 
-def gradient_of_rows(
-    x: Tensor, grad: Tensor, inverse: Tensor, constants: Constants, rounding: str, soft: Soft
-) -> Tensor:
-    """The gradient of x in `quantize_rows`. Scales are constants, and no value lies outside of the bounds."""
-    if rounding == "ste":
-        return grad.to(x.dtype)
+def gradient_of_rows(x: Tensor, grad: Tensor, inverse: Tensor, constants: Constants, soft: Soft) -> Tensor:
+    """The gradient of x in `quantize_rows`, but with "ste". Scales are constants, and no value lies outside of the bounds."""
     v = token_positions(x, inverse, constants)
     gradient = daq_gradient_(v, constants) if soft is None else _soft_gradient_(v, *soft)
     return gradient.mul_(grad).to(x.dtype)

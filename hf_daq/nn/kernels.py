@@ -215,8 +215,8 @@ def _rows_forward(x: Tensor, scale: Tensor, inverse: Tensor, constants: Any, sof
     return quantize_rows(x, scale, inverse, _named(constants), soft, dtype)
 
 
-def _rows_backward(x: Tensor, grad: Tensor, inverse: Tensor, constants: Any, rounding: str, soft: Soft) -> Tensor:
-    return gradient_of_rows(x, grad, inverse, _named(constants), rounding, soft)
+def _rows_backward(x: Tensor, grad: Tensor, inverse: Tensor, constants: Any, soft: Soft) -> Tensor:
+    return gradient_of_rows(x, grad, inverse, _named(constants), soft)
 
 
 _rows_forward_kernels, _rows_backward_kernels = Kernels(_rows_forward), Kernels(_rows_backward)
@@ -228,7 +228,7 @@ def run_rows_forward(x: Tensor, scale: Tensor, constants: Constants, soft: Soft,
         return quantize_rows(x, scale, 1 / scale, constants, soft, dtype)
     rows, scale = x.contiguous().view(-1, x.shape[-1]), scale.reshape(-1, 1)
     tensors = rows, scale, 1 / scale, _on(constants, x.device)
-    result: Tensor = _rows_forward_kernels(tensors, (None, dtype), (_PER_ROW["x"], _SCALES[0], *_SCALES))
+    result: Tensor = _rows_forward_kernels(tensors, (None, dtype), (_PER_ROW["x"], _SCALE, _SCALE, _CONSTANTS))
     return result.view(x.shape)
 
 
@@ -236,12 +236,14 @@ def run_rows_backward(
     x: Tensor, grad: Tensor, scale: Tensor, constants: Constants, rounding: str, soft: Soft
 ) -> Tensor:
     """`gradient_of_rows`, compiled where it pays."""
-    if rounding == "ste" or not _compiles_rows(x, soft):
-        return gradient_of_rows(x, grad, 1 / scale, constants, rounding, soft)
+    if rounding == "ste":
+        return grad.to(x.dtype)
+    if not _compiles_rows(x, soft):
+        return gradient_of_rows(x, grad, 1 / scale, constants, soft)
     rows, grad = (value.contiguous().view(-1, x.shape[-1]) for value in (x, grad))
     tensors = rows, grad, 1 / scale.reshape(-1, 1), _on(constants, x.device)
-    shapes = _PER_ROW["x"], _PER_ROW["x"], *_SCALES
-    result: Tensor = _rows_backward_kernels(tensors, (rounding, None), shapes)
+    shapes = _PER_ROW["x"], _PER_ROW["x"], _SCALE, _CONSTANTS
+    result: Tensor = _rows_backward_kernels(tensors, (None,), shapes)
     return result.view(x.shape)
 
 
@@ -292,13 +294,13 @@ class _Layout:
     def shapes(self, *names: str) -> tuple[tuple[int, ...], ...]:
         """Of tensors and the constants, to compile with: no two sizes by chance equal."""
         shapes = _PER_ROW if self.per_row else _PER_TENSOR
-        return (*(shapes[name] for name in names), (len(Constants._fields),))
+        return (*(shapes[name] for name in names), _CONSTANTS)
 
 
 _FIELDS = len(Rows._fields)
 _PER_TENSOR: dict[str, tuple[int, ...]] = {"x": (2**20 - 3,), "row": (1,), "rows": (_FIELDS, 1)}
 _PER_ROW: dict[str, tuple[int, ...]] = {"x": (521, 1031), "row": (521,), "rows": (_FIELDS, 521)}
-_SCALES = (521, 1), (len(Constants._fields),)  # of rows, and constants
+_SCALE, _CONSTANTS = (521, 1), (len(Constants._fields),)
 
 
 @cache
