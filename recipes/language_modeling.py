@@ -23,6 +23,7 @@ import dataclasses
 import itertools
 import math
 import sys
+import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ class Config(LoopOptions):
     """The defaults are the Python documentation experiment (configs/python_docs_llama_w4.yaml)."""
 
     dataset: str = "python_docs"
-    """`python_docs`, a Hub id, a text file, or a folder of text files."""
+    """`python_docs`, `python_library`, a Hub id, a text file, or a folder of text files."""
     dataset_config: str | None = None
     """Configuration of the data set on the Hub."""
     dataset_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -153,7 +154,9 @@ class Texts:
 def read_texts(cfg: Config) -> Texts:
     kind = {"data_files": cfg.dataset} if Path(cfg.dataset).is_file() else {}
     source = dataclasses.replace(cfg, dataset="text") if kind else cfg
-    splits = load_splits(source, {"python_docs": python_docs}, **kind, **cfg.dataset_kwargs)
+    splits = load_splits(
+        source, {"python_docs": python_docs, "python_library": python_library}, **kind, **cfg.dataset_kwargs
+    )
     for split in (cfg.train_split, cfg.eval_split or cfg.train_split):
         if split not in splits:
             raise SystemExit(f"{cfg.dataset} has no split {split!r}; it has {', '.join(splits)}")
@@ -175,6 +178,15 @@ def python_docs() -> datasets.DatasetDict:
 
     lines = [line for name in sorted(topics) for line in topics[name].splitlines()]
     return datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": lines}))
+
+
+def python_library() -> datasets.DatasetDict:
+    """The source of Python's standard library without its tests and tables of characters, ten million characters."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = (file.relative_to(root) for file in sorted(root.rglob("*.py")))
+    left_out = {"test", "tests", "idlelib", "lib2to3", "encodings", "site-packages"}
+    texts = [(root / file).read_text("utf-8", "replace") for file in files if not left_out & set(file.parts)]
+    return datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": "".join(texts).splitlines()}))
 
 
 def join(rows: list[str], separator: str, size: int = 1000) -> list[str]:

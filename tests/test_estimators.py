@@ -404,9 +404,22 @@ def test_paretoq_has_its_grids():
     two = learned_steps.stretched(weight, step, 2)
     assert two[0].unique().tolist() == [-0.75, -0.25, 0.25, 0.75]
     assert learned_steps.stretched(weight, step, 1)[1].unique().tolist() == [-2, 2]
+    three = learned_steps.stretched(weight, step, 2, ternary=True)
+    torch.testing.assert_close(three[1].unique(), torch.tensor([-4 / 3, 0, 4 / 3]))
     two.sum().backward()
-    inside = (weight.detach()[0] > -1) & (weight.detach()[0] < 0.99)
+    inside = weight.detach()[0].abs() < 0.99
     assert torch.equal(weight.grad[0] != 0, inside)
+
+
+@pytest.mark.parametrize("use", [use_lsq, use_paretoq])
+def test_learned_steps_have_three_values_on_the_ternary_grid(use):
+    model = hf_daq.apply_daq(
+        torch.nn.Sequential(torch.nn.Linear(16, 16)), weight_bits=2, weight_grid="ternary", first_last_bits=2
+    )
+    with hf_daq.calibrate(model, check=False):
+        model(torch.randn(8, 16))
+    use(model, torch.randn(8, 16))
+    assert len((model[0].w_quant(model[0].weight) / model[0].w_quant.step.view(-1, 1)).detach().unique()) == 3
 
 
 @pytest.mark.parametrize("use", [use_lsq, use_paretoq])

@@ -676,6 +676,20 @@ def test_peers_train_from_one_network_and_are_not_run_again(reviews, text_float,
     assert results.read_text().splitlines() == lines
 
 
+def test_peers_train_a_language_model(play, language_float, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_DAQ_COMPILE", "0")
+    sizes = "--eval_fraction 0.2 --block_size 16 --batch_size 4 --max_steps 20 --group_size 8 --dtype float32 --seeds 0"
+    variants = "--bits 8/32 1.6/32 --lrs 1e-3 --variants daq lsq paretoq both"
+    files = ["--model", str(language_float), "--dataset", str(play), "--results", str(tmp_path / "peers.jsonl")]
+    rows = peers.main([*files, *sizes.split(), *variants.split()])
+    losses = {(row["bits"], row["variant"]): (row["start"], row["dev"]) for row in rows}
+    exact = float(re.search(r"float, loss: dev ([\d.]+)", capsys.readouterr().out)[1])
+    assert len(losses) == 8
+    assert losses["8/32", "daq"][0] == pytest.approx(exact, abs=0.01)
+    assert all(exact < losses["1.6/32", name][0] for name in ("daq", "lsq", "paretoq"))
+    assert all(trained < start for start, trained in losses.values())
+
+
 @pytest.fixture(scope="module")
 def trainer_uninterrupted(reviews, tiny_bert, tmp_path_factory):
     """Dropout, both phases, distillation, accumulation; five batches and three updates an epoch."""
@@ -816,6 +830,13 @@ def test_a_reconstructed_language_model_trains(play, language_float, tmp_path):
 def test_the_default_run_is_the_python_docs_config():
     config = RECIPES / "configs" / "python_docs_llama_w4.yaml"
     assert language_modeling.parse(["--config", str(config)]) == language_modeling.parse([])
+
+
+def test_the_python_library_is_a_text():
+    cfg = language_modeling.parse(["--dataset", "python_library", "--eval_fraction", "0.05"])
+    texts = language_modeling.read_texts(cfg)
+    assert sum(map(len, texts.train)) > 5e6
+    assert "class ZipFile" in "".join(texts.eval)
 
 
 def test_python_docs_run(tmp_path):

@@ -111,6 +111,53 @@ def test_a_changed_model_is_refused_by_every_way_to_save_it(name, tmp_path):
     hf_daq.remove_daq(model)
 
 
+class Embedder(nn.Module):
+    """As sentence-transformers has it: its `save` calls `save_pretrained` of the part."""
+
+    def __init__(self):
+        super().__init__()
+        self.transformer, self.projection = tf.BertModel(tf.BertConfig(**BERT)), nn.Linear(32, 8)
+
+    def forward(self, ids):
+        return self.projection(self.transformer(ids).last_hidden_state.mean(1))
+
+
+def encoder_decoder():
+    decoder = tf.BertLMHeadModel(tf.BertConfig(**BERT, is_decoder=True, add_cross_attention=True))
+    return tf.EncoderDecoderModel(encoder=tf.BertModel(tf.BertConfig(**BERT)), decoder=decoder)
+
+
+@pytest.mark.parametrize(
+    ("build", "part"),
+    [
+        (Embedder, "transformer"),
+        (encoder_decoder, "encoder"),
+        (
+            lambda: tf.T5ForConditionalGeneration(
+                tf.T5Config(vocab_size=61, d_model=32, d_kv=8, d_ff=44, num_layers=2)
+            ),
+            "encoder",
+        ),
+    ],
+)
+def test_a_part_of_a_quantized_model_is_refused_if_it_would_open_in_float(build, part, tmp_path):
+    model = hf_daq.apply_daq(build().eval(), weight_bits=2)
+    for save in (
+        model.get_submodule(part).save_pretrained,
+        lambda f: hf_daq.save_pretrained(model.get_submodule(part), f),
+    ):
+        with pytest.raises(ModelError, match=f"is '{part}' of a model that was quantized as a whole"):
+            save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_base_model_of_a_quantized_one_is_saved_as_quantized(tmp_path):
+    model, ids = llama(), torch.arange(3, 15).view(2, 6)
+    model.model.save_pretrained(tmp_path)
+    opened = tf.AutoModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(opened(ids).last_hidden_state, model.model(ids).last_hidden_state)
+
+
 @pytest.mark.parametrize(
     "function",
     [

@@ -87,6 +87,12 @@ def write_checkpoint(
     """
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(description | {"hf_daq_version": __version__}, indent=2) + "\n"
+    write_weights(directory / WEIGHTS_NAME, tensors, model, facts)
+    replace_file(directory / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def write_weights(file: Path, tensors: Mapping[str, Tensor], model: nn.Module, facts: CardFacts | None = None) -> None:
+    """The weights file alone, whose header says how the model is quantized."""
     contents: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -96,8 +102,7 @@ def write_checkpoint(
         contents[name] = tensor.clone() if address in storages else tensor
         storages.add(address)
     header = {"format": "pt", **header_metadata(model, facts)}
-    replace_file(directory / WEIGHTS_NAME, lambda path: save_file(contents, path, metadata=header))
-    replace_file(directory / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+    replace_file(file, lambda path: save_file(contents, path, metadata=header))
 
 
 def weights_size(directory: Path) -> int:

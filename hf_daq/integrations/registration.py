@@ -1,5 +1,6 @@
 """timm hears of the architecture `hf_daq` when it is loaded, transformers of the quantizer `daq` when it loads its own, PEFT
-of adapters for quantized layers when it loads its own, and none of them before."""
+of adapters for quantized layers when it loads its own, huggingface_hub and diffusers of quantized models when they load theirs,
+and none of them before."""
 
 from __future__ import annotations
 
@@ -86,8 +87,8 @@ def _register_with_transformers() -> None:
 
 
 def _guard_transformers() -> None:
-    """`PreTrainedModel.save_pretrained` refuses a model of which only a part is quantized: it would write its tensors and say
-    nothing of the quantization."""
+    """`PreTrainedModel.save_pretrained` refuses a model of which only a part is quantized, or that is a part of a quantized
+    one with a config of its own: it would write its tensors and say nothing of the quantization."""
     from transformers import modeling_utils
 
     save_pretrained: Any = modeling_utils.PreTrainedModel.save_pretrained
@@ -95,14 +96,48 @@ def _guard_transformers() -> None:
     @wraps(save_pretrained)
     def save(self: Any, *args: Any, **kwargs: Any) -> Any:
         whole = "daq_config" in vars(self) or getattr(self, "_hf_peft_config_loaded", False)
-        if not whole and any("daq_config" in vars(module) for module in self.modules()):
-            from ..errors import ModelError
-            from ..model.unchanged import refusal_of_parts
-
-            raise ModelError(refusal_of_parts(self))
+        # The base model of a quantized one shares its config, and its file says it all.
+        if not whole and getattr(self.config, "quantization_config", None) is None:
+            _refuse_parts(self)
         return save_pretrained(self, *args, **kwargs)
 
     modeling_utils.PreTrainedModel.save_pretrained = save  # type: ignore[method-assign]
+
+
+def _guard_diffusers() -> None:
+    """`ModelMixin.save_pretrained` refuses quantized models, which diffusers would open in float."""
+    mixin = sys.modules["diffusers.models.modeling_utils"].ModelMixin
+    save_pretrained: Any = mixin.save_pretrained
+
+    @wraps(save_pretrained)
+    def save(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "daq_config" in vars(self):
+            from ..errors import ModelError
+
+            kind = type(self).__name__
+            raise ModelError(
+                f"{kind}.save_pretrained would write a folder that diffusers opens in float: write hf_daq.save_pretrained(model, "
+                f"directory), and open it with hf_daq.from_pretrained(directory, model={kind}.from_config(config))"
+            )
+        _refuse_parts(self)
+        return save_pretrained(self, *args, **kwargs)
+
+    mixin.save_pretrained = save
+
+
+def _refuse_parts(model: Any) -> None:
+    if any("daq_config" in vars(module) or hasattr(module, "daq_name") for module in model.modules()):
+        from ..errors import ModelError
+        from ..model.unchanged import refusal_of_parts
+
+        if refusal := refusal_of_parts(model):
+            raise ModelError(refusal)
+
+
+def _register_with_hub_mixin() -> None:
+    from . import hub_mixin
+
+    hub_mixin.register()
 
 
 def _register_with_peft() -> None:
@@ -116,6 +151,8 @@ for _name, _register in (
     ("transformers.quantizers.auto", _register_with_transformers),
     ("transformers.modeling_utils", _guard_transformers),
     ("peft.peft_model", _register_with_peft),
+    ("huggingface_hub.hub_mixin", _register_with_hub_mixin),
+    ("diffusers.models.modeling_utils", _guard_diffusers),
 ):
     if _name in sys.modules:
         _register()

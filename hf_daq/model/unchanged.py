@@ -24,15 +24,23 @@ def quantized_parts(model: nn.Module) -> list[str]:
 
 
 def refusal_of_parts(model: nn.Module) -> str:
-    """What to tell someone who saves a model of which only a part was quantized; empty if none is."""
-    parts = quantized_parts(model)
-    if not parts:
-        return ""
-    return (
-        f"part {parts[0]!r} of this {type(model).__name__} is quantized, and a file of the whole would not say so: save that "
-        f"part, hf_daq.save_pretrained(model.get_submodule({parts[0]!r}), directory), or remove_daq from it and apply_daq on "
-        "the whole"
-    )
+    """What to tell someone who saves a model of which only a part was quantized, or a part of one that was quantized as a
+    whole; empty if it is neither."""
+    kind, parts = type(model).__name__, quantized_parts(model)
+    if parts:
+        return (
+            f"part {parts[0]!r} of this {kind} is quantized, and a file of the whole would not say so: save that "
+            f"part, hf_daq.save_pretrained(model.get_submodule({parts[0]!r}), directory), or remove_daq from it and apply_daq on "
+            "the whole"
+        )
+    for name, layer in daq_layers(model).items() if "daq_config" not in vars(model) else ():
+        place = layer.daq_name.removesuffix(name).rstrip(".")
+        return (
+            f"this {kind} is {place!r} of a model that was quantized as a whole, and a file of it alone would not say so: save the "
+            f"whole, hf_daq.save_pretrained(model, directory), or quantize this part alone, "
+            f"hf_daq.apply_daq(model.get_submodule({place!r}), ...)"
+        )
+    return ""
 
 
 def check_unchanged(model: nn.Module, adapters: bool = False) -> None:

@@ -175,7 +175,7 @@ def build(variant: str, work: Workload, args: argparse.Namespace) -> nn.Module:
     elif variant == "fake_quantize":
         fake_quantize(model, names, work, args)
     elif variant == "torchao":
-        torchao(model, names, args)
+        torchao(model, names, args.bits)
     elif variant == "brevitas":
         brevitas(model, names, args)
     elif variant == "nncf":
@@ -257,21 +257,22 @@ def fake_quantize(model: nn.Module, names: list[str], work: Workload, args: argp
         register_parametrization(layer, "weight", FakeQuantize(layer.weight, args.bits[0]))
 
 
-def torchao_configs(args: argparse.Namespace) -> tuple[Any, Any]:
+def torchao_configs(bits: tuple[int, int | None], group_size: int | None = None) -> tuple[Any, Any]:
     from torchao.quantization.qat import IntxFakeQuantizeConfig
 
-    weight_type, input_type = (getattr(torch, f"int{count}") for count in args.bits)
-    inputs = IntxFakeQuantizeConfig(input_type, "per_token", is_symmetric=False)
-    return IntxFakeQuantizeConfig(weight_type, "per_channel", is_symmetric=True), inputs
+    weight_type = getattr(torch, f"int{bits[0]}")
+    scales: dict[str, Any] = {"group_size": group_size} if group_size else {"granularity": "per_channel"}
+    inputs = bits[1] and IntxFakeQuantizeConfig(getattr(torch, f"int{bits[1]}"), "per_token", is_symmetric=False)
+    return IntxFakeQuantizeConfig(weight_type, **scales, is_symmetric=True), inputs
 
 
-def torchao(model: nn.Module, names: list[str], args: argparse.Namespace) -> None:
+def torchao(model: nn.Module, names: list[str], bits: tuple[int, int | None], group_size: int | None = None) -> None:
     from torchao.quantization import quantize_
     from torchao.quantization.qat import QATConfig
 
     if not any(isinstance(model.get_submodule(name), nn.Linear) for name in names):
         raise ValueError("no linear layer to quantize")
-    weights, inputs = torchao_configs(args)
+    weights, inputs = torchao_configs(bits, group_size)
     config = QATConfig(activation_config=inputs, weight_config=weights, step="prepare")
     quantize_(model, config, lambda module, name: name in names and isinstance(module, nn.Linear))
 
@@ -309,7 +310,7 @@ def quantizer(variant: str, layer: nn.Conv2d, x: Tensor, weight: bool, args: arg
     if variant == "torchao":
         from torchao.quantization.qat import IntxFakeQuantizer
 
-        fake = IntxFakeQuantizer(torchao_configs(args)[not weight])
+        fake = IntxFakeQuantizer(torchao_configs(args.bits)[not weight])
         return lambda x: fake(x.flatten(1 if weight else 2)).view_as(x)
     if variant == "brevitas":
         quantized: Any = brevitas_layer(layer, args.bits)

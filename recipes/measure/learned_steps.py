@@ -12,7 +12,8 @@ a stretched grid without zero, s from max|w|; from 3 bits on LSQ:
 
     s * (floor(clamp(w / s, -1, 1) * k / 2 - 0.5) + 0.5) / k * 2,    k = 2**b
 
-whose rounding is written there with `round`. Its inputs are LSQ's here.
+whose rounding is written there with `round`, and with three values, which the paper counts as 1.58 bits, `s * round(1.5 clamp(w / s, -1,
+1)) / 1.5`, s from max|w|. Its inputs are LSQ's here. LSQ with three values has n = p = 1.
 """
 
 import math
@@ -39,16 +40,16 @@ def lsq(v: Tensor, step: Tensor, lowest: int, highest: int, count: int) -> Tenso
     return straight_through(position, position.round()) * step
 
 
-def stretched(weight: Tensor, step: Tensor, bits: int) -> Tensor:
+def stretched(weight: Tensor, step: Tensor, bits: int, ternary: bool = False) -> Tensor:
     """ParetoQ's weights below 3 bits; step: shape (channels, 1, ...)."""
     step = scaled_gradient(step, 1 / math.sqrt(weight.numel() * max(2 ** (bits - 1) - 1, 1)))
     position = weight / step
     if bits == 1:
         inside = position.clamp(-1, 1)
         return straight_through(inside, torch.where(position < 0, -1.0, 1.0)) * step
-    half = 2 ** (bits - 1)
-    position = position.clamp(-1, 1 - 1e-2) * half - 0.5
-    return (straight_through(position, position.round()) + 0.5) / half * step
+    half, shift = (1.5, 0.0) if ternary else (2 ** (bits - 1), 0.5)
+    position = position.clamp(-0.99, 0.99) * half - shift
+    return (straight_through(position, position.round()) + shift) / half * step
 
 
 class LearnedWeights(WeightQuantizer):
@@ -56,12 +57,12 @@ class LearnedWeights(WeightQuantizer):
     stretches: bool
 
     def forward(self, weight: Tensor) -> Tensor:
-        x, step = wide(weight), self.step.view(-1, *(1,) * (weight.ndim - 1))
+        x, step, ternary = wide(weight), self.step.view(-1, *(1,) * (weight.ndim - 1)), self.grid == "ternary"
         if self.stretches and self.bits < 3:
-            found = stretched(x, step, self.bits)
+            found = stretched(x, step, self.bits, ternary)
         else:
-            half = 2 ** (self.bits - 1)
-            found = lsq(x, step, -half, half - 1, weight.numel())
+            highest = 2 ** (self.bits - 1) - 1
+            found = lsq(x, step, -highest if ternary else -highest - 1, highest, weight.numel())
         return found.to(self.result_dtype(weight))
 
 
