@@ -151,6 +151,38 @@ def test_a_part_of_a_quantized_model_is_refused_if_it_would_open_in_float(build,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("fuse", "layer", "norm"),
+    [
+        (nn.utils.fuse_conv_bn_eval, nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)),
+        (nn.utils.fusion.fuse_conv_bn_eval, nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)),
+        (nn.utils.fuse_linear_bn_eval, nn.Linear(3, 8), nn.BatchNorm1d(8)),
+    ],
+)
+def test_quantized_layers_are_not_fused_with_a_batch_norm(fuse, layer, norm):
+    norm.running_var.uniform_(0.01, 0.1)
+    model = nn.Sequential(copy.deepcopy(layer), norm).eval()
+    x = torch.randn(4, 3, *[2] * (layer.weight.ndim - 2))
+    torch.testing.assert_close(fuse(*model)(x), model(x))
+    hf_daq.apply_daq(model, weight_bits=4, first_last_bits=4)
+    before = model(x)
+    with pytest.raises(ModelError, match="fuse the float model, then apply_daq"):
+        fuse(*model)
+    assert torch.equal(model(x), before)
+
+
+def test_ultralytics_leaves_quantized_layers_as_they_are():
+    tasks = pytest.importorskip("ultralytics.nn.tasks")
+    model = tasks.DetectionModel("yolov8n.yaml", nc=4, verbose=False).eval()
+    x = torch.rand(2, 3, 64, 64)
+    layers = len(hf_daq.apply_daq(model, weight_bits=2).daq_config.layers)
+    before = model(x)[0]
+    fused = copy.deepcopy(model).fuse(verbose=False)
+    assert torch.equal(fused(x)[0], before)
+    assert sum(hasattr(module, "daq_name") for module in fused.modules()) == layers
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in hf_daq.remove_daq(fused).fuse(verbose=False).modules())
+
+
 def test_the_base_model_of_a_quantized_one_is_saved_as_quantized(tmp_path):
     model, ids = llama(), torch.arange(3, 15).view(2, 6)
     model.model.save_pretrained(tmp_path)

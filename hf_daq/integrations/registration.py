@@ -1,6 +1,6 @@
 """timm hears of the architecture `hf_daq` when it is loaded, transformers of the quantizer `daq` when it loads its own, PEFT
-of adapters for quantized layers when it loads its own, huggingface_hub and diffusers of quantized models when they load theirs,
-and none of them before."""
+of adapters for quantized layers when it loads its own; huggingface_hub opens quantized models; and what would write or compute
+something else than the quantized model refuses it: saving in transformers and diffusers, fusing in timm, torch, ultralytics."""
 
 from __future__ import annotations
 
@@ -140,6 +140,41 @@ def _register_with_hub_mixin() -> None:
     hub_mixin.register()
 
 
+def _guard_fusion() -> None:
+    """torch's fusion with a BatchNorm refuses quantized layers, whose bounds would not fit the new weights."""
+    for name in ("fuse_conv_bn_eval", "fuse_linear_bn_eval"):
+        for module in (sys.modules["torch.nn.utils.fusion"], sys.modules.get("torch.nn.utils")):
+            if hasattr(module, name):
+                setattr(module, name, _float_layers_alone(getattr(module, name)))
+
+
+def _float_layers_alone(fuse: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(fuse)
+    def fuse_float(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(layer, "daq_name"):
+            from ..errors import ModelError
+
+            raise ModelError(
+                f"{fuse.__name__} would change the weight of the quantized layer {layer.daq_name!r} and not its bounds: fuse the "
+                "float model, then apply_daq and calibrate"
+            )
+        return fuse(layer, *args, **kwargs)
+
+    return fuse_float
+
+
+def _guard_ultralytics() -> None:
+    """`fuse`, which predicting and validating call, leaves a quantized model as it is: it would put float layers into it."""
+    base = sys.modules["ultralytics.nn.tasks"].BaseModel
+    fuse: Any = base.fuse
+
+    @wraps(fuse)
+    def fuse_float(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self if any(hasattr(module, "daq_name") for module in self.modules()) else fuse(self, *args, **kwargs)
+
+    base.fuse = fuse_float
+
+
 def _register_with_peft() -> None:
     from . import peft_hooks
 
@@ -153,6 +188,8 @@ for _name, _register in (
     ("peft.peft_model", _register_with_peft),
     ("huggingface_hub.hub_mixin", _register_with_hub_mixin),
     ("diffusers.models.modeling_utils", _guard_diffusers),
+    ("torch.nn.utils.fusion", _guard_fusion),
+    ("ultralytics.nn.tasks", _guard_ultralytics),
 ):
     if _name in sys.modules:
         _register()
