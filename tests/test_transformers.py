@@ -578,3 +578,19 @@ def test_calibration_sees_every_step_of_generate_once_and_checks_the_prompt():
         model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)
     assert lengths == [0, 4, 5, 6, 0, 0, 0]  # observed, and thrice the prompt with the empty cache it had
     assert all(layer.calibrated for layer in quantized_layers(model).values())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_config_that_hides_the_quantization_is_refused(packed, tmp_path):
+    model = calibrated(tiny_llama())
+    hf_daq.save_pretrained(model, tmp_path, packed=packed)
+    described = AutoConfig.from_pretrained(tmp_path)
+    plain = copy.deepcopy(described)
+    del plain.quantization_config
+    for config in (plain, transformers.LlamaConfig(**plain.to_dict())):
+        with pytest.raises(
+            (CheckpointError, ValueError), match="config that was given does not say so|weights are packed"
+        ):
+            AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path, config=described).eval()
+    assert opened.daq_config == AutoModelForCausalLM.from_pretrained(tmp_path).daq_config

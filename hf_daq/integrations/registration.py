@@ -102,6 +102,33 @@ def _guard_transformers() -> None:
         return save_pretrained(self, *args, **kwargs)
 
     modeling_utils.PreTrainedModel.save_pretrained = save  # type: ignore[method-assign]
+    load: Any = getattr(modeling_utils.PreTrainedModel, "_load_pretrained_model", None)
+    if load is not None:
+        modeling_utils.PreTrainedModel._load_pretrained_model = staticmethod(_refuse_quantized_files(load))
+
+
+def _refuse_quantized_files(load: Callable[..., Any]) -> Callable[..., Any]:
+    """`from_pretrained` with a config that does not say that the files are quantized would open them in float, and packed ones
+    with random weights."""
+
+    @wraps(load)
+    def load_what_is_described(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
+        files = [str(file) for file in checkpoint_files or () if str(file).endswith(".safetensors")]
+        if files and not any(hasattr(module, "daq_name") for module in model.modules()):
+            from safetensors import safe_open
+
+            from ..errors import CheckpointError
+            from ..files.header import METADATA_KEY
+
+            with safe_open(files[0], framework="pt") as file:
+                if METADATA_KEY in (file.metadata() or {}):
+                    raise CheckpointError(
+                        f"{files[0]} is quantized, and the config that was given does not say so: leave it out, or take that of "
+                        "the folder, config = AutoConfig.from_pretrained(folder)"
+                    )
+        return load(model, state_dict, checkpoint_files, *args, **kwargs)
+
+    return load_what_is_described
 
 
 def _guard_diffusers() -> None:
