@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hf_daq
-from hf_daq.errors import CheckpointError, ModelError
+from hf_daq.errors import CalibrationError, CheckpointError, ModelError
 
 
 class Net(nn.Module, PyTorchModelHubMixin):
@@ -67,21 +67,55 @@ def test_float_models_of_the_mixin_are_as_before(tmp_path):
     assert not any("quant" in name for name in load_file(tmp_path / "model.safetensors"))
 
 
-def test_a_mixin_does_not_save_half_a_quantized_model(tmp_path):
-    class Pair(nn.Module, PyTorchModelHubMixin):
+class Pair(nn.Module, PyTorchModelHubMixin):
+    def __init__(self, quantize: bool = False):
+        super().__init__()
+        self.one, self.other = Net(), Net()
+        if quantize:
+            hf_daq.apply_daq(self.one, weight_bits=3, activation_bits=4)
+
+    def forward(self, x):
+        return self.one(x) + self.other(x)
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_parts_that_are_quantized_by_themselves_are_opened_so(quantize, packed, tmp_path):
+    pair = Pair(quantize).eval()
+    if not quantize:
+        hf_daq.apply_daq(pair.one, weight_bits=3, activation_bits=4)
+    with hf_daq.calibrate(pair.one, check=False):
+        pair.one(X)
+    if packed:
+        hf_daq.pack(pair.one)
+    pair.save_pretrained(tmp_path)
+    opened = Pair.from_pretrained(tmp_path)
+    assert torch.equal(opened(X), pair(X))
+    assert opened.one.daq_config == pair.one.daq_config
+    with pytest.raises(CheckpointError, match="names parts"):
+        Net.from_pretrained(tmp_path)
+
+
+def test_a_class_that_quantizes_itself_opens_what_it_saved(tmp_path):
+    class Own(Net):
         def __init__(self):
             super().__init__()
-            self.one, self.other = Net(), Net()
+            hf_daq.apply_daq(self, bits=4)
 
-    pair = Pair()
-    hf_daq.apply_daq(pair.one, weight_bits=2)
-    with pytest.raises(ModelError, match="part 'one' of this Pair is quantized"):
-        pair.save_pretrained(tmp_path)
+    model = Own().eval()
+    with hf_daq.calibrate(model, check=False):
+        model(X)
+    model.save_pretrained(tmp_path)
+    opened = Own.from_pretrained(tmp_path)
+    assert torch.equal(opened(X), model(X))
+
+
+def test_a_mixin_refuses_what_would_not_open_again(tmp_path):
     pair = hf_daq.apply_daq(Pair(), weight_bits=2)
     with pytest.raises(ModelError, match="this Net is 'other' of a model that was quantized as a whole"):
         pair.other.save_pretrained(tmp_path)
     uncalibrated = hf_daq.apply_daq(Net(), bits=2)
-    with pytest.raises(hf_daq.errors.CalibrationError):
+    with pytest.raises(CalibrationError):
         uncalibrated.save_pretrained(tmp_path)
     model = quantized()
     model.body[2] = nn.Linear(24, 24)

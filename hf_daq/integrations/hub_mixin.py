@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hub_mixin
 from safetensors import safe_open
+from safetensors.torch import save_model
+from torch import nn
 
-from ..errors import ModelError
+from ..config import DaqConfig
+from ..errors import CheckpointError, ConfigError, ModelError
 from ..files.facts import CardFacts
 from ..files.header import METADATA_KEY, WEIGHTS_NAME, read_header
-from ..files.weights_file import check_values, load_weights, write_weights
-from ..model.patch import patch
-from ..model.unchanged import check_unchanged, refusal_of_parts
+from ..files.weights_file import check_values, layer_problem, load_weights, write_weights
+from ..model.patch import patch, unpatch
+from ..model.unchanged import check_unchanged, quantized_parts, refusal_of_parts
+from ..nn.packed import daq_layers
 from ..nn.settle import settled
+
+_PARTS_KEY = "hf_daq_parts"
+"""Of a model of which parts were quantized by themselves: their names and quantization configs."""
 
 
 def register() -> None:
@@ -26,25 +35,60 @@ def register() -> None:
 
     @wraps(save)
     def _save_pretrained(self: Any, save_directory: Path) -> None:
-        if refusal := refusal_of_parts(self):
-            raise ModelError(refusal)
-        if "daq_config" not in vars(self):
+        whole, parts = "daq_config" in vars(self), quantized_parts(self)
+        path = Path(save_directory) / WEIGHTS_NAME
+        if not whole and not parts:
+            if refusal := refusal_of_parts(self):
+                raise ModelError(refusal)
             save(self, save_directory)
             return
-        check_unchanged(self)
-        check_values(self.state_dict(), self)
-        write_weights(Path(save_directory) / WEIGHTS_NAME, settled(self), self, CardFacts().with_versions())
+        for part in [self] if whole else map(self.get_submodule, parts):
+            check_unchanged(part)
+            check_values(part.state_dict(), part)
+        if whole:
+            write_weights(path, settled(self), self, CardFacts().with_versions())
+            return
+        configs = {name: self.get_submodule(name).daq_config.to_dict() for name in parts}
+        save_model(self, str(path), metadata={_PARTS_KEY: json.dumps(configs, sort_keys=True)})
 
     @wraps(load)
     def _load_as_safetensor(cls: type, model: Any, model_file: str, map_location: Any, strict: bool) -> Any:
         with safe_open(model_file, framework="pt") as file:
-            quantized = METADATA_KEY in (file.metadata() or {})
-        if not quantized:
-            return load(cls, model, model_file, map_location, strict)
-        header = read_header(Path(model_file))
-        patch(model, header.config)
-        load_weights(model, header, Path(model_file))
-        return model.to(map_location).eval()
+            found = file.metadata() or {}
+        if METADATA_KEY in found:
+            header = read_header(Path(model_file))
+            _quantize(model, header.config)
+            load_weights(model, header, Path(model_file))
+            return model.to(map_location).eval()
+        if _PARTS_KEY in found:
+            parts = _quantized(model, found, model_file)
+            model = load(cls, model, model_file, map_location, True)
+            for part in parts:
+                tensors = part.state_dict()
+                for name, layer in daq_layers(part).items():
+                    if problem := layer_problem(name, layer, tensors):
+                        raise CheckpointError(f"{model_file}: {problem}")
+            return model
+        return load(cls, model, model_file, map_location, strict)
 
     mixin._save_pretrained = _save_pretrained
     mixin._load_as_safetensor = classmethod(_load_as_safetensor)
+
+
+def _quantize(model: nn.Module, config: DaqConfig) -> None:
+    """As the file says, also where the class quantizes the model as it builds it."""
+    if "daq_config" in vars(model):
+        unpatch(model)
+    patch(model, config)
+
+
+def _quantized(model: nn.Module, metadata: Mapping[str, str], path: str) -> list[nn.Module]:
+    """The parts of a model that the file names, now quantized."""
+    try:
+        configs = {name: DaqConfig.from_dict(values) for name, values in json.loads(metadata[_PARTS_KEY]).items()}
+        parts = {name: model.get_submodule(name) for name in configs}
+    except (ValueError, TypeError, AttributeError, ConfigError) as error:
+        raise CheckpointError(f"{path} names parts that are quantized and this model does not have: {error}") from None
+    for name, part in parts.items():
+        _quantize(part, configs[name])
+    return list(parts.values())
