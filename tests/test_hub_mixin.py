@@ -1,5 +1,6 @@
 """Models that save themselves by huggingface_hub's mixin or diffusers' are opened as they were saved, or refused."""
 
+import json
 import os
 import subprocess
 import sys
@@ -51,6 +52,26 @@ def test_a_mixin_opens_what_it_saved(packed, options, tmp_path):
     assert torch.equal(opened(X), model(X))
     opened.save_pretrained(tmp_path / "again")
     assert torch.equal(Net.from_pretrained(tmp_path / "again")(X), model(X))
+
+
+def test_a_folder_of_the_mixin_is_read_by_hf_daq_too(tmp_path):
+    model = quantized()
+    model.save_pretrained(tmp_path, config={"width": 24, "more": 1})
+    opened = hf_daq.from_pretrained(tmp_path, model=Net(width=24))
+    assert torch.equal(opened(X), model(X))
+    assert hf_daq.inspect(tmp_path).config == model.daq_config
+    assert json.loads((tmp_path / "config.json").read_text()).keys() == {"width", "more", "quantization_config"}
+
+
+def test_a_class_that_takes_any_argument_is_not_given_the_quantization(tmp_path):
+    class Any(Net):
+        def __init__(self, width: int = 16, **kwargs):
+            assert kwargs.keys() <= {"depth"}
+            super().__init__(width)
+
+    model = hf_daq.apply_daq(Any(width=12, depth=1), weight_bits=2)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(Any.from_pretrained(tmp_path)(X), model.eval()(X))
 
 
 def test_a_folder_of_hf_daq_opens_by_the_mixin_too(tmp_path):

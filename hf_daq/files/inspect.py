@@ -323,7 +323,7 @@ def _architecture(description: Mapping[str, Any], library: str) -> str:
     names = description.get("architectures")
     if library == "transformers" and isinstance(names, list) and names:
         return str(names[0])
-    return str(description.get("architecture"))
+    return str(description.get("architecture", "model"))
 
 
 def every_layer(found: Any) -> Table:

@@ -13,25 +13,28 @@ from safetensors import safe_open
 from safetensors.torch import save_model
 from torch import nn
 
-from ..config import DaqConfig
+from ..config import QUANT_METHOD, DaqConfig
 from ..errors import CheckpointError, ConfigError, ModelError
+from ..files.atomic import replace_file
 from ..files.facts import CardFacts
-from ..files.header import METADATA_KEY, WEIGHTS_NAME, read_header
+from ..files.header import CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME, read_header
 from ..files.weights_file import check_values, layer_problem, load_weights, write_weights
 from ..model.patch import patch, unpatch
 from ..model.unchanged import check_unchanged, quantized_parts, refusal_of_parts
 from ..nn.packed import daq_layers
 from ..nn.settle import settled
 
+_CONFIG_KEY = "quantization_config"
 _PARTS_KEY = "hf_daq_parts"
 """Of a model of which parts were quantized by themselves: their names and quantization configs."""
 
 
 def register() -> None:
-    """Give the mixin these two steps of saving and opening; it writes config.json with the arguments of the class, and the
-    card, itself."""
+    """Let the mixin write and read the weights of quantized models so, and name the quantization in the config.json that it
+    writes, beside the arguments of the class."""
     mixin: Any = hub_mixin.PyTorchModelHubMixin
     save, load = mixin._save_pretrained, mixin._load_as_safetensor.__func__
+    save_all, build = mixin.save_pretrained, mixin._from_pretrained.__func__
 
     @wraps(save)
     def _save_pretrained(self: Any, save_directory: Path) -> None:
@@ -71,6 +74,25 @@ def register() -> None:
             return model
         return load(cls, model, model_file, map_location, strict)
 
+    @wraps(save_all)
+    def save_pretrained(self: Any, save_directory: Any, **kwargs: Any) -> Any:
+        result = save_all(self, save_directory, **kwargs)
+        if "daq_config" in vars(self):
+            path = Path(save_directory) / CONFIG_NAME
+            description = json.loads(path.read_text("utf-8")) if path.exists() else {}
+            text = json.dumps(description | {_CONFIG_KEY: self.daq_config.to_dict()}, indent=2) + "\n"
+            replace_file(path, lambda target: target.write_text(text, encoding="utf-8"))
+        return result
+
+    @wraps(build)
+    def _from_pretrained(cls: Any, **kwargs: Any) -> Any:
+        config = kwargs.get(_CONFIG_KEY)  # of config.json, for a class that takes any argument
+        if isinstance(config, dict) and config.get("quant_method") == QUANT_METHOD:
+            del kwargs[_CONFIG_KEY]
+        return build(cls, **kwargs)
+
+    mixin.save_pretrained = save_pretrained
+    mixin._from_pretrained = classmethod(_from_pretrained)  # type: ignore[arg-type]
     mixin._save_pretrained = _save_pretrained
     mixin._load_as_safetensor = classmethod(_load_as_safetensor)
 
