@@ -93,7 +93,7 @@ def quantized(model: nn.Module, run: dict[str, Any], batches: list[Batch]) -> No
     """Quantize the same layers as hf_daq does, in place, and start bounds from these batches."""
     if run["variant"] == "float":
         return
-    variant, options, group_size = run["variant"], widths(run["bits"]), run.get("group_size")
+    variant, options, group_size = run["variant"], widths(run["bits"]), run["group_size"]
     if variant in LIBRARIES:
         names = list(hf_daq.plan(model, bits=2).quantized)
         bits = options["weight_bits"], options["activation_bits"]
@@ -207,7 +207,7 @@ def complete(args: argparse.Namespace, task: Classification | Text) -> list[dict
     args.results.parent.mkdir(parents=True, exist_ok=True)
 
     def row_of(run: dict[str, Any]) -> dict[str, Any]:
-        there = [row for row in rows if run.items() <= row.items()]
+        there = [row for row in rows if all(row.get(key) == value for key, value in run.items())]
         if not there:
             rows.append(train(run, task, args))
             with args.results.open("a") as file:
@@ -221,7 +221,7 @@ def complete(args: argparse.Namespace, task: Classification | Text) -> list[dict
             if not can_run(variant, bits):
                 continue
             run = {"variant": variant, "bits": bits, "epochs": args.epochs, "dtype": args.dtype, "device": args.device}
-            run |= {key: value for key in ("group_size", "max_steps") if (value := getattr(args, key))}
+            run |= {"group_size": args.group_size, "max_steps": args.max_steps}
             first = [row_of(run | {"lr": lr, "seed": args.seeds[0]}) for lr in args.lrs]
             best = max if task.higher_is_better else min
             lr = best(first, key=lambda row: row["dev"])["lr"]
