@@ -183,6 +183,13 @@ def test_ultralytics_leaves_quantized_layers_as_they_are():
     assert not any(isinstance(part, nn.BatchNorm2d) for part in hf_daq.remove_daq(fused).fuse(verbose=False).modules())
 
 
+def test_quantized_layers_in_another_model_are_refused(tmp_path):
+    other = tf.LlamaForCausalLM(tf.LlamaConfig(**LLAMA))
+    other.model = llama().model
+    with pytest.raises(ModelError, match="has layers of a model that was quantized as a whole"):
+        other.save_pretrained(tmp_path)
+
+
 def test_the_base_model_of_a_quantized_one_is_saved_as_quantized(tmp_path):
     model, ids = llama(), torch.arange(3, 15).view(2, 6)
     model.model.save_pretrained(tmp_path)

@@ -51,6 +51,8 @@ def register() -> None:
         if whole:
             write_weights(path, settled(self), self, CardFacts().with_versions())
             return
+        for name in parts:
+            settled(self.get_submodule(name))  # moves the weights in the model, which save_model takes
         configs = {name: self.get_submodule(name).daq_config.to_dict() for name in parts}
         save_model(self, str(path), metadata={_PARTS_KEY: json.dumps(configs, sort_keys=True)})
 

@@ -97,7 +97,8 @@ def _guard_transformers() -> None:
     def save(self: Any, *args: Any, **kwargs: Any) -> Any:
         whole = "daq_config" in vars(self) or getattr(self, "_hf_peft_config_loaded", False)
         # The base model of a quantized one shares its config, and its file says it all.
-        if not whole and getattr(self.config, "quantization_config", None) is None:
+        base = getattr(self.config, "quantization_config", None) is not None
+        if not whole and not (base and not any("daq_config" in vars(module) for module in self.modules())):
             _refuse_parts(self)
         return save_pretrained(self, *args, **kwargs)
 

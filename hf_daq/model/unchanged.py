@@ -35,10 +35,10 @@ def refusal_of_parts(model: nn.Module) -> str:
         )
     for name, layer in daq_layers(model).items() if "daq_config" not in vars(model) else ():
         place = layer.daq_name.removesuffix(name).rstrip(".")
+        what = f"is {place!r} of a model that was" if place else "has layers of a model that was"
         return (
-            f"this {kind} is {place!r} of a model that was quantized as a whole, and a file of it alone would not say so: save the "
-            f"whole, hf_daq.save_pretrained(model, directory), or quantize this part alone, "
-            f"hf_daq.apply_daq(model.get_submodule({place!r}), ...)"
+            f"this {kind} {what} quantized as a whole, and a file of it alone would not say so: save the whole, "
+            f"hf_daq.save_pretrained(model, directory), or apply_daq to the float {kind}"
         )
     return ""
 

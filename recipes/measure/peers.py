@@ -18,7 +18,8 @@ loss of a token in nats, is told, which nothing is chosen on, with the standard 
     brevitas   Brevitas' default: a learned scale for inputs, the largest value for weights, both per tensor; not 1.6 bits
     quanto     optimum-quanto: ranges of weights in groups of 128 and inputs per tensor, which do not learn; 2, 4 and 8 bits alone
 
-Inputs of 32 bits are in float, and weights of 1.6 are -1, 0 and 1 times a scale. What is not installed is left out. A run is one line of JSON in --results; runs that are there are not repeated.
+Inputs of 32 bits are in float, and weights of 1.6 are -1, 0 and 1 times a scale. What is not installed is left out. A run is one line of
+JSON in --results; runs that are there are not repeated.
 """
 
 import argparse
