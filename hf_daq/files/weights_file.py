@@ -141,11 +141,16 @@ def load_weights(model: nn.Module, header: Header, path: Path) -> None:
             tensors = {name: file.get_tensor(name) for name in header.tensors}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
+    check_quantizers(tensors, model, path)
+    model.load_state_dict(tensors)
+
+
+def check_quantizers(tensors: Mapping[str, Tensor], model: nn.Module, path: Any) -> None:
+    """Refuse tensors of a file, under the names of a quantized model, among which are bounds or scales that no quantizer can have."""
     for name, layer in daq_layers(model).items():
         problem = layer_problem(name, layer, tensors)
         if problem:
             raise CheckpointError(f"{path}: {problem}")
-    model.load_state_dict(tensors)
 
 
 def check_values(tensors: Mapping[str, Tensor], model: nn.Module) -> None:

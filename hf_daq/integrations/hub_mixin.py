@@ -18,10 +18,9 @@ from ..errors import CheckpointError, ConfigError, ModelError
 from ..files.atomic import replace_file
 from ..files.facts import CardFacts
 from ..files.header import CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME, read_header
-from ..files.weights_file import check_values, layer_problem, load_weights, write_weights
+from ..files.weights_file import check_quantizers, check_values, load_weights, write_weights
 from ..model.patch import patch, unpatch
 from ..model.unchanged import check_unchanged, quantized_parts, refusal_of_parts
-from ..nn.packed import daq_layers
 from ..nn.settle import settled
 
 _CONFIG_KEY = "quantization_config"
@@ -38,22 +37,22 @@ def register() -> None:
 
     @wraps(save)
     def _save_pretrained(self: Any, save_directory: Path) -> None:
-        whole, parts = "daq_config" in vars(self), quantized_parts(self)
-        path = Path(save_directory) / WEIGHTS_NAME
-        if not whole and not parts:
+        whole, path = "daq_config" in vars(self), Path(save_directory) / WEIGHTS_NAME
+        parts = {"": self} if whole else {name: self.get_submodule(name) for name in quantized_parts(self)}
+        if not parts:
             if refusal := refusal_of_parts(self):
                 raise ModelError(refusal)
             save(self, save_directory)
             return
-        for part in [self] if whole else map(self.get_submodule, parts):
+        for part in parts.values():
             check_unchanged(part)
             check_values(part.state_dict(), part)
         if whole:
             write_weights(path, settled(self), self, CardFacts().with_versions())
             return
-        for name in parts:
-            settled(self.get_submodule(name))  # moves the weights in the model, which save_model takes
-        configs = {name: self.get_submodule(name).daq_config.to_dict() for name in parts}
+        for part in parts.values():
+            settled(part)  # moves the weights in the model, which save_model takes
+        configs = {name: part.daq_config.to_dict() for name, part in parts.items()}
         save_model(self, str(path), metadata={_PARTS_KEY: json.dumps(configs, sort_keys=True)})
 
     @wraps(load)
@@ -69,10 +68,7 @@ def register() -> None:
             parts = _quantized(model, found, model_file)
             model = load(cls, model, model_file, map_location, True)
             for part in parts:
-                tensors = part.state_dict()
-                for name, layer in daq_layers(part).items():
-                    if problem := layer_problem(name, layer, tensors):
-                        raise CheckpointError(f"{model_file}: {problem}")
+                check_quantizers(part.state_dict(), part, model_file)
             return model
         return load(cls, model, model_file, map_location, strict)
 

@@ -96,9 +96,10 @@ def _guard_transformers() -> None:
     @wraps(save_pretrained)
     def save(self: Any, *args: Any, **kwargs: Any) -> Any:
         whole = "daq_config" in vars(self) or getattr(self, "_hf_peft_config_loaded", False)
+        has_parts = any("daq_config" in vars(module) for module in self.modules())
         # The base model of a quantized one shares its config, and its file says it all.
-        base = getattr(self.config, "quantization_config", None) is not None
-        if not whole and not (base and not any("daq_config" in vars(module) for module in self.modules())):
+        says_nothing = getattr(self.config, "quantization_config", None) is None
+        if not whole and (has_parts or says_nothing):
             _refuse_parts(self)
         return save_pretrained(self, *args, **kwargs)
 
@@ -115,7 +116,7 @@ def _refuse_quantized_files(load: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(load)
     def load_what_is_described(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
         files = [str(file) for file in checkpoint_files or () if str(file).endswith(".safetensors")]
-        if files and not any(hasattr(module, "daq_name") for module in model.modules()):
+        if files and not _has_quantized_layers(model):
             from safetensors import safe_open
 
             from ..errors import CheckpointError
@@ -154,12 +155,16 @@ def _guard_diffusers() -> None:
 
 
 def _refuse_parts(model: Any) -> None:
-    if any("daq_config" in vars(module) or hasattr(module, "daq_name") for module in model.modules()):
+    if _has_quantized_layers(model) or any("daq_config" in vars(module) for module in model.modules()):
         from ..errors import ModelError
         from ..model.unchanged import refusal_of_parts
 
         if refusal := refusal_of_parts(model):
             raise ModelError(refusal)
+
+
+def _has_quantized_layers(model: Any) -> bool:
+    return any(hasattr(module, "daq_name") for module in model.modules())
 
 
 def _register_with_hub_mixin() -> None:
@@ -192,13 +197,13 @@ def _float_layers_alone(fuse: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _guard_ultralytics() -> None:
-    """`fuse`, which predicting and validating call, leaves a quantized model as it is: it would put float layers into it."""
+    """`fuse`, which predicting calls, leaves a quantized model as it is: it would put float layers into it."""
     base = sys.modules["ultralytics.nn.tasks"].BaseModel
     fuse: Any = base.fuse
 
     @wraps(fuse)
     def fuse_float(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self if any(hasattr(module, "daq_name") for module in self.modules()) else fuse(self, *args, **kwargs)
+        return self if _has_quantized_layers(self) else fuse(self, *args, **kwargs)
 
     base.fuse = fuse_float
 

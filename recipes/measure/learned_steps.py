@@ -48,7 +48,7 @@ def stretched(weight: Tensor, step: Tensor, bits: int, ternary: bool = False) ->
         inside = position.clamp(-1, 1)
         return straight_through(inside, torch.where(position < 0, -1.0, 1.0)) * step
     half, shift = (1.5, 0.0) if ternary else (2 ** (bits - 1), 0.5)
-    position = position.clamp(-0.99, 0.99) * half - shift
+    position = position.clamp(-0.99 if ternary else -1, 0.99) * half - shift
     return (straight_through(position, position.round()) + shift) / half * step
 
 
