@@ -49,6 +49,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--bits", nargs="+", type=bits, default=[(8, 8), (4, 8)], metavar="W/A", help="weight bits / activation bits")
     add("--granularity", choices=("tensor", "channel"), default="channel", help="one set of weight bounds per ...")
     add("--weight_grid", default="auto", help="as of hf_daq.DaqConfig")
+    add(
+        "--rules",
+        type=json.loads,
+        default=[],
+        help='as of hf_daq.DaqConfig: [{"pattern": "*conv_dw", "activation_bits": 8}]',
+    )
     add("--allocate", action="store_true", help="W is the mean; hf_daq.allocate finds the bits of each layer")
     add("--calibration_images", type=int, help="photographs that are not measured; half of them by default")
     add(
@@ -164,7 +170,7 @@ def calibrated(
 ) -> nn.Module:
     """A calibrated copy of the float network."""
     model = copy.deepcopy(model)
-    options = {"weight_granularity": args.granularity, "weight_grid": args.weight_grid}
+    options = {"weight_granularity": args.granularity, "weight_grid": args.weight_grid, "rules": args.rules}
     config = hf_daq.DaqConfig(weight_bits=weight_bits, activation_bits=activation_bits, **options)
     if args.allocate:
         config = hf_daq.allocate(model, batches, config, average_bits=weight_bits).config

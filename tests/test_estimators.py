@@ -132,6 +132,7 @@ def study(tmp_path_factory, images):
     """A study on the digits, its results, and where its float network is."""
     folder = tmp_path_factory.mktemp("study")
     grids = [
+        GRID | {"estimators": ["daq", "all"], "lr": [0.05], "epochs": [0]},
         GRID | {"estimators": ["daq", "ewgs"], "lr": [0.05]},
         GRID | {"estimators": ["soft"], "lr": [0.05], "epochs": [1]},
         GRID | {"estimators": ["daq"], "lr": [0.01], "optimizer": "muon", "epochs": [1]},
@@ -155,14 +156,16 @@ def test_each_run_is_one_line_with_what_it_was(study):
     rows = read_rows(study / "results.jsonl")
     names = [(row["estimator"], row["optimizer"], row["epochs"]) for row in rows]
     sgd, soft = [("daq", "sgd", 2), ("ewgs", "sgd", 2)], ("soft", "sgd", 1)
-    assert names == [("float", "sgd", 1), *sgd, soft, ("daq", "muon", 1), ("all", "sgd", 2), ("all", "sgd", 3)]
+    start = [("daq", "sgd", 0), ("all", "sgd", 0)]
+    assert names == [("float", "sgd", 1), *start, *sgd, soft, ("daq", "muon", 1), ("all", "sgd", 2), ("all", "sgd", 3)]
     for row in rows:
         assert len(row["history"]) == row["epochs"]
-        assert row["heldout"] == row["history"][-1]["heldout"]
+        assert not row["history"] or row["heldout"] == row["history"][-1]["heldout"]
+        assert 0 < row["heldout"] < 100
         assert 0 < row["test"] < 100
         assert row["versions"]["hf_daq"] == hf_daq.__version__
-    assert "gap" in rows[3]
-    assert rows[6]["lr"] == 0.05
+    assert "gap" in rows[5]
+    assert rows[8]["lr"] == 0.05
     assert not list((study / "work").iterdir())
 
 
@@ -185,7 +188,13 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(study, monkeypatch):
         run(study)
     assert begun == [(3, 0), (3, 1)]
     monkeypatch.setattr(side_by_side.Training, "start_epoch", whole)
-    found, expected = run(study)[-1], json.loads(expected)
+    expected = json.loads(expected)
+    saved = side_by_side.Training.result
+    monkeypatch.setattr(side_by_side.Training, "result", stopped)
+    with pytest.raises(KeyboardInterrupt):  # after the last epoch, before its line is written
+        run(study)
+    monkeypatch.setattr(side_by_side.Training, "result", saved)
+    found = run(study)[-1]
     assert {**found, "seconds": 0} == {**expected, "seconds": 0}
     assert found["seconds"] > 0
 

@@ -59,7 +59,8 @@ def table(rows: Rows) -> str:
 def overall(rows: Rows) -> str:
     """DAQ minus the straight-through estimator, each at its best rate, where several seeds were trained with both."""
     pairs = []
-    for group in by(rows, "network", "bits", "dtype", "optimizer", "epochs").values():
+    trained = [row for row in rows if row["epochs"]]
+    for group in by(trained, "network", "bits", "dtype", "optimizer", "epochs").values():
         chosen = {name: best(found)[1] for (name,), found in by(group, "estimator").items() if name in ("daq", "ste")}
         found, other = ({row["seed"]: row for row in chosen.get(name, [])} for name in ("daq", "ste"))
         both = sorted(found.keys() & other.keys())
@@ -81,7 +82,7 @@ def report(rows: Rows, folder: Path) -> None:
     """Write estimators.md, and estimators.png once there is a run with quantizers."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = ["# What is measured so far", "Written by `recipes/measure/estimators.py`.", table(rows), overall(rows)]
-    quantized = [row for row in rows if row["optimizer"] == "sgd" and row["bits"] != "float"]
+    quantized = [row for row in rows if row["optimizer"] == "sgd" and row["bits"] != "float" and row["epochs"]]
     # Estimators that were tried at several rates, of the network and dtype that most runs are of.
     most = max(by(quantized, "network", "dtype").values(), key=len, default=[])
     tried = by(most, "bits", "estimator")

@@ -226,7 +226,7 @@ class Training:
         self.data = copy.copy(images.train)
         device = images.device
         self.optimizers = optimizers_of(study, run, model)
-        updates = self.updates = run.epochs * images.batches
+        updates = self.updates = max(run.epochs, 1) * images.batches
         self.transitions: Any = None
         if "transitions" in settings:
             self.transitions = hf_daq.TransitionScheduler(model, self.optimizers[0], updates, settings["transitions"])
@@ -252,7 +252,8 @@ class Training:
             self.learned = [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
             self.averaged = [tensor.detach().clone() for tensor in self.learned]
         self.freezing = Freezing(model, settings["freeze"]) if "freeze" in settings else None
-        self.prepare()
+        if run.epochs:
+            self.prepare()
 
     def loss(self, batch: Tensor, labels: Tensor) -> Tensor:
         with self.images.autocast():
@@ -359,10 +360,13 @@ class Training:
 
     def end_epoch(self) -> None:
         with self.deployed():
-            held_out = self.images.accuracy(self.model, self.images.plain, self.images.heldout_rows)
+            held_out = self.held_out()
         loss = self.loss_sum.item() / self.images.batches
         self.history.append({"loss": round(loss, 4), "heldout": round(held_out, 3)})
         print(f"{self.run}: epoch {len(self.history)}, {self.history[-1]}", flush=True)
+
+    def held_out(self) -> float:
+        return self.images.accuracy(self.model, self.images.plain, self.images.heldout_rows)
 
     @contextmanager
     def deployed(self) -> Iterator[None]:
@@ -394,8 +398,8 @@ class Training:
             self.transitions.load_state_dict(saved["transitions"])
 
     def result(self) -> dict[str, Any]:
-        found = {"heldout": self.history[-1]["heldout"]}
         with self.deployed():
+            found = {"heldout": self.history[-1]["heldout"] if self.history else self.held_out()}
             found["test"] = self.images.accuracy(self.model, self.images.test, torch.arange(len(self.images.test)))
             if self.run.settings.get("rounding") == "soft":
                 held_out = self.images.plain, self.images.heldout_rows
@@ -439,7 +443,12 @@ def train(trainings: list[Training], work: Path) -> Iterator[Training]:
         path = work / training.run.file
         if path.exists():
             training.load(path)
-    while left:
+    while True:
+        for training in [training for training in left if len(training.history) >= training.run.epochs]:
+            left.remove(training)
+            yield training
+        if not left:
+            return
         began = time.perf_counter()
         for training in left:
             training.start_epoch()
@@ -453,9 +462,6 @@ def train(trainings: list[Training], work: Path) -> Iterator[Training]:
         for training in left:
             training.seconds += (time.perf_counter() - began) / len(left)
             training.save(work / training.run.file)
-        for training in [training for training in left if len(training.history) >= training.run.epochs]:
-            left.remove(training)
-            yield training
 
 
 def wait(trainings: list[Training]) -> None:

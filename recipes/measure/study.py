@@ -57,6 +57,7 @@ class Run:
     optimizer: str
     lr: float
     epochs: int
+    """0 for the network before training, of which neither the learning rate nor the seed changes anything."""
     seed: int
     dtype: str = "bfloat16"
 
