@@ -101,8 +101,13 @@ def _refuse_float_model(model: Any, files: Iterable[Any], remedy: str) -> None:
             _refuse_quantizers(opened.keys(), file, remedy)
 
 
+_PAIRS = ("w_quant.lower", "w_quant.upper"), ("weight_codes", "weight_scale")
+"""Tensors of a quantized layer and of a packed one."""
+
+
 def _refuse_quantizers(names: Iterable[str], source: str, remedy: str) -> None:
-    if any(name.rpartition(".")[0].endswith("w_quant") or name.endswith("weight_codes") for name in names):
+    known = set(names)
+    if any(name.endswith(one) and name.removesuffix(one) + other in known for name in known for one, other in _PAIRS):
         from ..errors import CheckpointError
 
         raise CheckpointError(f"{source} is quantized, and {remedy}")
