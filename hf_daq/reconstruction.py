@@ -50,7 +50,7 @@ def reconstruct(
     moments, and these give, without a gradient: the bounds of the inputs that serve the output, the weights that turn the
     quantized inputs into the float output (least squares, damped as held-out examples want it), the distance of their
     codes, the codes, column by column, where the error of each is made good by those that follow (GPTQ, Frantar et al.
-    2023), and the scale and the shift of the output. The new
+    2023), and the scale and the shift of the output; that of convolutions varies as in float. The new
     weight stays a float weight inside the cell of its code, so that training can go on from here.
 
     Everything runs in evaluation mode. Padding tokens, which a 2-dimensional

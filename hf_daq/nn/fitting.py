@@ -60,7 +60,8 @@ def fit_layer(layer: QuantizedLayer | OneExpert, moments: Moments) -> None:
     target = weight.reshape(moments.groups, -1, moments.columns)
     span = 1.0 if layer.a_quant is None else float(layer.a_quant.span)
     kept = (quantizer(layer.float_weight()) / span).to(target.dtype).reshape(target.shape)
-    output = _output(quantizer, target, kept, both)
+    spread = moments.spread(center)
+    output = _output(quantizer, target, kept, both, spread)
     if not layer.standardizes:
         one, other = (
             centered(*sums, center) for sums in zip(moments.quantized, moments.mixed, moments.in_float, strict=True)
@@ -71,7 +72,7 @@ def fit_layer(layer: QuantizedLayer | OneExpert, moments: Moments) -> None:
         ends = _of_each_weight(quantizer, steps, target)
         codes, values = round_columns(wanted, both, ends, grid, ROUNDING_DAMPING)
         codes, values = improve_codes(codes, wanted, both, ends, grid, ROUNDING_DAMPING)
-        found = _output(quantizer, target, grid.values(codes, ends), both)
+        found = _output(quantizer, target, grid.values(codes, ends), both, spread)
         if found.error <= output.error:
             output = found
             _write_weight(layer, grid, codes, values, ends, steps)
@@ -82,23 +83,34 @@ def fit_layer(layer: QuantizedLayer | OneExpert, moments: Moments) -> None:
 
 
 class _Output(NamedTuple):
-    """The factor and the shift of the output with the least squared error, and that error less a constant."""
+    """The factor and the shift of the output, and the least squared error that any could have, less a constant.
+
+    Those with the least squared error shrink noisy outputs, more with each layer. So convolutions, of whose outputs a BatchNorm
+    or a fixed range follows, have the factor with which the output varies as in float.
+    """
 
     ratio: Tensor
     shift: Tensor
     error: Tensor
 
 
-def _output(quantizer: WeightQuantizer, target: Tensor, weight: Tensor, moments: Centered) -> _Output:
+def _output(
+    quantizer: WeightQuantizer, target: Tensor, weight: Tensor, moments: Centered, spread: Tensor | None
+) -> _Output:
     mixed = ((target @ moments.mixed) * weight).sum(2)
     energy = ((weight @ moments.quantized) * weight).sum(2)
     if quantizer.granularity == "tensor":
         mixed, energy = mixed.sum().view(1, 1), energy.sum().view(1, 1)
+        spread = None if spread is None else spread.sum().view(1, 1)
     usable = (mixed > 0) & (energy > 0)
-    ratio = torch.where(usable, mixed / torch.where(usable, energy, 1.0), 1.0).clamp(0.25, 4)
+    inverse = 1 / torch.where(usable, energy, 1.0)
+    ratio = torch.where(usable, mixed * inverse, 1.0).clamp(0.25, 4)
+    error = (ratio**2 * energy - 2 * ratio * mixed).sum()
+    if spread is not None:
+        ratio = torch.where(usable, (spread.to(energy.dtype) * inverse).sqrt(), 1.0).clamp(0.25, 4)
     means = (weight * moments.quantized_mean[:, None]).sum(2)
     shift = (target * moments.float_mean[:, None]).sum(2) - ratio * means
-    return _Output(ratio, shift, (ratio**2 * energy - 2 * ratio * mixed).sum())
+    return _Output(ratio, shift, error)
 
 
 def _of_each_weight(quantizer: WeightQuantizer, steps: Tensor, like: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ class Moments:
 
     quantized, mixed: shape (halves, groups, columns + 1, columns + 1); the last column is 1, so that means and the count are
         among the products. Columns are those of a row of `float_weight`, flattened.
+    outputs: of convolutions, sums of the float output and of its squares, shape (2, groups, outputs).
     """
 
     def __init__(self, layer: Any, shape: tuple[int, ...]) -> None:
@@ -42,12 +43,27 @@ class Moments:
         self.quantized = torch.zeros(2, self.groups, size, size, device=layer.weight.device, dtype=dtype)
         self.mixed = torch.zeros_like(self.quantized)
         self.in_float = torch.zeros(2, self.groups, self.columns, device=layer.weight.device, dtype=dtype)
+        self.outputs: Tensor | None = None
+        if isinstance(layer, CONVOLUTIONS + TRANSPOSED):
+            self.weight = self.layer.float_weight().detach().float().reshape(self.groups, -1, self.columns)
+            self.outputs = torch.zeros(2, *self.weight.shape[:2], device=layer.weight.device, dtype=torch.float64)
 
     @torch.no_grad()
     def add(self, half: int, quantized: Tensor, in_float: Tensor, limit: int) -> None:
         """At most `limit` positions of inputs: of images before padding, of tokens any shape that ends with the columns."""
         for q, f, root in _rows(self.layer, quantized, in_float, limit):
             _add_products(self.quantized[half], self.mixed[half], self.in_float[half], q, f, root)
+            if self.outputs is not None:
+                output = f @ self.weight.mT
+                self.outputs += torch.stack([output.sum(1), torch.linalg.vector_norm(output, dim=1).square()])
+
+    def spread(self, center: bool) -> Tensor | None:
+        """Of convolutions, the mean square of each float output around its mean, or around zero, shape (groups, outputs)."""
+        if self.outputs is None:
+            return None
+        mean, square = (self.outputs / max(self.count, 1.0)).unbind()
+        found: Tensor = (square - mean.square()).clamp_min(0) if center else square
+        return found
 
     @property
     def limit(self) -> int:
@@ -69,6 +85,8 @@ class Moments:
         all_reduce(self.quantized, dist.ReduceOp.SUM)
         all_reduce(self.mixed, dist.ReduceOp.SUM)
         all_reduce(self.in_float, dist.ReduceOp.SUM)
+        if self.outputs is not None:
+            all_reduce(self.outputs, dist.ReduceOp.SUM)
 
 
 class Sample:
