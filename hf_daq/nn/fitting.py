@@ -85,8 +85,8 @@ def fit_layer(layer: QuantizedLayer | OneExpert, moments: Moments) -> None:
 class _Output(NamedTuple):
     """The factor and the shift of the output, and the least squared error that any could have, less a constant.
 
-    Those with the least squared error shrink noisy outputs, more with each layer. So convolutions, of whose outputs a BatchNorm
-    or a fixed range follows, have the factor with which the output varies as in float.
+    Those with the least squared error shrink noisy outputs, more with each layer. So the factor of a convolution, after which a
+    BatchNorm or a fixed range mostly comes, makes its output vary as in float.
     """
 
     ratio: Tensor
