@@ -26,6 +26,7 @@ from .nn.init import start_from_weight
 from .nn.layers import QuantizedLayer, evaluating, quantized_layers, replaced_forwards
 from .nn.observers import all_reduce
 from .nn.quantizers import WeightQuantizer
+from .nn.sums import squares
 from .report.network import answers
 from .text import COLUMNS, add_row, as_text, cell, plain_table, progress_bar
 
@@ -230,7 +231,7 @@ class _Trials:
         if not all(self.wanted):
             raise ModelError("the model gives no tensor of real numbers to compare")
         signals = [y - y.mean(0) if len(y) > 1 else y for outputs in self.wanted for y in outputs]
-        self.signal = sum(float(y.double().square().sum()) for y in signals)
+        self.signal = sum(map(squares, signals))
         if not math.isfinite(self.signal):
             raise ModelError(
                 "outputs have NaN or infinite values; allocate needs inputs on which the float model is sound"
@@ -241,7 +242,7 @@ class _Trials:
         show(name)
         found: dict[int, float] = {}
         weight = self.layers[name].float_weight()
-        errors = {bits: float((self._weight(name, bits) - weight).double().square().sum()) for bits in _WIDTHS}
+        errors = {bits: squares(self._weight(name, bits) - weight) for bits in _WIDTHS}
         for bits in _WIDTHS:
             share = errors[bits] / max(errors[_FINE], 1e-30)
             loss = self.loss({name: bits}) if bits <= _FINE else found[_FINE] * share
@@ -253,7 +254,7 @@ class _Trials:
         with self._rounded({name: self._weight(name, own) for name, own in bits.items()}):
             for batch, wanted in zip(self.batches, self.wanted, strict=True):
                 for q, y in zip(answers(self.model, batch), wanted, strict=True):
-                    sums[0] += (q - y).double().square().sum().cpu()
+                    sums[0] += squares(q - y)
         sums = sums.to(next(self.model.parameters()).device)
         all_reduce(sums, dist.ReduceOp.SUM)
         return float(sums[0] / sums[1].clamp_min(1e-30))

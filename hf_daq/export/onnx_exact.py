@@ -14,6 +14,7 @@ from ..errors import ExportError
 from ..model.batch import Inputs, outputs_of
 from ..nn.integers import Integers, adds_in_16_bits, integers
 from ..nn.layers import replaced_forwards
+from ..nn.sums import squares, total
 from .onnx_verify import RUNTIMES, Agreement, Comparison, Report, class_axis
 
 _TIE = 1e-5
@@ -34,8 +35,8 @@ class _Distances:
         levels, zero = 2 ** (values.input_bits or 0) - 1, values.zero_point
         place = x.div(step).clamp_(-zero, levels - zero)
         beyond = place.sub_(codes).abs_().sub_(0.5 + _TIE * (levels + 1)).clamp_min_(0)
-        self.excess += float(beyond.sum(dtype=torch.float64))
-        self.squares += float(torch.linalg.vector_norm(codes, dtype=torch.float64)) ** 2
+        self.excess += total(beyond)
+        self.squares += squares(codes)
         self.count += codes.numel()
 
     @property

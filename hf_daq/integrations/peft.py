@@ -31,6 +31,7 @@ from ..nn.packed import PackedLayer
 from ..nn.quantizers import is_shard
 from ..nn.recompute import without_weight
 from ..nn.siblings import once
+from ..nn.sums import finite
 from ..nn.weight_norm import Normed
 
 INSIDE, WITH_BOUNDS = "daq", "daq_bounds"
@@ -379,7 +380,7 @@ def _check_config(config: Any, adapter_name: str) -> None:
 
 
 def _check_finite(names: list[str], values: Iterable[Tensor]) -> None:
-    if not all(value.isfinite().all() for value in values):
+    if not all(map(finite, values)):
         raise ModelError(f"adapters {names} of a layer were not merged: a merged value is not finite")
 
 

@@ -179,6 +179,8 @@ def _input_bounds(
             sample.share * typical.view(-1, *[1] * (sample.rows.ndim - 1)) * sample.reach(part)
             for sample, typical, part in zip(samples, in_float[name].usual, parts, strict=True)
         ]
-        rows = a_quant.smoothed(torch.cat([sample.rows for sample in samples]))
-        histograms += [found.histogram, found.weighted(rows, torch.cat(importance))]
+        weighted = [
+            found.weighted(a_quant.smoothed(sample.rows), own) for sample, own in zip(samples, importance, strict=True)
+        ]
+        histograms += [found.histogram, torch.stack(weighted).sum(0)]
     return activation_bounds(found.centers(), torch.stack(histograms), low, high, a_quant.bits)

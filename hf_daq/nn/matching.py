@@ -45,8 +45,8 @@ class OutputMatch:
         for start in range(0, len(y), step):
             part = slice(start, start + step)
             a, b = y[part].double(), q[part].double()
-            products = torch.stack([a, b, a * a, a * b, b * b, a.abs(), b.abs()], 1)
-            self.sums += (weights[:, part] @ products.flatten(1)).view_as(self.sums)
+            own = weights[:, part]
+            self.sums += torch.stack([own @ x for x in (a, b, a * a, a * b, b * b, a.abs(), b.abs())], 1)
         self.counts = torch.stack([weights.sum(1), weights.square().sum(1)], 1)
         all_reduce(self.sums, dist.ReduceOp.SUM)
         all_reduce(self.counts, dist.ReduceOp.SUM)

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from .layers import CONVOLUTIONS, TRANSPOSED
 from .quantizers import processes
+from .sums import squares, total
 
 _BINS = 8192
+_CHUNK = 2**18
 _SMALLEST_EXPONENT = -126
 _SAMPLE_VALUES, _SAMPLE_ROWS = 2**22, 1024  # of a layer
 _EXPERT_ROWS = 64  # of each expert, at least
@@ -42,13 +44,12 @@ class Statistics:
         x = values.float().flatten()
         low, high = x.aminmax()
         self.extremes = torch.maximum(self.extremes, torch.stack([-low, high]))
-        total, squares = x.sum(dtype=torch.float64), torch.linalg.vector_norm(x, dtype=torch.float64).square()
-        self.sums += torch.stack([total.new_tensor(x.numel()), total, squares])
+        self.sums += self.sums.new_tensor([x.numel(), total(x), squares(x)])
         largest = float(torch.maximum(-low, high))
         if math.isfinite(largest):
             self.grow(math.frexp(largest)[1] if largest > 0 else _SMALLEST_EXPONENT)
-            edge = 2.0**self.exponent
-            self.histogram += torch.histc(x, _BINS, -edge, edge)
+            for part in torch.split(x, _CHUNK):
+                self.histogram += torch.bincount(self._places(part), minlength=_BINS)
 
     @property
     def count(self) -> int:
@@ -89,11 +90,15 @@ class Statistics:
 
     def weighted(self, values: Tensor, weights: Tensor) -> Tensor:
         """A histogram of the same range, of other values with weights, over all ranks."""
-        edge = 2.0**self.exponent
-        places = (values.double() + edge).mul_(_BINS / (2 * edge)).long().clamp_(0, _BINS - 1)
-        histogram = torch.zeros_like(self.histogram).index_add_(0, places.flatten(), weights.flatten())
+        histogram = torch.zeros_like(self.histogram)
+        for part, weight in zip(*(torch.split(part.flatten(), _CHUNK) for part in (values, weights)), strict=True):
+            histogram.index_add_(0, self._places(part.float()), weight)
         all_reduce(histogram, dist.ReduceOp.SUM)
         return histogram
+
+    def _places(self, values: Tensor) -> Tensor:
+        """The bins of values, float32; of those outside the first and the last."""
+        return (values * 2.0**-self.exponent).add_(1).mul_(_BINS / 2).clamp_(0, _BINS - 1).int()
 
     def reduce(self) -> None:
         """Join the statistics of all ranks."""

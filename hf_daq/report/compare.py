@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..model.batch import examples_in, on_device_of
+from ..nn.sums import finite
 from ..text import COLUMNS, as_text, plain, progress_bar
 from .measure import left_as_it_was, measure
 from .network import attended, calls, float_network, prediction
@@ -200,7 +201,7 @@ class _Sums:
         reference = reference.to(y.device)
         if y.shape != reference.shape:
             raise ModelError(f"outputs of the two models have shapes {tuple(y.shape)} and {tuple(reference.shape)}")
-        if not (y.isfinite().all() and reference.isfinite().all()):
+        if not (finite(y) and finite(reference)):
             raise ModelError(
                 "outputs have NaN or infinite values: hf_daq.health(model, batch) says where they come from"
             )

@@ -6,7 +6,8 @@ import math
 import statistics
 from collections.abc import Iterator
 
-from .measure import Measurement, count_bad
+from ..nn.sums import count_bad
+from .measure import Measurement
 
 # Chosen so that trained networks pass: those looked at used at least 30 % of their codes at 8 bits and 75 % at up to 4,
 # clipped at most 82 % of their inputs (signed ones at 1 bit, else 56 %), and of their layers with an output SQNR below 2 dB

@@ -22,6 +22,7 @@ from ..nn.init import spread
 from ..nn.layers import CONVOLUTIONS, TRANSPOSED, QuantizedLayer, evaluating, replaced_forwards
 from ..nn.packed import daq_layers
 from ..nn.quantizers import is_shard, wide
+from ..nn.sums import count_bad, squares
 
 _SAMPLES = 2**16
 _EXACT = 1e-10  # of the energy of the output: -100 dB
@@ -181,7 +182,7 @@ class Measurement:
     def _look_at_inputs(self, a_quant: Any, x: Tensor) -> None:
         self.input_counts += torch.bincount(a_quant.codes(x).flatten(), minlength=2**a_quant.bits)
         self.clipped_inputs += int(a_quant.outside(a_quant.positions(x)).count_nonzero())
-        self.negative_inputs += int((x < 0).sum())
+        self.negative_inputs += int((x < 0).count_nonzero())
         values, channel = wide(x), self._channel_dim()
         values, noise = self.layer.smoothed(values), wide(a_quant(values)) * a_quant.span
         noise -= values
@@ -317,15 +318,6 @@ def _counting(name: str, macs: dict[str, int]) -> Callable[..., None]:
             macs[name] = macs.get(name, 0) + count
 
     return hook
-
-
-def count_bad(values: Tensor) -> int:
-    """How many are NaN or infinite."""
-    return values.numel() - int(values.isfinite().sum())
-
-
-def squares(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64).square())
 
 
 def _sample(rows: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..model.batch import Calls, copied, tensors_in
 from ..nn.layers import QuantizedLayer, replaced_forwards
 from ..nn.quantizers import wide
-from .measure import Measurement, count_bad, decibels, left_as_it_was, squares
+from ..nn.sums import count_bad, squares
+from .measure import Measurement, decibels, left_as_it_was
 
 _SAME = 1e-10  # of the energy of the output
 
