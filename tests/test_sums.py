@@ -48,7 +48,9 @@ def test_what_is_not_finite(bad, dtype):
     assert not math.isfinite(total(x))
 
 
-def test_whole_numbers_and_nothing_are_finite():
+def test_whole_numbers_and_nothing():
+    assert squares(torch.zeros(5, dtype=torch.int64)) == total(torch.zeros(0)) == 0
+    assert squares(torch.arange(5)) == 30
     assert finite(torch.arange(5))
     assert finite(torch.empty(0, 3))
     assert count_bad(torch.empty(0)) == 0

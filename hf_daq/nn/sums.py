@@ -13,18 +13,20 @@ _PART = 512
 
 def total(values: Tensor) -> float:
     """The sum, of values whose sums float32 does not hold too."""
-    parts, rest = _parts(values)
+    flat = _flat(values)
+    parts, rest = _parts(flat)
     found = float(parts.sum(1).double().sum() + rest.double().sum())
-    return found if math.isfinite(found) else float(values.detach().sum(dtype=torch.float64))
+    return found if math.isfinite(found) else float(flat.sum(dtype=torch.float64))
 
 
 def squares(values: Tensor) -> float:
     """The sum of the squares, of values whose squares float32 does not hold too."""
-    parts, rest = _parts(values)
+    flat = _flat(values)
+    parts, rest = _parts(flat)
     found = float(torch.linalg.vector_norm(parts, dim=1).double().square().sum() + rest.double().square().sum())
     if 1e-25 < found < math.inf:
         return found
-    return float(torch.linalg.vector_norm(values.detach(), dtype=torch.float64).square())
+    return float(torch.linalg.vector_norm(flat, dtype=torch.float64).square())
 
 
 def count_bad(values: Tensor) -> int:
@@ -37,9 +39,12 @@ def finite(values: Tensor) -> bool:
     return values.numel() == 0 or bool(torch.stack(values.detach().aminmax()).isfinite().all())
 
 
-def _parts(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of `_PART` values, and the others."""
+def _flat(values: Tensor) -> Tensor:
     flat = values.detach().flatten()
-    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+    return flat.to(torch.promote_types(flat.dtype, torch.float32))
+
+
+def _parts(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of `_PART` values, and the others."""
     whole = len(flat) // _PART * _PART
     return flat[:whole].view(-1, _PART), flat[whole:]
