@@ -282,7 +282,8 @@ def padded(layer: Any, x: Tensor) -> Tensor:
     if isinstance(layer, Conv2dSame) or getattr(layer, "same_pad", False):
         x = pad_same(x, layer.kernel_size, layer.stride, layer.dilation)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    return F.pad(x, layer._reversed_padding_repeated_twice, mode)
+    sides = layer._reversed_padding_repeated_twice
+    return F.pad(x, sides, mode) if any(sides) else x  # torch copies where there is nothing to pad
 
 
 def _spread(layer: Any, x: Tensor) -> Tensor:
