@@ -160,10 +160,10 @@ class Measurement:
             self._look_at_path(x, output)
         elif not self.bad_weights:
             reference = wide(self.float_output(x))
-            self.signal += squares(reference)
-            noise = squares(reference - wide(output))
+            signal, noise = squares(reference), squares(reference - wide(output))
+            self.signal += signal
             self.noise += noise
-            self.bypassed += noise < _EXACT * squares(reference) and self._deviates(x, reference)
+            self.bypassed += noise < _EXACT * signal and self._deviates(x, reference)
 
     def _look_at_path(self, x: Tensor, output: Tensor) -> None:
         self.path = self.layer.path(x)
