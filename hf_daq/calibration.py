@@ -26,6 +26,7 @@ from .nn.experts import DaqExpertsLinear
 from .nn.initial_values import Values, initial_values, values_of_table
 from .nn.layers import QuantizedLayer, evaluating, quantized_layers
 from .nn.leaf import ONLOAD
+from .nn.memory import memory_reused
 from .nn.observers import ExpertsInputs, LayerInputs, all_reduce, limit_together
 from .nn.quantizers import is_shard, processes
 from .nn.siblings import regroup
@@ -86,7 +87,7 @@ def calibrate(model: nn.Module, *, check: bool = True) -> Iterator[nn.Module]:
     dense = {name: layers[name] for name in observers if not isinstance(layers[name], DaqExpertsLinear)}
     hooks += [layer.register_forward_pre_hook(readers.hook(name), with_kwargs=True) for name, layer in dense.items()]
     try:
-        with evaluating(model), torch.no_grad(), _float_layers(layers.values()):
+        with memory_reused(), evaluating(model), torch.no_grad(), _float_layers(layers.values()):
             yield model
     finally:
         for hook in hooks:
@@ -164,6 +165,7 @@ class _ExpertsObserver(ExpertsInputs):
                 sample.add(rows[own])
 
 
+@memory_reused()
 def _warn(model: nn.Module, calls: Calls) -> None:
     """Log what `health` finds, on the first rank that has seen a batch. In a model that is fine as a whole, a noisy layer is no
     warning."""

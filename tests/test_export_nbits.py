@@ -47,9 +47,9 @@ def kinds(path):
     [
         (1, {"weight_granularity": "tensor"}),
         (2, {"weight_granularity": "channel"}),
-        (3, {"group_size": 16}),
         (4, {"group_size": 48}),
-        (8, {"group_size": 32}),
+        pytest.param(3, {"group_size": 16}, marks=pytest.mark.slow),
+        pytest.param(8, {"group_size": 32}, marks=pytest.mark.slow),
         (2, {"group_size": 16, "weight_grid": "integer"}),
         (3, {"weight_granularity": "channel", "weight_grid": "integer"}),
         (4, {"group_size": 32, "weight_grid": "integer"}),

@@ -99,7 +99,13 @@ class Convolutions(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("runtime", "bits"), [("onnxruntime", 1), ("onnxruntime", 8), ("openvino", 2), ("openvino", 8)]
+    ("runtime", "bits"),
+    [
+        ("onnxruntime", 1),
+        ("openvino", 8),
+        pytest.param("onnxruntime", 8, marks=pytest.mark.slow),
+        pytest.param("openvino", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_convolutions(runtime, bits, tmp_path):
     model = quantized(Convolutions(*KINDS), images(8), weight_bits=bits, activation_bits=bits, weight_grid="odd")
@@ -120,8 +126,8 @@ def test_convolutions(runtime, bits, tmp_path):
     ("weight_bits", "activation_bits", "granularity", "grid"),
     [
         (3, 4, "tensor", "odd"),
-        (8, 8, "tensor", "odd"),
-        (4, None, "channel", "odd"),
+        pytest.param(8, 8, "tensor", "odd", marks=pytest.mark.slow),
+        pytest.param(4, None, "channel", "odd", marks=pytest.mark.slow),
         (8, None, "tensor", "odd"),
         (4, 8, "channel", "integer"),
         (8, 8, "tensor", "integer"),
@@ -189,7 +195,7 @@ def test_a_packed_model_gives_the_same_file(tmp_path):
     assert abs(results[0] - results[1]).max() < 1e-5
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_integers_whose_negative_is_no_int8(runtime, tmp_path):
     model = Convolutions("plain")
     branch = model.branches[0]
@@ -264,8 +270,8 @@ class Together(nn.Module):
     [
         (8, {"runtime": "openvino"}),
         pytest.param(8, {}, marks=needs_vnni),
-        (8, {"int8_outputs": True, "max_error": 0.02, "min_agreement": 0}),
-        (2, {"weights": "int4"}),
+        pytest.param(8, {"int8_outputs": True, "max_error": 0.02, "min_agreement": 0}, marks=pytest.mark.slow),
+        pytest.param(2, {"weights": "int4"}, marks=pytest.mark.slow),
     ],
     ids=["openvino", "onnxruntime", "int8_outputs", "int4"],
 )
@@ -314,7 +320,7 @@ PADDED = {
     [
         pytest.param({"runtime": "openvino", "max_error": 1e-5}, marks=needs_vnni),
         {"runtime": "onnxruntime", "max_error": 1e-5},
-        {"int8_outputs": True, "max_error": 0.02, "min_agreement": 0.5},
+        pytest.param({"int8_outputs": True, "max_error": 0.02, "min_agreement": 0.5}, marks=pytest.mark.slow),
     ],
     ids=["openvino", "onnxruntime", "int8_outputs"],
 )
@@ -371,7 +377,9 @@ def test_bert(tmp_path):
     assert session(tmp_path / "a.onnx").run(None, longer)[0].shape == (3, 2)
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
+@pytest.mark.parametrize(
+    "granularity", ["group", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tensor", "channel"))]
+)
 def test_llama_with_weights_only(granularity, tmp_path):
     config = {"weight_granularity": granularity, "group_size": 16 if granularity == "group" else None}
     model = quantized(tiny_llama(), {"input_ids": tokens(8)}, weight_bits=3, activation_bits=None, **config)

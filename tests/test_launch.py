@@ -88,6 +88,7 @@ def test_processes_that_do_not_know_of_one_another_are_refused(monkeypatch, tmp_
         alone("--output_dir", tmp_path)
 
 
+@pytest.mark.slow
 def test_sharded_processes_train_what_one_does(tmp_path):
     adamw = [*VIT.split(), "--optimizer", "adamw", "--lr", 1e-3, "--float_lr", 1e-3, "--quantizer_lr", 1e-3]
     alone(*adamw, "--accumulation", 2, "--calibration_batches", 8, "--output_dir", tmp_path / "one")

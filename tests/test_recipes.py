@@ -356,7 +356,7 @@ def digits_uninterrupted(tmp_path_factory):
     return outcome(output)
 
 
-@pytest.mark.parametrize("checkpoints", [4, 5, 8, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 6))])
+@pytest.mark.parametrize("checkpoints", [5, 8, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 4, 6))])
 def test_a_stopped_run_continues_bit_for_bit(checkpoints, digits_uninterrupted, tmp_path, monkeypatch):
     with stop_after(monkeypatch, checkpoints):
         run(*DIGITS.split(), "--output_dir", tmp_path)
@@ -857,7 +857,7 @@ def language_uninterrupted(play, tmp_path_factory):
     return args, outcome(output)
 
 
-@pytest.mark.parametrize("checkpoints", [1, 3, 5])
+@pytest.mark.parametrize("checkpoints", [3, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 5))])
 def test_a_stopped_language_model_continues_bit_for_bit(checkpoints, language_uninterrupted, tmp_path, monkeypatch):
     args, whole = language_uninterrupted
     with stop_after(monkeypatch, checkpoints):
@@ -1018,6 +1018,7 @@ def test_sizes_and_parity(kinds, parquet, float_folder, reviews, text_float, pla
     assert capsys.readouterr().out.count(models[0].partition("=")[0]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:# The axis name")
 def test_speed_of_a_text_network_with_a_small_vocabulary(tiny_bert, tmp_path, monkeypatch):
     network = shutil.copytree(tiny_bert, tmp_path / "bert")

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 import hf_daq
 from hf_daq import DaqConfig
 from hf_daq.errors import CalibrationError, ModelError
-from hf_daq.model.batch import joined, run
+from hf_daq.model.batch import resized, run
 from hf_daq.nn.bounds import fit_input_bounds
 from hf_daq.nn.fitting import fit_layer
 from hf_daq.nn.init import Grid
@@ -594,12 +594,35 @@ def test_it_is_the_same_every_time_and_with_many_batches():
 
 def test_small_batches_are_joined_where_they_have_one_shape():
     ids = [{"input_ids": tokens(1, length)} for length in [5] * 40 + [6] * 30]
-    found = joined(ids)
+    found = resized(ids)
     assert len(found) == 24
     assert torch.equal(torch.cat([batch["input_ids"] for batch in found[:14]]), tokens(1, 5).expand(40, 5))
     odd = [{"input_ids": tokens(1, 5), "position": tokens(2, 5)}] * 40
-    assert joined(odd) == odd
-    assert [len(batch) for batch in joined(list(images(70).split(1)))] == [3] * 23 + [1]
+    assert resized(odd) == odd
+    assert [len(batch) for batch in resized(list(images(70).split(1)))] == [3] * 23 + [1]
+
+
+def test_images_come_a_few_at_a_time_and_what_may_be_no_images_as_it_is():
+    for batches, sizes in [
+        ([images(64), images(20)], [8] * 8 + [7, 7, 6]),
+        ([images(600)], [19] * 24 + [18] * 8),
+        (list(images(8 * 64).split(8)), [16] * 32),
+    ]:
+        found = resized(batches)
+        assert [len(batch) for batch in found] == sizes
+        assert torch.equal(torch.cat(found), torch.cat(batches))
+    named = resized([{"pixel_values": images(16), "labels": torch.arange(16)}])
+    assert torch.equal(torch.cat([batch["labels"] for batch in named]), torch.arange(16))
+    assert [batch["pixel_values"].shape[0] for batch in named] == [8, 8]
+    for whole in (
+        torch.randn(64, 4, 8),  # (length, examples, columns), perhaps
+        {"input_ids": tokens(64)},
+        {"pixel_values": images(16), "input_ids": tokens(4)},
+        (images(64), images(64)),
+        images(64)[0],
+    ):
+        (found,) = resized([whole])
+        assert found is whole
 
 
 class Odd(nn.Module):

@@ -148,9 +148,16 @@ def test_histograms_have_three_codes():
     assert weight_histogram(model) is not None
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-@pytest.mark.parametrize("activation_bits", [None, 8])
-def test_onnx(runtime, activation_bits, tmp_path):
+@pytest.mark.parametrize(
+    ("activation_bits", "runtime"),
+    [
+        (None, "onnxruntime"),
+        (8, "openvino"),
+        pytest.param(None, "openvino", marks=pytest.mark.slow),
+        pytest.param(8, "onnxruntime", marks=pytest.mark.slow),
+    ],
+)
+def test_onnx(activation_bits, runtime, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime", runtime):
         pytest.importorskip(package)
     from hf_daq.export.onnx import export_onnx

@@ -15,23 +15,25 @@ from hf_daq.nn.layers import LAYER_TYPES, quantized_layers
 FAMILIES = [
     "test_resnet",
     "test_vit",
-    "test_convnext",
     "test_efficientnet",
-    "test_nfnet",
-    "test_mambaout",
     "test_maxvit",
     "tf_mobilenetv3_small_minimal_100",
+    "beit_base_patch16_224",
+    "vit_tiny_r_s16_p8_224",
+]
+MORE_FAMILIES = [
+    "test_convnext",
+    "test_nfnet",
+    "test_mambaout",
     "regnety_002",
     "deit_tiny_distilled_patch16_224",
     "eva02_tiny_patch14_224",
     "swinv2_tiny_window8_256",
-    "beit_base_patch16_224",
-    "vit_tiny_r_s16_p8_224",
     "tf_efficientnet_cc_b0_4e",
 ]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_FAMILIES)])
 def test_apply_calibrate_train_save_reload_remove(name):
     assert check_architecture(name).problems == []
 

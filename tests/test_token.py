@@ -293,16 +293,24 @@ def test_compressed_tensors_are_dynamic_and_plain_transformers_opens_them(config
     assert (got - expected).norm() < 0.1 * expected.norm()  # such values move those behind them, at 6 bits most
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"weight_granularity": "channel"},
-        {"weight_grid": "odd"},
-        {"bits": None, "weight_bits": 4, "activation_bits": 6},
-        {"group_size": 16},
-    ],
-)
+ON_RUNTIMES = [
+    ({"weight_granularity": "channel"}, "onnxruntime"),
+    ({"group_size": 16}, "openvino"),
+    *(
+        pytest.param(config, runtime, marks=pytest.mark.slow)
+        for config, runtime in [
+            ({"weight_granularity": "channel"}, "openvino"),
+            ({"weight_grid": "odd"}, "onnxruntime"),
+            ({"weight_grid": "odd"}, "openvino"),
+            ({"bits": None, "weight_bits": 4, "activation_bits": 6}, "onnxruntime"),
+            ({"bits": None, "weight_bits": 4, "activation_bits": 6}, "openvino"),
+            ({"group_size": 16}, "onnxruntime"),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "runtime"), ON_RUNTIMES)
 def test_onnx_computes_the_integers(config, runtime, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime", *[runtime] * (runtime == "openvino")):
         pytest.importorskip(package)

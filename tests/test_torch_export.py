@@ -14,7 +14,7 @@ import hf_daq
     [
         ("test_resnet", True, False),
         ("test_resnet", False, True),
-        ("test_vit", False, True),
+        pytest.param("test_vit", False, True, marks=pytest.mark.slow),
         pytest.param("test_vit", False, False, marks=pytest.mark.slow),
         pytest.param("test_resnet", True, True, marks=pytest.mark.slow),
     ],

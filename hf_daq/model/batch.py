@@ -68,6 +68,7 @@ def examples_in(batch: Any) -> int:
 
 _BATCH = 16
 _AT_ONCE = 32
+_IMAGES = 8
 
 
 class Inputs:
@@ -158,16 +159,29 @@ def all_batches(model: nn.Module, batches: Iterable[Any], what: str) -> list[Any
     return found
 
 
-def joined(batches: list[Any]) -> list[Any]:
-    """At most some dozen batches, as each takes two threads: neighbours of the same shape become one."""
-    size = -(-len(batches) // _AT_ONCE)
-    if size == 1:
-        return batches
+def resized(batches: list[Any]) -> list[Any]:
+    """At most some dozen batches, as each takes two threads, where neighbours of the same shape can become one; images as few at a
+    time as this allows: activations of hundreds of MB come from the system anew, which takes longer than to compute them."""
+    most = max(_IMAGES, -(-sum(map(examples_in, batches)) // _AT_ONCE))
+    parts = [part for batch in batches for part in _parts(batch, most)]
+    size = -(-len(parts) // _AT_ONCE)
     found: list[Any] = []
-    for _, alike in groupby(batches, _form):
+    for _, alike in groupby(parts, _form):
         same = list(alike)
         found += [_concatenated(same[start : start + size]) for start in range(0, len(same), size)]
     return found
+
+
+def _parts(batch: Any, most: int) -> list[Any]:
+    """Images in parts of about `most`, any other batch as it is: its first dimension may be one of tokens."""
+    values = list(batch.values()) if isinstance(batch, Mapping) else [batch]
+    if not isinstance(_form(batch), list) or not any(map(are_images, values)):
+        return [batch]
+    number = -(-len(values[0]) // most)
+    if isinstance(batch, Tensor):
+        return list(batch.tensor_split(number))
+    split = {name: value.tensor_split(number) for name, value in batch.items()}
+    return [{name: parts[place] for name, parts in split.items()} for place in range(number)]
 
 
 def _form(batch: Any) -> Any:

@@ -108,6 +108,12 @@ class Sample:
             _Rows(x, f, root, _output(f, self.weight)) for x, f, root in _rows(self.layer, x, in_float, limit)
         )
 
+    def join(self) -> None:
+        """Rows that came one after the other become one piece: products of many small ones take longer."""
+        for part in self._parts:
+            if len(part) > 1:
+                part[:] = [_joined(part)]
+
     @property
     def limit(self) -> int:
         """How many positions are worth their time."""
@@ -175,6 +181,16 @@ class _Rows(NamedTuple):
     in_float: Tensor
     root: Tensor | None
     wanted: Tensor
+
+
+def _joined(part: list[_Rows]) -> _Rows:
+    roots = [rows.root for rows in part if rows.root is not None]
+    return _Rows(
+        x=torch.cat([rows.x for rows in part], 1),
+        in_float=torch.cat([rows.in_float for rows in part], 1),
+        root=torch.cat(roots) if roots else None,
+        wanted=torch.cat([rows.wanted for rows in part], 1),
+    )
 
 
 def _add_products(

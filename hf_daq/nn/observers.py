@@ -249,14 +249,20 @@ def rows_at(layer: Any, x: Tensor, chosen: Tensor) -> Tensor:
 
 
 def depthwise_rows_at(layer: Any, x: Tensor, chosen: Tensor) -> Tensor:
-    """As `rows_at` of a convolution, each channel in one piece, which products over positions want: shape (in, size of the kernel,
-    positions)."""
+    """As `rows_at` of a convolution for ascending positions, each channel in one piece, which products over positions want: shape
+    (in, size of the kernel, positions)."""
     image, places = _places(layer, x, chosen)
-    index = image[None]
+    index = torch.zeros_like(image)[None]
     for place, size in zip(places, x.shape[2:], strict=True):
         index = (index[:, None] * size + place.mT).flatten(0, 1)
-    found = x.movedim(1, 0).reshape(x.shape[1], -1).index_select(1, index.flatten())
-    return found.view(x.shape[1], *index.shape)
+    rows = x.new_empty(x.shape[1], *index.shape)
+    counts = image.bincount(minlength=len(x)).tolist()
+    # One image after the other: all at once would be a copy of the images with their channels first.
+    for pixels, part, found in zip(
+        x.flatten(2), torch.split(index, counts, 1), torch.split(rows, counts, 2), strict=True
+    ):
+        found.copy_(pixels.index_select(1, part.flatten()).view(found.shape))
+    return rows
 
 
 def _places(layer: Any, x: Tensor, chosen: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -1,0 +1,65 @@
+"""Large blocks of memory are used again inside, and go back to the system afterwards."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from models import quantized_timm
+
+from hf_daq.nn import memory
+from hf_daq.nn.memory import memory_reused
+
+SIZE = 2**26
+# Page faults of writing one block after the other: outside, inside, inside twice, outside again.
+PROGRAM = f"""
+import resource, torch
+from hf_daq.nn.memory import memory_reused
+
+def faults():
+    for _ in range(8):
+        torch.ones({SIZE}, dtype=torch.uint8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones({SIZE}, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(faults())
+with memory_reused():
+    print(faults())
+    with memory_reused():
+        print(faults())
+    print(faults())
+print(faults())
+"""
+
+
+def printed(**environment):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=kept | environment, capture_output=True, text=True, check=True
+    )
+    return [int(line) for line in done.stdout.split()]
+
+
+@pytest.mark.skipif(memory._glibc() is None, reason="malloc is another one, or is set up by the environment")
+def test_blocks_are_used_again_inside_and_go_back_afterwards():
+    outside, *inside, again = printed()
+    assert outside > 1000  # of 4 KiB: 16,384 a block
+    assert max(inside) < outside / 100
+    assert again > outside / 2
+
+
+def test_what_the_environment_says_stays():
+    assert memory._inside == 0
+    found = printed(MALLOC_MMAP_THRESHOLD_="1000000")
+    assert min(found[:5]) > 1000 or memory._glibc() is None
+
+
+def test_every_way_out_of_calibration_ends_it():
+    quantized_timm("test_resnet", bits=4)
+    assert memory._inside == 0
+    with pytest.raises(KeyError), memory_reused():
+        assert memory._inside == (memory._glibc() is not None)
+        raise KeyError
+    assert memory._inside == 0
