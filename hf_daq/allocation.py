@@ -24,6 +24,7 @@ from .model.patch import check_float_model
 from .model.plan import config_from, plan
 from .nn.init import start_from_weight
 from .nn.layers import QuantizedLayer, evaluating, quantized_layers, replaced_forwards
+from .nn.memory import memory_reused
 from .nn.observers import all_reduce
 from .nn.quantizers import WeightQuantizer
 from .nn.sums import squares
@@ -93,6 +94,7 @@ class Allocation:
         return as_text(self, COLUMNS)
 
 
+@memory_reused()
 @torch.no_grad()
 def allocate(
     model: nn.Module,

@@ -14,9 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .errors import ModelError
 from .model.batch import all_batches, run
 from .nn.layers import evaluating
+from .nn.memory import memory_reused
 from .nn.observers import all_reduce
 
 
+@memory_reused()
 @torch.no_grad()
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     """Take the running means and variances of batch normalization anew from batches, in place, and return the model.

@@ -140,7 +140,7 @@ class _Sweep:
         if self.todo:
             names = [name for name, layer in self.layers.items() if layer in self.todo]
             why = "were not reached in time" if self._over(end) else "never ran"
-            logger.warning("%d layers %s and stay as calibrated: %s", len(names), why, ", ".join(names))
+            logger.warning("layers that %s stay as calibrated: %s", why, ", ".join(names))
 
     def _over(self, end: float) -> bool:
         """Whether time is over, on any rank."""
@@ -171,8 +171,7 @@ class _Sweep:
         skipped = [name for name, runs in zip(names, count.tolist(), strict=True) if runs > 1 or name in shared]
         if skipped:
             logger.warning(
-                "%d layers run more than once in a forward or share their weight, and stay as calibrated: %s",
-                len(skipped),
+                "layers that run more than once in a forward or share their weight stay as calibrated: %s",
                 ", ".join(skipped),
             )
         order = [names[place] for place in first.argsort(stable=True).tolist()]

@@ -645,11 +645,8 @@ def test_what_cannot_be_done_stays_and_is_named(caplog):
     before = copy.deepcopy(model.state_dict())
     with caplog.at_level(logging.WARNING, "hf_daq"):
         hf_daq.reconstruct(model, [x])
-    assert (
-        "run more than once in a forward or share their weight, and stay as calibrated: twice, one, other"
-        in caplog.text
-    )
-    assert "1 layers never ran and stay as calibrated: never" in caplog.text
+    assert "run more than once in a forward or share their weight stay as calibrated: twice, one, other" in caplog.text
+    assert "layers that never ran stay as calibrated: never" in caplog.text
     changed = {name.split(".")[0] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"first", "mixed", "last"}
 
@@ -686,7 +683,7 @@ def test_a_limit_of_time_leaves_the_rest_as_calibrated(caplog):
     model = calibrated(small_timm(), batches, DaqConfig(bits=3))
     names, before = list(quantized_layers(model)), copy.deepcopy(model.state_dict())
     hf_daq.reconstruct(model, batches, max_minutes=0)
-    assert f"{len(names)} layers were not reached in time and stay as calibrated" in caplog.text
+    assert f"layers that were not reached in time stay as calibrated: {names[0]}" in caplog.text
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     caplog.clear()
     hf_daq.reconstruct(model, batches, max_minutes=60)

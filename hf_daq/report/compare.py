@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..model.batch import examples_in, on_device_of
+from ..nn.memory import memory_reused
 from ..nn.sums import finite
 from ..text import COLUMNS, as_text, plain, progress_bar
 from .measure import left_as_it_was, measure
@@ -88,6 +89,7 @@ class Comparison:
         return as_text(self, COLUMNS)
 
 
+@memory_reused()
 def compare(
     model: nn.Module,
     reference: nn.Module | None,

@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from hf_daq.nn.memory import memory_reused
 from measure.estimator_table import overall, report, table
 from measure.side_by_side import Images, Training, new_model, quantized_model, train
 from measure.study import Run, Study, float_run, key_of, read_rows, read_study, run_of, runs_of
@@ -77,6 +78,7 @@ class Worker:
         self.study, self.images, self.work = study, images.to(args.device), args.work
         self.float_file = float_file(study, args)
 
+    @memory_reused()
     def __call__(self, runs: list[Run]) -> list[dict[str, Any]]:
         """The results of runs that are trained at the same time, and start with the same network."""
         start = new_model(self.study, self.images.classes).to(self.images.device)
