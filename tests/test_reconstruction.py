@@ -683,7 +683,7 @@ def test_a_limit_of_time_leaves_the_rest_as_calibrated(caplog):
     model = calibrated(small_timm(), batches, DaqConfig(bits=3))
     names, before = list(quantized_layers(model)), copy.deepcopy(model.state_dict())
     hf_daq.reconstruct(model, batches, max_minutes=0)
-    assert f"layers that were not reached in time stay as calibrated: {names[0]}" in caplog.text
+    assert f"layers that were not reached in time stay as calibrated: {', '.join(names)}" in caplog.text
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     caplog.clear()
     hf_daq.reconstruct(model, batches, max_minutes=60)
