@@ -112,21 +112,33 @@ def constants_of(activation: bool, bits: int, gamma: float, sigma: float, grid: 
 def activation_rows(lower: Tensor, upper: Tensor, constants: Constants) -> Rows:
     """Bounds are moved so that the real zero is a code. With `lower` = 0, the paper's quantizer: `start` = `center` = 0."""
     span = (upper - lower).clamp_min(_SMALLEST_SPAN)
-    step = span / constants.levels
-    exact = -(lower / step)
+    step = _divide(span, constants.levels)
+    exact = -_divide(lower, step)
     zero_point = exact.round().clamp_(constants.zero, constants.levels)
     start = -(zero_point * step)
     none = span  # these have neither unit nor scale
-    return Rows(start, start + span, 1 / step, zero_point, _full(span, 1 / constants.levels), exact, none, none)
+    return Rows(
+        start, start + span, _divide(1, step), zero_point, _full(span, _divide(1, constants.levels)), exact, none, none
+    )
 
 
 def weight_rows(lower: Tensor, upper: Tensor, scale: Any, offset: Any, unit: Any, constants: Constants) -> Rows:
     """Clipping `(w - offset) / unit` to [l, u] is clipping w to `[offset + unit l, offset + unit u]`."""
     start, end = offset + unit * lower, offset + unit * upper
-    inverse = (1 / (end - start).clamp_min(_SMALLEST_SPAN)) * constants.levels
+    inverse = _divide(1, (end - start).clamp_min(_SMALLEST_SPAN)) * constants.levels
     none = start  # their code for zero is a constant
-    center, step = _full(start, constants.center), scale.abs() / constants.center
+    center, step = _full(start, constants.center), _divide(scale.abs(), constants.center)
     return Rows(start, end, inverse, center, step, none, unit, scale)
+
+
+def _divide(one: Any, other: Any) -> Any:
+    """`one / other`, tensors or numbers, rounded once. In float32 a compiled kernel on a GPU is up to two units of the last place
+    off, and values beside a threshold would get other codes in training than in the packed layer."""
+    tensor = one if isinstance(one, Tensor) else other
+    if not isinstance(tensor, Tensor) or not tensor.is_cuda:
+        return one / other
+    wide = one.double() / other if tensor is one else one / other.double()
+    return wide.to(tensor.dtype)
 
 
 def rows_of(lower: Tensor, upper: Tensor, scale: Any, offset: Any, unit: Any, constants: Constants) -> Rows:
