@@ -33,6 +33,8 @@ def fit_input_bounds(layers: Sequence[QuantizedLayer], samples: Sequence[Sample]
     quantizer = layers[0].a_quant
     if not isinstance(quantizer, ActivationQuantizer) or any(layer.standardizes for layer in layers):
         return
+    if quantizer.bits == 1:  # the best lie so far inside that training would get no gradient from most inputs
+        return
     if any(sample.lopsided() for sample in samples):
         return
     lower, upper = quantizer.lower.item(), quantizer.upper.item()
