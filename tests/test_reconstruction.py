@@ -391,6 +391,17 @@ def test_bounds_of_inputs_stay_where_nothing_is_gained():
         assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 
+@pytest.mark.parametrize("bits", [1, 2])
+@torch.no_grad()
+def test_bounds_of_inputs_of_one_bit_stay_for_training(bits):
+    rules = [{"pattern": "layer", "activation_bits": bits}]
+    layer, x = quantized_layer(LAYERS["linear"](), weight_bits=8, rules=rules), torch.rand(400, 12)
+    layer.a_quant.lower.zero_()
+    layer.a_quant.upper.fill_(1.9)
+    fit_input_bounds([layer], [sampled(layer, x)])
+    assert (layer.a_quant.upper > 1.8) == (bits == 1)
+
+
 def test_a_sample_has_the_error_that_the_definition_gives():
     layer = quantized_layer(LAYERS["grouped"](), weight_bits=4)
     one, other = inputs_of(layer), inputs_of(layer, seed=1)
