@@ -47,11 +47,11 @@ def reconstruct(
 
     Some hundred inputs without labels and a minute or two, instead of training or before it. Layers come one after the
     other, as they run. Of each, the inputs in the network as it is quantized so far and in the float network give second
-    moments, and these give, without a gradient: the bounds of the inputs that serve the output, the weights that turn the
-    quantized inputs into the float output (least squares, damped as held-out examples want it), the distance of their
-    codes, the codes, column by column, where the error of each is made good by those that follow (GPTQ, Frantar et al.
-    2023), and the scale and the shift of the output; that of convolutions varies as in float. The new
-    weight stays a float weight inside the cell of its code, so that training can go on from here.
+    moments, and these give, without a gradient: the bounds of the inputs that serve the output (those of 1 bit stay, for
+    training), the weights that turn the quantized inputs into the float output (least squares, damped as held-out examples
+    want it), the distance of their codes, the codes, column by column, where the error of each is made good by those that
+    follow (GPTQ, Frantar et al. 2023), and the scale and the shift of the output; that of convolutions varies as in float.
+    The new weight stays a float weight inside the cell of its code, so that training can go on from here.
 
     Everything runs in evaluation mode. Padding tokens, which a 2-dimensional
     `attention_mask` names, do not count. Layers that standardize their weight only get a new scale and shift. A layer
