@@ -1,5 +1,7 @@
 """Small networks are fastest on one thread and without a compiler, and stay fast beside other work on the machine."""
 
+import atexit
+import gc
 import os
 from types import FunctionType
 
@@ -7,6 +9,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts its threads
 os.environ.setdefault("HF_DAQ_COMPILE", "0")
 
 import pytest
+
+
+def pytest_collection_finish():
+    """What the test files have imported is there to stay: half a million objects that no collection need look at again."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)
 
 
 @pytest.fixture

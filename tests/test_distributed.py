@@ -115,7 +115,7 @@ def test_every_step_leaves_the_ranks_equal_and_where_one_process_would_be(ended,
         equal(first["states"][step], second["states"][step])
         close(first["states"][step], alone[step + 1])
     moved = [name for name in alone[0] if "_quant." in name and not torch.equal(alone[0][name], alone[-1][name])]
-    assert len(moved) > 50
+    assert len(moved) > 40
 
 
 @pytest.mark.parametrize("scenario", ["gradient_accumulation", "gradient_checkpointing", "ddp_compiled", "fsdp"])

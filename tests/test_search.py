@@ -166,3 +166,29 @@ def test_statistics_of_another_shape_are_refused():
     rows, one = torch.randn(4, 8), torch.ones(3, 1)
     with pytest.raises(ValueError, match="statistics of the shape"):
         search.native_bounds(rows, one, one, init.Grid(15, 7.5), 1, 0, None)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("shift", [0.0, 0.6, 9.0], ids=["around zero", "above", "positive"])
+def test_input_bounds_are_those_of_a_search_bin_by_bin(bits, shift):
+    """With halves of steps among the bins, empty bins, and a second histogram with other weights."""
+    values = torch.randn(4096, dtype=torch.float64, generator=torch.Generator().manual_seed(bits)) + shift
+    values[:3] *= 4
+    edge = 2.0 ** values.abs().max().log2().ceil()
+    centers = (torch.arange(512, dtype=torch.float64) + 0.5) * (2 * edge / 512) - edge
+    places = ((values + edge) * (256 / edge)).long().clamp_(0, 511)
+    counts = torch.stack([torch.bincount(places, part, minlength=512) for part in (values.new_ones(4096), values**2)])
+    low, high = float(values.min()), float(values.max())
+    levels, errors = 2**bits - 1, {}
+    shares = search.shares(torch.device("cpu"), torch.float64).tolist()
+    for lower in [low * share for share in shares[::2]] if low < 0 else [0.0]:
+        for upper in [high * share for share in (shares[::2] if low < 0 else shares)]:
+            step = (upper - lower) / levels
+            zero = round(-lower / step)
+            codes = (centers / step + zero - 0.5).ceil().clamp(0, levels)
+            found = (counts * ((codes - zero) * step - centers).square()).sum(1)
+            errors[lower, upper] = found.log().mean().exp().item()
+    near = [bounds for bounds, error in errors.items() if error <= min(errors.values()) * (1 + search.TOLERANCE)]
+    assert init.activation_bounds(centers, counts, low, high, bits) == pytest.approx(
+        max(near, key=lambda bounds: bounds[1] - bounds[0])
+    )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .formula import levels, round_half_down_
+from .formula import levels
 from .quantizers import WeightQuantizer
 from .search import TOLERANCE, in_native, native_bounds, shares, sums, widest_bound
 
@@ -138,10 +139,24 @@ def activation_bounds(centers: Tensor, counts: Tensor, low: float, high: float, 
         lower, upper = (grid.flatten() for grid in torch.meshgrid(low * coarse, max(high, 0.0) * coarse, indexing="ij"))
     step = ((upper - lower) / last)[:, None]
     zero_point = (-lower[:, None] / step).round()
-    code = round_half_down_(centers / step + zero_point).clamp_(0, last)
-    noise = ((code - zero_point) * step - centers).square_()
-    errors = noise @ counts.T
+    values = (torch.arange(last + 1, device=centers.device) - zero_point).mul_(step)
+    errors = torch.stack([_errors(values, step, centers, one) for one in counts], 1)
     errors = errors.clamp_min(1e-9 * errors.max()).log().mean(1).exp()
     close = errors <= errors.min() * (1 + TOLERANCE)
     widest = torch.where(close, upper - lower, -1.0).argmax()
     return float(lower[widest]), float(upper[widest])
+
+
+def _errors(values: Tensor, step: Tensor, centers: Tensor, counts: Tensor) -> Tensor:
+    """The squared error of a histogram whose bins have the nearest of these values; of two equally near, the lower.
+
+    Args:
+        values: ascending in rows, shape (candidates, codes).
+        step: between two of them, shape (candidates, 1).
+        centers, counts: shape (bins,), ascending.
+    """
+    # With sums from the first bin on, a code costs as much as a bin would, and there are far fewer codes.
+    ends = torch.searchsorted(centers, values[:, :-1] + step / 2, right=True)
+    ends = F.pad(F.pad(ends, (1, 0)), (0, 1), value=len(centers))
+    number, total = (F.pad(found.cumsum(0), (1, 0))[ends].diff(dim=1) for found in (counts, counts * centers))
+    return (values * number - 2 * total).mul_(values).sum(1) + (counts * centers.square()).sum()

@@ -36,7 +36,7 @@ STEPS = 3
 
 
 def vit() -> nn.Module:
-    return small_timm("test_vit", img_size=32)
+    return small_timm("test_vit", img_size=32, depth=2)
 
 
 def batches(step: int) -> Tensor:

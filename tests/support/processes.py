@@ -5,6 +5,7 @@ read from the environment at import, needs a process of `subprocess`.
 """
 
 import contextlib
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -96,6 +97,7 @@ def _run(program: str, args: list[str], environment: dict[str, str], written: st
         os.dup2(file, descriptor)
         os.close(file)
     os.environ.update(environment)
+    gc.freeze()  # what the libraries hold is there to stay
     sys.argv = [program, *args]
     sys.path.insert(0, str(Path(program).parent))
     runpy.run_path(program, run_name="__main__")
