@@ -1,8 +1,10 @@
 """Small networks are fastest on one thread and without a compiler, and stay fast beside other work on the machine."""
 
 import atexit
+import functools
 import gc
 import os
+import sys
 from types import FunctionType
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts its threads, and for processes the tests start
@@ -16,6 +18,15 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)
+    if "onnx" in sys.modules:
+        _one_table_of_onnx_operators()
+
+
+def _one_table_of_onnx_operators():
+    """torch.onnx.export reads the sources of some hundred operators each time; no export here adds one."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 
 
 @pytest.fixture

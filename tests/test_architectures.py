@@ -9,6 +9,7 @@ from scan_transformers import CHECKS, check_architecture, quiet
 # One of each kind: an encoder with a head, encoders with a tied decoder, decoders with Conv1D, grouped queries, fused
 # projections, experts and states, an encoder-decoder, images, two towers, and sound.
 WHOLE_WAY = ["bert", "albert", "gpt2", "llama_tied", "mixtral", "mamba", "vit", "resnet", "wav2vec2"]
+LONGER = ["albert", "mamba", "resnet", "wav2vec2"]
 OTHERS = [name for name in tiny.ARCHITECTURES if name not in WHOLE_WAY]
 
 
@@ -18,7 +19,9 @@ def no_reports():
         yield
 
 
-@pytest.mark.parametrize("name", WHOLE_WAY)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LONGER else ()) for name in WHOLE_WAY]
+)
 def test_plan_load_calibrate_train_save_reload_dequantize_generate_remove(name):
     assert check_architecture(name, CHECKS).problems == []
 

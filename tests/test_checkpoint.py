@@ -87,6 +87,7 @@ def test_header_and_config_json_carry_the_same_config_and_version(saved):
     assert header.config.to_dict()["format_version"] == 2
 
 
+@pytest.mark.slow
 def test_a_file_opens_in_a_new_process_after_importing_the_library(saved, tmp_path):
     program = tmp_path / "open.py"
     program.write_text(

@@ -37,7 +37,13 @@ def generate(path, ids, mask, count):
     return np.concatenate(found, 1)
 
 
-@pytest.mark.parametrize("largest", [onnx_files.LARGEST_FILE, 10_000], ids=["one file", "two files"])
+@pytest.mark.parametrize(
+    "largest",
+    [
+        pytest.param(onnx_files.LARGEST_FILE, marks=pytest.mark.slow, id="one file"),
+        pytest.param(10_000, id="two files"),
+    ],
+)
 def test_greedy_tokens_are_those_of_pytorch(largest, tmp_path, monkeypatch):
     """Of prompts of two lengths, the shorter one padded."""
     monkeypatch.setattr(onnx_files, "LARGEST_FILE", largest)

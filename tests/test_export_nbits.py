@@ -46,13 +46,13 @@ def kinds(path):
     ("bits", "config"),
     [
         (1, {"weight_granularity": "tensor"}),
-        (2, {"weight_granularity": "channel"}),
+        pytest.param(2, {"weight_granularity": "channel"}, marks=pytest.mark.slow),
         (4, {"group_size": 48}),
         pytest.param(3, {"group_size": 16}, marks=pytest.mark.slow),
         pytest.param(8, {"group_size": 32}, marks=pytest.mark.slow),
-        (2, {"group_size": 16, "weight_grid": "integer"}),
+        pytest.param(2, {"group_size": 16, "weight_grid": "integer"}, marks=pytest.mark.slow),
         (3, {"weight_granularity": "channel", "weight_grid": "integer"}),
-        (4, {"group_size": 32, "weight_grid": "integer"}),
+        pytest.param(4, {"group_size": 32, "weight_grid": "integer"}, marks=pytest.mark.slow),
     ],
 )
 def test_weights_alone(bits, config, tmp_path):

@@ -135,6 +135,7 @@ def test_a_text_classifier_through_trainer(reviews, tiny_bert, tmp_path):
         assert model.daq_config.activation_bits == 8
 
 
+@pytest.mark.slow
 def test_one_process_continues_a_killed_run_of_two(one_process, tmp_path):
     start(VISION, *VIT.split(), "--output_dir", tmp_path).kill_when(tmp_path / "checkpoints" / "00000012")
     with pytest.raises(SystemExit, match="2 processes with 32 examples an update, and here it would be 16; change"):

@@ -108,7 +108,14 @@ def test_first_line_of_a_config_launches_it(name):
     options.daq_config(module.parse(args).daq)
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("cifar10_resnet20_w")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if "w1a1" in name or "w4a4" in name else pytest.mark.slow)
+        for name in CONFIGS
+        if name.startswith("cifar10_resnet20_w")
+    ],
+)
 def test_cifar_configs_run(name, parquet, float_folder, tmp_path):
     results = run(
         *("--config", RECIPES / "configs" / name, "--dataset", parquet, "--checkpoint", float_folder),
@@ -356,7 +363,7 @@ def digits_uninterrupted(tmp_path_factory):
     return outcome(output)
 
 
-@pytest.mark.parametrize("checkpoints", [5, 8, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 4, 6))])
+@pytest.mark.parametrize("checkpoints", [8, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 4, 5, 6))])
 def test_a_stopped_run_continues_bit_for_bit(checkpoints, digits_uninterrupted, tmp_path, monkeypatch):
     with stop_after(monkeypatch, checkpoints):
         run(*DIGITS.split(), "--output_dir", tmp_path)
@@ -366,7 +373,8 @@ def test_a_stopped_run_continues_bit_for_bit(checkpoints, digits_uninterrupted, 
     assert_equal(outcome(tmp_path), digits_uninterrupted)
 
 
-def test_transforms_dropout_and_accumulation_continue_bit_for_bit(imagefolder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("checkpoints", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_transforms_dropout_and_accumulation_continue_bit_for_bit(checkpoints, imagefolder, tmp_path, monkeypatch):
     """Randomness of timm's transforms, of dropout, of both optimizers; Adam moments; bf16; a half-done accumulation."""
     args = [
         *("--dataset", imagefolder, "--model", "test_resnet", "--image_size", 32, "--hflip", 0.5, "--pipeline", "timm"),
@@ -375,12 +383,10 @@ def test_transforms_dropout_and_accumulation_continue_bit_for_bit(imagefolder, t
         *("--model_kwargs.drop_rate", 0.2, "--checkpoint_every", 2, "--channels_last", "--label_smoothing", 0.1),
     ]
     run(*args, "--output_dir", tmp_path / "whole")
-    for checkpoints in (1, 4):
-        output = tmp_path / f"stopped{checkpoints}"
-        with stop_after(monkeypatch, checkpoints):
-            run(*args, "--output_dir", output)
-        run(*args, "--output_dir", output, "--resume")
-        assert_equal(outcome(output), outcome(tmp_path / "whole"))
+    with stop_after(monkeypatch, checkpoints):
+        run(*args, "--output_dir", tmp_path / "stopped")
+    run(*args, "--output_dir", tmp_path / "stopped", "--resume")
+    assert_equal(outcome(tmp_path / "stopped"), outcome(tmp_path / "whole"))
 
 
 def test_a_run_killed_while_writing_leaves_no_half_checkpoint(tmp_path, monkeypatch):
@@ -443,7 +449,8 @@ def test_an_earlier_run_is_neither_mixed_up_nor_overwritten(tmp_path):
         (["--batch_size", "5000"], "batch_size is 5000, but the training split has only 1437 images"),
     ],
 )
-def test_mistakes_end_the_run_with_a_line(args, message, tmp_path):
+def test_mistakes_end_the_run_with_a_line(args, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)  # or it waits for the Hub
     with pytest.raises(SystemExit, match=message):
         run(*args, "--output_dir", tmp_path)
 
@@ -705,7 +712,7 @@ def trainer_uninterrupted(reviews, tiny_bert, tmp_path_factory):
     return args, outcome(output)
 
 
-@pytest.mark.parametrize("checkpoints", [1, 3, 5])
+@pytest.mark.parametrize("checkpoints", [3, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 5))])
 def test_a_stopped_trainer_continues_bit_for_bit(checkpoints, trainer_uninterrupted, tmp_path, monkeypatch):
     args, whole = trainer_uninterrupted
     with stop_after(monkeypatch, checkpoints):

@@ -474,7 +474,7 @@ def error(model, exact, batches):
     return sum((output(model, batch) - output(exact, batch)).square().sum().item() for batch in batches)
 
 
-@pytest.mark.parametrize("bits", [(8, 8), (3, 8)])
+@pytest.mark.parametrize("bits", [(3, 8), pytest.param((8, 8), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_network_comes_closer_to_the_float_one(family, bits):
     build, batch = FAMILIES[family]
@@ -662,7 +662,7 @@ def test_what_cannot_be_done_stays_and_is_named(caplog):
     assert changed == {"first", "mixed", "last"}
 
 
-@pytest.mark.parametrize("ending", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, pytest.param(RuntimeError, marks=pytest.mark.slow)])
 def test_an_interruption_leaves_a_model_that_is_whole(ending):
     batches = [images(4, 32), images(4, 32, seed=2)]
     model = calibrated(small_timm(), batches, DaqConfig(bits=3)).train()

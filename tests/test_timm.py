@@ -16,12 +16,12 @@ FAMILIES = [
     "test_resnet",
     "test_vit",
     "test_efficientnet",
-    "test_maxvit",
     "tf_mobilenetv3_small_minimal_100",
-    "beit_base_patch16_224",
-    "vit_tiny_r_s16_p8_224",
 ]
 MORE_FAMILIES = [
+    "test_maxvit",
+    "beit_base_patch16_224",
+    "vit_tiny_r_s16_p8_224",
     "test_convnext",
     "test_nfnet",
     "test_mambaout",

@@ -295,7 +295,6 @@ def test_compressed_tensors_are_dynamic_and_plain_transformers_opens_them(config
 
 ON_RUNTIMES = [
     ({"weight_granularity": "channel"}, "onnxruntime"),
-    ({"group_size": 16}, "openvino"),
     *(
         pytest.param(config, runtime, marks=pytest.mark.slow)
         for config, runtime in [
@@ -305,6 +304,7 @@ ON_RUNTIMES = [
             ({"bits": None, "weight_bits": 4, "activation_bits": 6}, "onnxruntime"),
             ({"bits": None, "weight_bits": 4, "activation_bits": 6}, "openvino"),
             ({"group_size": 16}, "onnxruntime"),
+            ({"group_size": 16}, "openvino"),
         ]
     ),
 ]

@@ -12,7 +12,7 @@ import hf_daq
 @pytest.mark.parametrize(
     ("name", "strict", "packed"),
     [
-        ("test_resnet", True, False),
+        pytest.param("test_resnet", True, False, marks=pytest.mark.slow),
         ("test_resnet", False, True),
         pytest.param("test_vit", False, True, marks=pytest.mark.slow),
         pytest.param("test_vit", False, False, marks=pytest.mark.slow),
