@@ -11,6 +11,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts its threads
 os.environ.setdefault("HF_DAQ_COMPILE", "0")
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("busy", deadline=None)  # a machine that does other work is no error
+settings.load_profile("busy")
 
 
 def pytest_collection_finish():
@@ -77,7 +81,8 @@ def kernels(monkeypatch):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """Where compiled kernels are kept for all tests."""
-    path = tmp_path_factory.mktemp("kernels")
-    path.chmod(0o700)
+    """Where compiled kernels are kept for all tests of all workers."""
+    base = tmp_path_factory.getbasetemp()
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"
+    path.mkdir(mode=0o700, exist_ok=True)
     return path

@@ -122,6 +122,7 @@ def test_kept_memory_counts_what_the_backward_needs_and_not_the_output():
     assert benchmark.kept_mib(hidden, x) == pytest.approx(2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
 def test_peak_memory_of_a_step_holds_the_gradients():
     args = parse()

@@ -428,6 +428,7 @@ def test_narrow_terminal_cuts_no_figures(folders, columns):
             assert line.split() in rows
 
 
+@pytest.mark.slow
 def test_pipes_get_neither_color_nor_spinner_nor_cut_names(folders):
     result = in_process("plan", folders / "float_bert", "--bits", 3, COLUMNS="40")
     assert result.returncode == 0
@@ -651,10 +652,16 @@ def test_export_onnx(folders, tmp_path):
     assert "--inputs FILE" not in text
     assert "sizes in numbers are fixed" in text
     assert (tmp_path / "ov.onnx").read_bytes() != (tmp_path / "model.onnx").read_bytes()
+
+
+@pytest.mark.slow
+def test_export_onnx_for_images_of_any_size(folders, tmp_path):
+    pytest.importorskip("onnxruntime")
     text, _ = run("export", folders / "probed", tmp_path, "--to", "onnx", "--runtime", "openvino", "--dynamic-size")
     assert "height, width" in text
 
 
+@pytest.mark.slow
 def test_export_a_decoder_with_its_cache(tmp_path, monkeypatch):
     """And the lines of the card that its file gets run."""
     pytest.importorskip("onnxruntime")

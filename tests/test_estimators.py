@@ -169,6 +169,7 @@ def test_each_run_is_one_line_with_what_it_was(study):
     assert not list((study / "work").iterdir())
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(study, monkeypatch):
     """The last run once more, stopped in its second epoch; and nothing else is run again."""
     monkeypatch.setenv("HF_DAQ_COMPILE", "0")

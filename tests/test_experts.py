@@ -189,6 +189,7 @@ def test_outputs_and_gradients_of_llama_4_are_those_of_its_own_products(config):
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_a_graph_of_llama_4_gives_the_same():
     model = calibrated("llama4").eval()
     expected = logits(model, "llama4")

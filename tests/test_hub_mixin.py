@@ -157,9 +157,8 @@ def test_damaged_files_are_refused(tmp_path):
         Net.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "imports", ["test_hub_mixin, hf_daq", pytest.param("hf_daq, test_hub_mixin", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("imports", ["test_hub_mixin, hf_daq", "hf_daq, test_hub_mixin"])
 def test_the_order_of_imports_does_not_matter(imports, tmp_path):
     quantized().save_pretrained(tmp_path)
     program = f"import {imports}; print(len(test_hub_mixin.Net.from_pretrained({str(tmp_path)!r}).daq_config.layers))"

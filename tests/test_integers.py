@@ -44,7 +44,7 @@ def run(model, *args):
     return output, inputs, codes
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "kwargs"), SETTINGS)
 def test_whole_networks_agree_in_float64_without_a_differing_code(name, kwargs, packed):
     model, x = network(name, kwargs)

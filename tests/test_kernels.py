@@ -60,6 +60,7 @@ def test_a_compiler_that_fails_is_done_without(tmp_path):
     assert fallen_back == usual_loss()
 
 
+@pytest.mark.slow
 def test_a_process_says_once_that_it_compiles_and_learns_the_same(tmp_path):
     compiled, notes = in_new_process(tmp_path)
     assert notes.count("compiling quantizers") == 1

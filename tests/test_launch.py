@@ -115,6 +115,7 @@ def test_a_sharded_language_model(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "sharded" / "quantized").daq_config.weight_bits == 4
 
 
+@pytest.mark.slow
 def test_a_text_classifier_through_trainer(reviews, tiny_bert, tmp_path):
     bert = shutil.copytree(tiny_bert, tmp_path / "bert")
     settings = json.loads((bert / "config.json").read_text())

@@ -79,6 +79,7 @@ def test_photographs_in_subfolders_have_the_classes_of_their_names(tmp_path):
         post_training.main(["--dataset", str(tmp_path), "--calibration_images", "2"])
 
 
+@pytest.mark.slow
 def test_peers_train_from_one_network_and_are_not_run_again(reviews, text_float, tmp_path, capsys, monkeypatch):
     for split in ("train", "dev"):
         shutil.copy(reviews / f"{split}.tsv", tmp_path)
@@ -169,6 +170,7 @@ def test_gptq_rounds_to_the_nearest_where_inputs_are_independent_and_makes_good_
     assert errors[0] < 0.8 * errors[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kinds", ["text", pytest.param("image next", marks=pytest.mark.slow)], ids=lambda kinds: kinds.replace(" ", "-")
 )

@@ -293,7 +293,9 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize(
+    "wrapper", [pytest.param(name, marks=pytest.mark.slow if name == "compiled" else ()) for name in WRAPPERS]
+)
 def test_names_and_numbers_of_a_wrapped_model(wrapper, group):
     plain = small()
     reference = hf_daq.Monitor(plain, every=3)

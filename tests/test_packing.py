@@ -150,6 +150,7 @@ def test_opening_a_packed_folder_computes_no_weight(tmp_path, monkeypatch):
     assert len(read) == 1
 
 
+@pytest.mark.slow
 def test_transformers_alone_refuses_a_packed_checkpoint(tmp_path):
     model = hf_daq.apply_daq(tiny_bert(), weight_bits=3)
     hf_daq.save_pretrained(model, tmp_path / "packed", packed=True)

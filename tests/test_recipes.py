@@ -121,6 +121,7 @@ def test_a_data_set_is_named_by_the_part_of_its_path_that_says_something(tmp_pat
     assert dataset_name("/") == ""
 
 
+@pytest.mark.slow
 def test_digits_start_better_from_reconstructed_weights(tmp_path):
     run("--output_dir", tmp_path / "float", "--float_epochs", 4, "--epochs", 0)
     args = [

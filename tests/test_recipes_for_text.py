@@ -187,6 +187,7 @@ def test_the_default_run_is_the_python_docs_config():
     assert language_modeling.parse(["--config", str(config)]) == language_modeling.parse([])
 
 
+@pytest.mark.slow
 def test_the_python_library_is_a_text():
     cfg = language_modeling.parse(["--dataset", "python_library", "--eval_fraction", "0.05"])
     texts = language_modeling.read_texts(cfg)

@@ -447,6 +447,7 @@ def test_a_state_dict_that_names_no_bounds_of_a_layer_says_which_config_it_needs
     assert torch.equal(twin(tokens()).logits, saved(tokens()).logits)
 
 
+@pytest.mark.slow
 def test_an_onnx_file_quantizes_a_shared_input_once(tmp_path):
     model = bert(weight_granularity="channel")
     layers = quantized_layers(model).values()

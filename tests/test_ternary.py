@@ -152,7 +152,7 @@ def test_histograms_have_three_codes():
     ("activation_bits", "runtime"),
     [
         (None, "onnxruntime"),
-        (8, "openvino"),
+        pytest.param(8, "openvino", marks=pytest.mark.slow),
         pytest.param(None, "openvino", marks=pytest.mark.slow),
         pytest.param(8, "onnxruntime", marks=pytest.mark.slow),
     ],
