@@ -129,6 +129,7 @@ def activation_bounds(centers: Tensor, counts: Tensor, low: float, high: float, 
         lower, upper: lower is 0 where `low` is not negative, else below 0, with 0 inside the bounds.
     """
     last = levels(bits)
+    centers, counts = centers.cpu(), counts.cpu()  # small, and the same bounds on every device
     seen = counts.sum(0) > 0
     centers, counts = centers[seen], counts[:, seen]
     shrink = shares(centers.device, torch.float64)
