@@ -23,6 +23,7 @@ from recipe_runs import (  # noqa: F401  fixtures
     _datasets_cache,
     _fresh_accelerate,
     assert_card,
+    assert_continues,
     assert_equal,
     float_folder,
     outcome,
@@ -292,10 +293,8 @@ def test_transforms_dropout_and_accumulation_continue_bit_for_bit(checkpoints, i
         *("--model_kwargs.drop_rate", 0.2, "--checkpoint_every", 2, "--channels_last", "--label_smoothing", 0.1),
     ]
     run(*args, "--output_dir", tmp_path / "whole")
-    with stop_after(monkeypatch, checkpoints):
-        run(*args, "--output_dir", tmp_path / "stopped")
-    run(*args, "--output_dir", tmp_path / "stopped", "--resume")
-    assert_equal(outcome(tmp_path / "stopped"), outcome(tmp_path / "whole"))
+    whole = outcome(tmp_path / "whole")
+    assert_continues(monkeypatch, checkpoints, whole, run, *args, "--output_dir", tmp_path / "stopped")
 
 
 def test_a_run_killed_while_writing_leaves_no_half_checkpoint(tmp_path, monkeypatch):

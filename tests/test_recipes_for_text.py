@@ -15,14 +15,13 @@ from recipe_runs import (  # noqa: F401  fixtures
     _datasets_cache,
     _fresh_accelerate,
     assert_card,
-    assert_equal,
+    assert_continues,
     language_float,
     outcome,
     play,
     reviews,
     run_language,
     run_text,
-    stop_after,
     text_float,
     tiny_bert,
 )
@@ -89,11 +88,7 @@ def trainer_uninterrupted(reviews, tiny_bert, tmp_path_factory):
 @pytest.mark.parametrize("checkpoints", [3, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 5))])
 def test_a_stopped_trainer_continues_bit_for_bit(checkpoints, trainer_uninterrupted, tmp_path, monkeypatch):
     args, whole = trainer_uninterrupted
-    with stop_after(monkeypatch, checkpoints):
-        run_text(*args, "--output_dir", tmp_path)
-    torch.manual_seed(checkpoints)
-    run_text(*args, "--output_dir", tmp_path, "--resume")
-    assert_equal(outcome(tmp_path), whole)
+    assert_continues(monkeypatch, checkpoints, whole, run_text, *args, "--output_dir", tmp_path)
     assert run_text(*args, "--output_dir", tmp_path, "--resume")["quantized"] == whole[0]["quantized"]
     with pytest.raises(SystemExit, match="holds an earlier run; add --resume"):
         run_text(*args, "--output_dir", tmp_path)
@@ -215,11 +210,7 @@ def language_uninterrupted(play, tmp_path_factory):
 @pytest.mark.parametrize("checkpoints", [3, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 5))])
 def test_a_stopped_language_model_continues_bit_for_bit(checkpoints, language_uninterrupted, tmp_path, monkeypatch):
     args, whole = language_uninterrupted
-    with stop_after(monkeypatch, checkpoints):
-        run_language(*args, "--output_dir", tmp_path)
-    torch.manual_seed(checkpoints)
-    run_language(*args, "--output_dir", tmp_path, "--resume")
-    assert_equal(outcome(tmp_path), whole)
+    assert_continues(monkeypatch, checkpoints, whole, run_language, *args, "--output_dir", tmp_path)
 
 
 def test_blocks_cover_the_text_once_and_begin_elsewhere_every_epoch(play):

@@ -140,7 +140,7 @@ def activation_bounds(centers: Tensor, counts: Tensor, low: float, high: float, 
         lower, upper = (grid.flatten() for grid in torch.meshgrid(low * coarse, max(high, 0.0) * coarse, indexing="ij"))
     step = ((upper - lower) / last)[:, None]
     zero_point = (-lower[:, None] / step).round()
-    values = (torch.arange(last + 1, device=centers.device) - zero_point).mul_(step)
+    values = (torch.arange(last + 1) - zero_point).mul_(step)
     errors = torch.stack([_errors(values, step, centers, one) for one in counts], 1)
     errors = errors.clamp_min(1e-9 * errors.max()).log().mean(1).exp()
     close = errors <= errors.min() * (1 + TOLERANCE)

@@ -200,6 +200,15 @@ def stop_after(monkeypatch, count: int):
             yield
 
 
+def assert_continues(monkeypatch, count: int, whole: tuple, run, *args) -> None:
+    """Stopped after its checkpoint number `count` and resumed, the run with `args`, the last its output, ends as `whole`."""
+    with stop_after(monkeypatch, count):
+        run(*args)
+    torch.manual_seed(count)
+    run(*args, "--resume")
+    assert_equal(outcome(args[-1]), whole)
+
+
 @pytest.fixture(scope="module")
 def play(tmp_path_factory) -> Path:
     generator = np.random.default_rng(0)
@@ -209,7 +218,6 @@ def play(tmp_path_factory) -> Path:
 
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-
 LANGUAGE = [
     *(f"--model_config.{key}={value}" for key, value in TINY.items()),
     *("--block_size", 32, "--vocab_size", 300, "--sample_tokens", 5, "--batch_size", 8, "--calibration_batches", 2),
