@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import torch
 import torch.nn.functional as F
-from packed_layers import BUILDS, load
+from packed_layers import USUAL, load
 from safetensors.torch import load_file
 from text_models import tiny_llama, tokens
 from torch import nn
@@ -64,7 +64,7 @@ def plain(codes, coded, dtype):
     return dequantize_weight(codes, coded.scale, dtype=dtype, **options)
 
 
-@pytest.mark.parametrize("_kernel", BUILDS, indirect=True)
+@pytest.mark.parametrize("_kernel", USUAL, indirect=True)
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_codes_weights_and_products_of_every_build(bits):
     for (rows, columns, size), granularity in itertools.product(SHAPES, ("tensor", "channel", "group")):

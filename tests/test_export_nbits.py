@@ -112,6 +112,7 @@ def test_quantized_inputs_keep_their_codes(tmp_path):
     assert kinds(tmp_path / "a.onnx")["MatMulNBits"] == 4
 
 
+@pytest.mark.slow
 def test_layers_that_read_one_input_share_its_sums(tmp_path):
     x = {"input_ids": tokens(8)}
     model = quantized(tiny_llama(), x, weight_bits=4, group_size=16, weight_grid="odd")

@@ -153,7 +153,7 @@ def test_ties_go_down():
     assert round_half_down_(v.clone()).tolist() == [0, 0, 1, 2, 1, 3]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_nan_stays_nan_and_infinities_are_the_outermost_codes(kernels, compiled):
     kernels(compiled)
     x = torch.tensor([math.nan, math.inf, -math.inf, 0.3], requires_grad=True)

@@ -77,6 +77,7 @@ for name, load in {loaders}.items():
 """
 
 
+@pytest.mark.slow
 def test_a_new_process_opens_them_by_name_with_the_same_outputs(hub, tmp_path):
     pushed = {name: trained(name) for name in LOADERS}
     for name, (model, batch) in pushed.items():

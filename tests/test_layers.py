@@ -153,7 +153,16 @@ def kept_bytes(model, x):
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "group", "weights only"])
-@pytest.mark.parametrize("context", ["plain", "autocast", "checkpoint", "reentrant checkpoint", "compiled kernels"])
+@pytest.mark.parametrize(
+    "context",
+    [
+        "plain",
+        "autocast",
+        "checkpoint",
+        "reentrant checkpoint",
+        pytest.param("compiled kernels", marks=pytest.mark.slow),
+    ],
+)
 def test_low_memory_gives_the_same_gradients(granularity, context, kernels):
     kernels(context == "compiled kernels")
     options = {"group_size": 4} if granularity == "group" else {"weight_granularity": granularity}

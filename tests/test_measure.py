@@ -25,6 +25,7 @@ from recipe_runs import (  # noqa: F401  fixtures
 from measure import adapters, deploy, peers, weights_only
 
 
+@pytest.mark.slow
 def test_post_training_measures_every_state_of_a_network(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     small = timm.create_model("test_efficientnet", num_classes=1000).eval()

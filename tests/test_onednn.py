@@ -223,6 +223,7 @@ def test_a_compiled_model_sees_through(weight_bits, tiles, monkeypatch):
     assert compiled(spoiled).isnan().any()
 
 
+@pytest.mark.slow
 def test_inductor_compiles_the_operators_of_torch_where_these_are_faster(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     torch.manual_seed(0)

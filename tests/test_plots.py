@@ -342,6 +342,7 @@ def test_without_matplotlib(monkeypatch):
         plots.transfer_curve()
 
 
+@pytest.mark.slow
 def test_the_recipe_writes_every_picture(tmp_path):
     torch.manual_seed(0)
     model = hf_daq.apply_daq(timm.create_model("resnet8_cifar"), bits=2)

@@ -113,7 +113,16 @@ def scope(tmp_path, monkeypatch, hub):
     }
 
 
-@pytest.mark.parametrize("path", READMES, ids=NAMES)
+LONGER = {"hf_daq/export/README.md", "hf_daq/report/README.md"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=name, marks=pytest.mark.slow if name in LONGER else ())
+        for path, name in zip(READMES, NAMES, strict=True)
+    ],
+)
 def test_the_blocks_run(path, scope, capsys, tmp_path, hub):
     for block in blocks(path)[2 if path == MAIN else 0 :]:
         exec(block, scope)

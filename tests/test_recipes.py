@@ -90,6 +90,7 @@ def test_cifar_configs_run(name, parquet, float_folder, tmp_path):
     assert results["quantized"] >= results["quantized_last"]
 
 
+@pytest.mark.slow
 def test_resnet18_config_runs(imagefolder, tmp_path):
     torch.manual_seed(0)
     weights = tmp_path / "resnet18.pth"

@@ -207,7 +207,8 @@ def language_uninterrupted(play, tmp_path_factory):
     return args, outcome(output)
 
 
-@pytest.mark.parametrize("checkpoints", [3, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 5))])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoints", [1, 3, 5])
 def test_a_stopped_language_model_continues_bit_for_bit(checkpoints, language_uninterrupted, tmp_path, monkeypatch):
     args, whole = language_uninterrupted
     assert_continues(monkeypatch, checkpoints, whole, run_language, *args, "--output_dir", tmp_path)

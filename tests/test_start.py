@@ -35,6 +35,7 @@ def test_each_step_has_a_row(tmp_path, monkeypatch, capsys):
     assert len(re.findall(r"^\| .* \| .* \| .* \| .* \| .* \|$", printed, re.M)) == len(rows)
 
 
+@pytest.mark.slow
 def test_a_row_comes_from_a_process_of_its_own(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     (row,) = start.main([str(tmp_path), *SIZES, "--steps", "float"])

@@ -100,6 +100,7 @@ def test_soft_rounding_is_differentiable_and_rounds_in_evaluation():
     assert not torch.equal(soft.detach(), quantizer(x.detach()))
 
 
+@pytest.mark.slow
 def test_compiled_kernels_give_the_same(kernels):
     for dtype in (torch.float32, torch.bfloat16):
         results = []
@@ -294,23 +295,16 @@ def test_compressed_tensors_are_dynamic_and_plain_transformers_opens_them(config
 
 
 ON_RUNTIMES = [
-    ({"weight_granularity": "channel"}, "onnxruntime"),
-    *(
-        pytest.param(config, runtime, marks=pytest.mark.slow)
-        for config, runtime in [
-            ({"weight_granularity": "channel"}, "openvino"),
-            ({"weight_grid": "odd"}, "onnxruntime"),
-            ({"weight_grid": "odd"}, "openvino"),
-            ({"bits": None, "weight_bits": 4, "activation_bits": 6}, "onnxruntime"),
-            ({"bits": None, "weight_bits": 4, "activation_bits": 6}, "openvino"),
-            ({"group_size": 16}, "onnxruntime"),
-            ({"group_size": 16}, "openvino"),
-        ]
-    ),
+    {"weight_granularity": "channel"},
+    {"weight_grid": "odd"},
+    {"bits": None, "weight_bits": 4, "activation_bits": 6},
+    {"group_size": 16},
 ]
 
 
-@pytest.mark.parametrize(("config", "runtime"), ON_RUNTIMES)
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ON_RUNTIMES, ids=str)
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_onnx_computes_the_integers(config, runtime, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime", *[runtime] * (runtime == "openvino")):
         pytest.importorskip(package)

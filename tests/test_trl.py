@@ -27,7 +27,8 @@ def run(folder, *options):
     return instruction_tuning.main([*SMALL, "--output_dir", str(folder), *options])
 
 
-@pytest.mark.parametrize("train", ["adapters and bounds", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("train", ["adapters and bounds", "all"])
 def test_a_run_that_was_stopped_ends_with_the_same_packed_model(tmp_path, train, monkeypatch):
     trainer = run(tmp_path / "whole", "--train", train)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -6,7 +6,7 @@ import os
 import pytest
 import timm.layers
 import torch
-from packed_layers import BUILDS, LAYERS, close, load, packed, plain, tiny, write
+from packed_layers import LAYERS, USUAL, close, load, packed, plain, tiny, write
 from torch import nn
 from torch._inductor.utils import run_and_get_code
 
@@ -47,7 +47,7 @@ def in_machine(layer):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("build", BUILDS, indirect=True)
+@pytest.mark.parametrize("build", USUAL, indirect=True)
 def test_outputs_are_those_of_integer_arithmetic(build, name):
     make, shape = CASES[name]
     torch.manual_seed(len(name))
@@ -185,7 +185,7 @@ def test_inputs_of_other_sizes_are_refused_as_by_the_float_layer():
         model(torch.randn(2, 4, 2, 6))
 
 
-@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("last", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_graphs_have_the_layer_as_one_operator(last, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
     convolutions = nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1, 1, 8), nn.Conv2d(8, 12, 1)

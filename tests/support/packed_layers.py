@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import timm.layers
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ BUILDS = {
     "avx2": ("-mavx2", "-mbmi2", "-mfma"),
     "baseline": (),
 }
+USUAL = ["native", *(pytest.param(name, marks=pytest.mark.slow) for name in ("avx2", "baseline"))]
 LAYERS = {
     "linear": (lambda: nn.Linear(37, 11), (2, 3, 37)),
     "one row": (lambda: timm.layers.Linear(37, 11, bias=False), (37,)),
