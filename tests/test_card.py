@@ -142,6 +142,7 @@ def test_the_card_says_how_images_are_fed(model, tmp_path):
     assert image_facts("nothing") == {}
 
 
+@pytest.mark.slow
 def test_images_through_an_onnx_file_beside_the_card(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ort = pytest.importorskip("onnxruntime")

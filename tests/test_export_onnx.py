@@ -102,7 +102,7 @@ class Convolutions(nn.Module):
     ("runtime", "bits"),
     [
         ("onnxruntime", 1),
-        ("openvino", 8),
+        pytest.param("openvino", 8, marks=pytest.mark.slow),
         pytest.param("onnxruntime", 8, marks=pytest.mark.slow),
         pytest.param("openvino", 2, marks=pytest.mark.slow),
     ],

@@ -152,11 +152,12 @@ def test_histograms_have_three_codes():
     ("activation_bits", "runtime"),
     [
         (None, "onnxruntime"),
-        pytest.param(8, "openvino", marks=pytest.mark.slow),
-        pytest.param(None, "openvino", marks=pytest.mark.slow),
-        pytest.param(8, "onnxruntime", marks=pytest.mark.slow),
+        (8, "openvino"),
+        (None, "openvino"),
+        (8, "onnxruntime"),
     ],
 )
+@pytest.mark.slow
 def test_onnx(activation_bits, runtime, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime", runtime):
         pytest.importorskip(package)
