@@ -172,9 +172,7 @@ def test_gptq_rounds_to_the_nearest_where_inputs_are_independent_and_makes_good_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kinds", ["text", pytest.param("image next", marks=pytest.mark.slow)], ids=lambda kinds: kinds.replace(" ", "-")
-)
+@pytest.mark.parametrize("kinds", ["text", "image next"], ids=lambda kinds: kinds.replace(" ", "-"))
 def test_sizes_and_parity(kinds, parquet, float_folder, reviews, text_float, play, language_float, tmp_path, capsys):
     data = {"image": (float_folder, parquet), "text": (text_float, reviews / "train.tsv")}
     data["next"] = (language_float, play)
@@ -188,7 +186,8 @@ def test_sizes_and_parity(kinds, parquet, float_folder, reviews, text_float, pla
         assert row["integers, float64"] < 1e-9
         assert {"onnxruntime: top-1", "openvino: top-1"} <= row.keys()
         assert ("compressed-tensors" in row) == (row["model"] != str(float_folder))
-        assert row["onnx int4"] < row["onnx int8"]
+        # Weights alone have 4 bits in either.
+        assert row["onnx int4"] < row["onnx int8"] or row["model"] == str(language_float)
         assert ("GGUF" in row) == (row["model"] == str(language_float))
     assert json.loads((tmp_path / "table.json").read_text())["sizes"] == tables["sizes"]
     assert capsys.readouterr().out.count(models[0].partition("=")[0]) == 1
