@@ -20,6 +20,7 @@ def parse(*argv: str):
     return benchmark.parse([*QUICK, *argv])
 
 
+@pytest.mark.slow
 def test_every_part_has_a_row_with_a_ratio_for_each_variant(tmp_path, capsys):
     output = tmp_path / "results.json"
     command = [*QUICK, "--models", "test_resnet", "bert-tiny", "--variants", *VARIANTS, "--output", str(output)]

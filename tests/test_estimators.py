@@ -522,6 +522,7 @@ def test_ewgs_refuses_inputs_with_a_sign():
         use_ewgs(model, 0.1)
 
 
+@pytest.mark.slow
 def test_ewgs_can_be_compiled():
     model, x = layers(torch.float32)
     use_ewgs(model, 0.5)

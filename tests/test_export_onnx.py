@@ -268,7 +268,7 @@ class Together(nn.Module):
 @pytest.mark.parametrize(
     ("bits", "options"),
     [
-        (8, {"runtime": "openvino"}),
+        pytest.param(8, {"runtime": "openvino"}, marks=pytest.mark.slow),
         pytest.param(8, {}, marks=needs_vnni),
         pytest.param(8, {"int8_outputs": True, "max_error": 0.02, "min_agreement": 0}, marks=pytest.mark.slow),
         pytest.param(2, {"weights": "int4"}, marks=pytest.mark.slow),

@@ -104,6 +104,7 @@ def test_peers_train_from_one_network_and_are_not_run_again(reviews, text_float,
     assert results.read_text().splitlines() == lines
 
 
+@pytest.mark.slow
 def test_peers_train_a_language_model(play, language_float, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_DAQ_COMPILE", "0")
     sizes = "--eval_fraction 0.2 --block_size 16 --batch_size 4 --max_steps 20 --group_size 8 --dtype float32 --seeds 0"

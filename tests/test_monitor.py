@@ -323,6 +323,7 @@ def test_compiled_blocks_keep_their_names():
     assert list(hf_daq.Monitor(model).layers) == names
 
 
+@pytest.mark.slow
 def test_compiling_in_a_window_leaves_the_hook_out():
     torch.compiler.reset()
     model = network()

@@ -247,7 +247,7 @@ def test_an_exported_program_has_the_quantized_layer():
 
 
 @pytest.mark.parametrize("shape", [(70, 61), (2, 9, 15, 17)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_compiled_kernels_give_the_codes_of_the_quantizer(kernels, shape, dtype):
     kernels(True)
     model, _ = tiny()

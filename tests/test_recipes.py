@@ -73,7 +73,7 @@ def test_first_line_of_a_config_launches_it(name):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if "w1a1" in name or "w4a4" in name else pytest.mark.slow)
+        pytest.param(name, marks=() if "w1a1" in name else pytest.mark.slow)
         for name in CONFIGS
         if name.startswith("cifar10_resnet20_w")
     ],
@@ -184,7 +184,7 @@ def top1_through_timm(folder: Path, split: datasets.Dataset) -> float:
         return 100 * (model(batch).argmax(1) == torch.tensor(split["label"])).float().mean().item()
 
 
-@pytest.mark.parametrize("pipeline", ["memory", "timm"])
+@pytest.mark.parametrize("pipeline", ["memory", pytest.param("timm", marks=pytest.mark.slow)])
 def test_the_saved_folder_says_how_it_was_evaluated(pipeline, classes, tmp_path):
     """Images that are not square, a model whose own settings crop 0.95; an eighth of the images is one point of 12.5."""
     args = ["--dataset", classes, "--model", "resnet10t", "--image_size", 32, "--pipeline", pipeline, "--batch_size", 8]
@@ -284,7 +284,8 @@ def test_a_stopped_run_continues_bit_for_bit(checkpoints, digits_uninterrupted, 
     assert_equal(outcome(tmp_path), digits_uninterrupted)
 
 
-@pytest.mark.parametrize("checkpoints", [4, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoints", [1, 4])
 def test_transforms_dropout_and_accumulation_continue_bit_for_bit(checkpoints, imagefolder, tmp_path, monkeypatch):
     """Randomness of timm's transforms, of dropout, of both optimizers; Adam moments; bf16; a half-done accumulation."""
     args = [

@@ -48,6 +48,7 @@ def test_sst2_configs_run(name, reviews, text_float, tmp_path):
     assert_card(tmp_path, "accuracy", results, "validation", reviews.name)
 
 
+@pytest.mark.slow
 def test_a_reconstructed_text_classifier_trains_and_continues(reviews, text_float, tmp_path, monkeypatch):
     args = [
         "--dataset",
@@ -190,6 +191,7 @@ def test_the_python_library_is_a_text():
     assert "class ZipFile" in "".join(texts.eval)
 
 
+@pytest.mark.slow
 def test_python_docs_run(tmp_path):
     results = run_language("--output_dir", tmp_path, "--max_steps", 3)
     assert results["float"] > results["quantized"] > 3
@@ -259,6 +261,7 @@ def test_a_text_run_ends_with_its_exports(reviews, text_float, tmp_path):
     assert (tmp_path / "model.onnx").exists()
 
 
+@pytest.mark.slow
 def test_a_language_run_ends_with_its_exports(play, language_float, tmp_path):
     args = ["--config", RECIPES / "configs" / "tinyshakespeare_llama_w3.yaml", "--dataset", play]
     args += ["--checkpoint", language_float, "--output_dir", tmp_path, "--max_steps", 3]

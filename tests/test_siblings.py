@@ -323,6 +323,7 @@ def test_checkpoints_do_not_mix(reentrant, early_stop):
                 torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 def test_compiled_models_give_the_same():
     model = network()
     x = torch.randn(4, 8)

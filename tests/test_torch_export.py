@@ -33,7 +33,8 @@ def test_a_timm_model_is_exported_with_a_dynamic_batch(name, strict, packed):
         assert torch.equal(program.module()(x), model(x))
 
 
-@pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [True, False])
 def test_a_transformers_model_is_exported(packed):
     model = hf_daq.apply_daq(tiny_bert(), weight_bits=2, activation_bits=8)
     with hf_daq.calibrate(model):
