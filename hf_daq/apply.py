@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from .config import DaqConfig
@@ -113,7 +114,7 @@ def pack(model: nn.Module, *, fast: bool | None = None) -> nn.Module:
         left as it was.
     """
     if fast is None or not packed_layers(model):
-        with uninterrupted():
+        with uninterrupted(), torch.inference_mode(False):
             pack_layers(model)
             tell_transformers(model)
     for layer in packed_layers(model).values():

@@ -74,7 +74,7 @@ def _averaging(norms: list[_BatchNorm]) -> Iterator[None]:
 
 def _reduce(means: list[Any], batches: int) -> None:
     """From means over the batches of this rank to means over those of all ranks."""
-    count = torch.tensor(float(batches), device=means[0].device)
+    count = torch.tensor(float(batches), device=means[0].device, dtype=torch.float32)
     all_reduce(count, dist.ReduceOp.SUM)
     for value in means:
         value.mul_(batches)

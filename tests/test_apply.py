@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import images, small_net, small_timm
 from torch import nn
 from torch.nn.utils import prune
@@ -195,6 +196,49 @@ def test_a_weight_that_is_read_without_calling_its_layer_stays_in_full_precision
     assert planned.unsupported["1.read"].reason == "Reader reads its weight directly"
     hf_daq.apply_daq(model, bits=2)
     assert "1 modules with weights stay in full precision" in caplog.text
+
+
+class ReadThroughNames(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.e = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.c = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+        self.d = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+        self.attention = nn.MultiheadAttention(4, 2)
+
+    def _through(self, layer, x):
+        return F.linear(x, layer.weight)
+
+    def forward(self, x):
+        alias = self.b
+        x = self.e(F.linear(self.d(x), alias.weight)).to(self.e.weight.dtype)
+        for number, layer in enumerate(self.c[2:]):
+            x = F.linear(x, layer.weight) + number
+        x = F.linear(x, self.d[0].weight) + self._through(self.a, x)
+        return F.linear(x, self.attention.in_proj_weight)
+
+
+def test_weights_that_are_read_through_other_names_stay_in_full_precision():
+    model = nn.Sequential(nn.Linear(4, 4), ReadThroughNames(), nn.Linear(12, 2))
+    planned = hf_daq.plan(model, weight_bits=2)
+    read = ["a", "b", "d.0", *(f"c.{number}" for number in range(4))]
+    read += [f"attention.{name}_proj" for name in "qkv"]
+    assert set(planned.unsupported) == {f"1.{name}" for name in read}
+    assert {"1.e", "1.d.2"} <= planned.quantized.keys()
+
+
+def test_encoders_of_torch_read_weights_on_a_path_that_is_switched_off():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+    assert not hf_daq.plan(encoder, bits=4).unsupported
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("call", [hf_daq.plan, hf_daq.apply_daq])
+def test_parts_in_torchscript_are_refused(call):
+    traced = torch.jit.trace(nn.Linear(4, 4), torch.ones(1, 4))
+    for model, what in ((nn.Sequential(nn.Linear(4, 4), traced), "part '1' of the model"), (traced, "the model")):
+        with pytest.raises(ModelError, match=f"{what} is TorchScript, which cannot be changed"):
+            call(model, bits=2)
 
 
 def test_applying_twice_and_wrapped_models_are_refused():

@@ -12,6 +12,7 @@ from models import images, quantized_timm, small_net, small_timm
 from processes import Program
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import hf_daq
 from hf_daq import DaqConfig
@@ -321,3 +322,59 @@ def test_a_config_without_resolved_layers_builds_the_architecture_without_weight
         timm.create_model(
             "hf_daq", pretrained=True, base="test_resnet", quantization_config=DaqConfig(bits=3).to_dict()
         )
+
+
+class Unusual(nn.Sequential):
+    def __init__(self, dtype=torch.complex64, state=None):
+        super().__init__(*(nn.Linear(8, 8) for _ in range(3)))
+        self.register_buffer(
+            "turns", torch.arange(4.0, dtype=dtype) if dtype == torch.float32 else torch.ones(4, dtype=dtype) * 1j
+        )
+        self.state = state
+
+    def get_extra_state(self):
+        return self.state
+
+    def set_extra_state(self, state):
+        assert torch.equal(state, self.state)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_complex_numbers_are_saved_and_opened(packed, tmp_path):
+    state = torch.arange(3).to(torch.uint16)
+    model = hf_daq.apply_daq(Unusual(state=state), weight_bits=4)
+    hf_daq.save_pretrained(model, tmp_path, packed=packed)
+    opened = hf_daq.from_pretrained(tmp_path, model=Unusual(state=state))
+    assert torch.equal(opened.turns, model.turns)
+    with pytest.raises(CheckpointError, match=r"turns has dtype C64, the model torch.float32"):
+        hf_daq.from_pretrained(tmp_path, model=Unusual(torch.float32, state))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"state": {"version": 3}},
+            "_extra_state of the state dict is a dict, and a safetensors file holds tensors alone",
+        ),
+        (
+            {"dtype": torch.complex128, "state": torch.ones(1)},
+            "turns has the dtype torch.complex128, which a safetensors file",
+        ),
+    ],
+)
+def test_what_a_file_cannot_hold_is_named_and_nothing_is_written(arguments, message, tmp_path):
+    model = hf_daq.apply_daq(Unusual(**arguments), weight_bits=4)
+    for packed in (False, True):
+        with pytest.raises(CheckpointError, match=message):
+            hf_daq.save_pretrained(model, tmp_path / "out", packed=packed)
+    assert not list(tmp_path.glob("out/*.safetensors"))
+
+
+def test_a_model_without_memory_is_refused(tmp_path):
+    hf_daq.save_pretrained(hf_daq.apply_daq(small_net(), weight_bits=4), tmp_path)
+    with torch.device("meta"):
+        empty = small_net()
+    with pytest.raises(CheckpointError, match="the model is on the meta device"):
+        hf_daq.from_pretrained(tmp_path, model=empty)
+    assert not hasattr(empty, "daq_config")

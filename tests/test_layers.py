@@ -9,6 +9,7 @@ import timm.layers
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -441,3 +442,31 @@ def test_layers_are_called_by_keyword_as_the_float_ones_are(tmp_path):
             assert torch.allclose(model(X), before, atol=1e-2)
         hf_daq.plots.input_histogram(model, X)
         torch.testing.assert_close(hf_daq.pack(model)(X), before, rtol=0, atol=1e-2)
+
+
+class Added(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.delta = nn.Parameter(torch.zeros(()))
+
+    def forward(self, weight):
+        return weight + self.delta
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["pruned", "parametrized"])
+def test_a_weight_that_is_computed_later_is_noticed(how):
+    x, model = torch.randn(4, 24), nn.Sequential(*(nn.Linear(24, 24) for _ in range(3))).eval()
+    hf_daq.apply_daq(model, weight_bits=4)
+    before = [model(x), model(x)][1]
+    added = Added()
+    if how == "pruned":
+        prune.l1_unstructured(model[1], "weight", 0.5)
+    else:
+        parametrize.register_parametrization(model[1], "weight", added)
+        assert torch.equal(model(x), before)
+        assert torch.equal(model(x), before)
+        added.delta.fill_(0.3)
+    found = model(x)
+    assert not torch.equal(found, before)
+    assert torch.equal(found, model.eval()(x))

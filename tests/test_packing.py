@@ -404,3 +404,20 @@ def test_what_was_frozen_stays_frozen():
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     hf_daq.unpack(hf_daq.pack(model))
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
+def test_codes_are_ordinary_tensors_wherever_a_model_is_packed(tmp_path):
+    model, x = quantized_timm(), images(2, 64)
+    hf_daq.save_pretrained(model, tmp_path, packed=True)
+    with torch.inference_mode():
+        hf_daq.pack(model)
+        opened = hf_daq.from_pretrained(tmp_path)
+    hf_daq.unpack(model).train()(x).sum().backward()
+    with torch.no_grad():
+        before = opened(x)
+    with pytest.raises(
+        ModelError, match=r"opened or packed inside torch.inference_mode\(\), whose tensors never train"
+    ):
+        hf_daq.unpack(opened)
+    with torch.no_grad():
+        assert torch.equal(opened(x), before)

@@ -144,3 +144,27 @@ def test_a_head_that_the_task_adds_is_packed_as_well():
     hf_daq.pack(hf_daq.apply_daq(model, weight_bits=4, first_last_bits=8))
     with pytest.raises(ModelError, match="'score' is packed, and modules_to_save"):
         peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS"))
+
+
+def test_adapters_of_a_parameter_learn_and_are_switched():
+    model, ids = hf_daq.apply_daq(tiny_llama(), weight_bits=8), tokens()
+
+    def config():
+        return peft.LoraConfig(r=2, target_modules=["v_proj"], target_parameters=["q_proj.weight"])
+
+    model = peft.get_peft_model(model, config())
+    model.add_adapter("other", config())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=2.0 if ".other." in name else 0.0)
+    model(input_ids=ids, labels=ids).loss.backward()
+    learning = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and "lora_B" in name}
+    assert any("q_proj" in name for name in learning)
+    assert all(gradient is not None for gradient in learning.values())
+    model.eval()
+    with torch.no_grad():
+        before = [model(input_ids=ids).logits for _ in range(2)][1]
+        model.set_adapter("other")
+        found = model(input_ids=ids).logits
+        assert not torch.equal(found, before)
+        assert torch.equal(found, model.eval()(input_ids=ids).logits)

@@ -715,6 +715,20 @@ def test_autocast_and_bf16():
     assert error(model, tiny_llama().bfloat16(), [text(1)]) < before
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_default_dtype_changes_no_sums(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        batches = [images(8).to(dtype)]
+        model, exact = (small_net().to(dtype) for _ in range(2))
+        calibrated(model, batches, DaqConfig(bits=3))
+        before = error(model, exact, batches)
+        hf_daq.reconstruct(model, batches)
+        assert error(model, exact, batches) < (before if dtype == torch.float64 else 2 * before)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_errors_say_what_to_do_and_change_nothing():
     x = images()
     with pytest.raises(

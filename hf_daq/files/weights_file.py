@@ -25,7 +25,21 @@ from ..nn.quantizers import is_shard
 from ..version import __version__
 from .atomic import replace_file
 from .facts import CardFacts
-from .header import BYTES, CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME, Header, weights_files
+from .header import CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME, Header, weights_files
+
+_DTYPES = {
+    **{
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "C64": torch.complex64,
+    },
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool},
+    **{f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)},
+}
+"""As safetensors names them."""
 
 
 def header_metadata(
@@ -124,7 +138,12 @@ def check_fits(model: nn.Module, header: Header, path: Path) -> None:
         dtype, shape = header.tensors[name]
         if shape != tuple(expected[name].shape):
             problems.append(f"{name} has shape {shape}, the model {tuple(expected[name].shape)}")
-        if dtype not in BYTES or dtype.startswith(("F", "BF")) != expected[name].is_floating_point():
+        tensor = expected[name]
+        found = _DTYPES.get(dtype)
+        if found is None or (found.is_floating_point, found.is_complex) != (
+            tensor.is_floating_point(),
+            tensor.is_complex(),
+        ):
             problems.append(f"{name} has dtype {dtype}, the model {expected[name].dtype}")
     shapes = _shapes(model)
     if shapes != header.shapes:
@@ -136,6 +155,8 @@ def check_fits(model: nn.Module, header: Header, path: Path) -> None:
 def load_weights(model: nn.Module, header: Header, path: Path) -> None:
     """Load a weights file into a quantized model, after all checks; on an error the model is left as it was."""
     check_fits(model, header, path)
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise CheckpointError(f"the model is on the meta device, which has no place for {path}; build it on a real one")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in header.tensors}
@@ -154,7 +175,16 @@ def check_quantizers(tensors: Mapping[str, Tensor], model: nn.Module, path: Any)
 
 
 def check_values(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Refuse to save shards, and quantizers that were never calibrated or whose values could not be loaded again."""
+    """Refuse to save shards, what is no tensor, and quantizers that were never calibrated or whose values could not be loaded
+    again."""
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{name} of the state dict is a {type(value).__name__}, and a safetensors file holds tensors alone; "
+                "keep it in a buffer, or in a file of your own"
+            )
+        if value.dtype not in _DTYPES.values():
+            raise CheckpointError(f"{name} has the dtype {value.dtype}, which a safetensors file does not have")
     if any(is_shard(tensor) for tensor in tensors.values()):
         raise CheckpointError(
             "the model is sharded; gather its tensors on every rank and save them on the main one: state_dict = "

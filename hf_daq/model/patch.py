@@ -25,7 +25,7 @@ from ..nn.tied import tie_layer, unpack_tied
 from ..nn.weight_norm import give_norms_back, hold_norms
 from .guards import ORDER, refuse_wrapped, watch
 from .plan import Plan, plan
-from .roles import computed_weights, kept_computed_weights, refuse_computed
+from .roles import computed_weights, kept_computed_weights, refuse_computed, refuse_scripted
 from .shares import too_little
 from .unchanged import check_unchanged, quantized_parts
 
@@ -237,6 +237,10 @@ def unpack_layers(model: nn.Module) -> None:
     if not layers or config is None:
         raise ModelError("unpack needs a packed model, from pack or from a packed checkpoint")
     _refuse_offloaded(model)
+    if any(tensor.is_inference() for tensor in model.state_dict().values()):
+        raise ModelError(
+            "the model was opened or packed inside torch.inference_mode(), whose tensors never train; open it outside of that"
+        )
     for name, layer in layers.items():
         if layer.standardizes:
             raise ModelError(
@@ -270,9 +274,8 @@ def check_float_model(model: nn.Module) -> None:
     name = type(model).__name__
     if any(base.__name__ in _WRAPPERS for base in type(model).__mro__):
         raise ModelError(f"the model is wrapped in {name}; the order is: {ORDER}")
+    refuse_scripted(model)
     refuse_wrapped(model)
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError("a TorchScript model cannot be changed; apply_daq before scripting")
     if daq_layers(model) or hasattr(model, "daq_config"):
         part = next((f".get_submodule({name!r})" for name in quantized_parts(model)), "")
         raise ModelError(f"the model is already quantized; hf_daq.remove_daq(model{part}) first to choose other bits")

@@ -24,6 +24,7 @@ from .roles import (
     kept_computed_weights,
     largest_weight,
     outer_layers,
+    refuse_scripted,
     refused_tables,
     saved_tensors,
     tied_layers,
@@ -147,6 +148,7 @@ def plan(model: nn.Module, config: DaqConfig | None = None, inputs: Any = None, 
         resolved layer is not in the model.
     """
     config = config_from(config, kwargs)
+    refuse_scripted(model)
     know_subclasses(model)
     modules = _layers_of(model)
     tied = tied_layers(model)

@@ -84,7 +84,7 @@ class DaqProjection(QuantizedLayer, Projection):
         return F.linear(x, weight, bias)
 
     def _sources(self) -> list[Any]:
-        return [self.attentions[0]._parameters[self.source[0]], *super()._sources()]
+        return [self.attentions[0]._parameters[self.source[0]], *super()._sources()[1:]]
 
 
 DaqProjection.float_class = Projection
@@ -278,7 +278,7 @@ _SWITCHES = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.Transform
 
 
 def has_switch(module: nn.Module) -> bool:
-    return type(module).forward is nn.TransformerEncoderLayer.forward
+    return any(type(module).forward is kind.forward for kind in _SWITCHES)
 
 
 def switch_fast_paths(model: nn.Module, on: bool, quantized: type[nn.Module] = nn.Module) -> None:

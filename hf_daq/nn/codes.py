@@ -218,7 +218,8 @@ class _Sample(NamedTuple):
         generator, (rows, columns, size) = torch.Generator().manual_seed(0), (3, 203, 72)
         codes = torch.randint(2**self.bits, (rows, columns), dtype=torch.uint8, generator=generator)
         count = {"tensor": 1, "channel": rows, "group": rows * -(-columns // size)}[self.granularity]
-        scale, x = torch.rand(count, generator=generator) + 0.1, torch.randn(15, columns, generator=generator)
+        scale = torch.rand(count, generator=generator, dtype=torch.float32) + 0.1
+        x = torch.randn(15, columns, generator=generator, dtype=torch.float32)
         group_size = size if self.granularity == "group" else None
         coded = Coded(pack_bits(codes, self.bits), scale, self.bits, self.grid, group_size, (rows, columns))
         return codes, coded, x.to(self.dtype), torch.ones(rows, dtype=self.dtype)

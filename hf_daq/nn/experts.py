@@ -179,9 +179,6 @@ class DaqExpertsLinear(QuantizedLayer, ExpertsLinear):  # type: ignore[misc]
         module, parameter = self.place
         module._parameters[parameter] = None
 
-    def _sources(self) -> list[Any]:
-        return [self.weight, *super()._sources()]
-
 
 class OneExpert:
     """The layer of one expert by itself, for what fits one layer after the other. Its tensors are parts of those of all experts,

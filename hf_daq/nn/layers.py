@@ -152,9 +152,11 @@ class QuantizedLayer(DaqLayer):
         return weight
 
     def _sources(self) -> list[Any]:
-        """The parameters that the quantized weight depends on, and `smooth`."""
+        """What the quantized weight depends on, the weight first. Pruning, and adapters that parametrize, compute it anew for
+        each forward, from what no list has."""
         parameters = [*self._parameters.items(), *self.w_quant._parameters.items(), ("smooth", self.smooth)]
-        return [value for name, value in parameters if value is not None and name not in ("bias", "shift")]
+        other = [value for name, value in parameters if value is not None and name not in ("weight", "bias", "shift")]
+        return [self.weight, *other]
 
     def _may_keep(self, sources: list[Any]) -> bool:
         """Whether nothing learns here, and changes of these parameters can be seen."""

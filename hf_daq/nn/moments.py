@@ -121,7 +121,7 @@ class Sample:
 
     def extremes(self) -> tuple[float, float]:
         """The smallest and the largest input, over all ranks."""
-        found = torch.full((2,), -math.inf, device=self.weight.device)
+        found = torch.full((2,), -math.inf, device=self.weight.device, dtype=torch.float32)
         for rows in (*self._parts[0], *self._parts[1]):
             low, high = rows.x.aminmax()
             found = torch.maximum(found, torch.stack([-low, high]))
@@ -164,7 +164,7 @@ class Sample:
 
     def _centered(self, part: list[_Rows]) -> Centered:
         size = self.columns + 1
-        quantized = torch.zeros(self.groups, size, size, device=self.weight.device)
+        quantized = torch.zeros(self.groups, size, size, device=self.weight.device, dtype=torch.float32)
         mixed, in_float = torch.zeros_like(quantized), quantized.new_zeros(self.groups, self.columns)
         for q, f, root, _ in part:
             _add_products(quantized, mixed, in_float, q, f, root)

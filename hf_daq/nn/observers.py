@@ -36,7 +36,7 @@ class Statistics:
 
     def __init__(self, device: torch.device) -> None:
         self.exponent = _SMALLEST_EXPONENT
-        self.extremes = torch.full((2,), -math.inf, device=device)  # -min, max
+        self.extremes = torch.full((2,), -math.inf, device=device, dtype=torch.float32)  # -min, max
         self.sums = torch.zeros(3, device=device, dtype=torch.float64)  # count, sum, sum of squares
         self.histogram = torch.zeros(_BINS, device=device, dtype=torch.float64)
 
@@ -124,7 +124,7 @@ class InputSample:
         self.width = layer.in_channels * math.prod(layer.kernel_size) if self.convolution else shape[1]
         self.limit = max(_SAMPLE_ROWS, _SAMPLE_VALUES // max(self.width, shape[0]))
         self.generator = torch.Generator().manual_seed(0)
-        self.keys = torch.empty(0)
+        self.keys = torch.empty(0, dtype=torch.float32)
         kernel = layer.kernel_size if self.convolution else ()
         columns = layer.in_channels if self.convolution else shape[1]
         self.rows = layer.weight.detach().new_empty(0, columns, *kernel)
@@ -142,7 +142,7 @@ class InputSample:
             x = padded(self.layer, x if x.ndim == self.rows.ndim else x[None])
         count = math.prod(grid(self.layer, x))
         self.seen += count
-        keys = torch.rand(count, generator=self.generator)
+        keys = torch.rand(count, generator=self.generator, dtype=torch.float32)
         chosen = keys.topk(self.limit, largest=False).indices if count > self.limit else torch.arange(count)
         if len(self.keys) == self.limit:
             self._replace(x, keys, chosen[keys[chosen] < self.keys.max()])

@@ -281,7 +281,7 @@ class WeightQuantizer(BoundedQuantizer):
         dims = tuple(range(0 if whole else 1, rows.ndim))
         count: Tensor | int = rows.numel() if whole else math.prod(rows.shape[1:])
         if self.padding:
-            sizes = torch.full((self.groups, 1), float(self.group_size), device=rows.device)
+            sizes = torch.full((self.groups, 1), float(self.group_size), device=rows.device, dtype=torch.float32)
             sizes[-1] -= self.padding
             count = sizes.repeat(rows.shape[0] // self.groups, 1)
         wide_dtype = torch.promote_types(rows.dtype, torch.float32)
@@ -396,7 +396,7 @@ class ActivationQuantizer(BoundedQuantizer):
         """`smooth` is there afterwards, or not, as in the state dict: like bounds it is found by calibration."""
         found = state_dict.get(f"{prefix}smooth")
         if found is not None and self.smooth is None:
-            self.smooth = torch.ones(found.shape, device=self.lower.device)
+            self.smooth = torch.ones(found.shape, device=self.lower.device, dtype=torch.float32)
         elif found is None and f"{prefix}upper" in state_dict:
             self.smooth = None
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)

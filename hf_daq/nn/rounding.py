@@ -115,7 +115,7 @@ def best_steps(weight: Tensor, moments: Centered, quantizer: WeightQuantizer) ->
     grid = Grid(quantizer.levels, quantizer.center)
     largest = grid.outermost(rows).clamp_min(1e-12)
     best, least = largest, torch.full_like(largest, torch.inf)
-    for shrink in torch.logspace(0, -1.5, _CANDIDATES).tolist():
+    for shrink in torch.logspace(0, -1.5, _CANDIDATES, dtype=torch.float32).tolist():
         step = largest * shrink
         value = grid.values(grid.codes(rows, step), step)
         error = value.sub_(rows).square_().mul_(weights).sum(1, keepdim=True)

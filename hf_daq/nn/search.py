@@ -60,10 +60,10 @@ def widest_bound(x: Tensor, largest: Tensor, grid: Grid, weights: Tensor | None)
     errors = _Errors(x, largest, grid, weights)
     likely = (largest / _lowest(grid)).log10().mul_((CANDIDATES - 1) / -_NARROWEST).ceil().clamp_(2, CANDIDATES - 1)
     stride = ((likely + _COARSE - 2) / (_COARSE - 1)).floor().nan_to_num(1)
-    errors.attempt(stride * torch.arange(_COARSE, device=x.device))
+    errors.attempt(stride * torch.arange(_COARSE, device=x.device, dtype=torch.float32))
     tried = _COARSE
     while bool((lowest := errors.best() == stride * (tried - 1)).any()):
-        errors.attempt(stride * torch.arange(tried, tried + _AT_ONCE, device=x.device), lowest)
+        errors.attempt(stride * torch.arange(tried, tried + _AT_ONCE, device=x.device, dtype=torch.float32), lowest)
         tried += _AT_ONCE
     best, widest_stride = errors.best(), int(stride.max())
     for away in range(1, widest_stride):
@@ -110,7 +110,7 @@ class _Errors:
         along, energy = (torch.cat(parts, 1) for parts in zip(*pairs, strict=True))
         found = (self.energy[part] - along.square_() / energy.clamp_min_(1e-30)).clamp_min_(0)
         if rows is not None:
-            here, found = found, torch.full(candidates.shape, torch.inf, device=x.device)
+            here, found = found, found.new_full(candidates.shape, torch.inf)
             found[part] = here
         self.tried.append(candidates)
         self.found.append(found)
@@ -139,8 +139,8 @@ def in_native(rows: Tensor, grid: Grid) -> bool:
     """Whether native.cpp searches for these rows."""
     if rows.numel() <= _SMALL or rows.dtype == torch.float64 or not in_memory(rows) or library() is None:
         return False
-    sample = torch.randn(8, 200, generator=torch.Generator().manual_seed(0))
-    offset, unit = torch.full((8, 1), 0.1), torch.full((8, 1), 0.9)
+    sample = torch.randn(8, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    offset, unit = sample.new_full((8, 1), 0.1), sample.new_full((8, 1), 0.9)
 
     def found() -> Tensor:
         return torch.cat(native_bounds(sample, offset, unit, grid, 1, 0, None), 1)

@@ -101,7 +101,9 @@ def link(layers: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) ->
     for name, entry in entries.items():
         if "smooth" in entry and name in layers:
             quantizer = layers[name].a_quant
-            quantizer.smooth = torch.ones(layers[name].weight_shape()[1], device=quantizer.lower.device)
+            quantizer.smooth = torch.ones(
+                layers[name].weight_shape()[1], device=quantizer.lower.device, dtype=torch.float32
+            )
         if "same_input_as" in entry and name in layers:
             share_input(layers[name], layers[entry["same_input_as"]])
 

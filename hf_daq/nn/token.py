@@ -43,7 +43,7 @@ class TokenQuantizer(Quantizer):
     @property
     def span(self) -> Tensor:
         """1, shape (): outputs are in units of the input."""
-        return torch.ones(())
+        return torch.ones((), dtype=torch.float32)
 
     def finish(self, loaded: bool = False) -> None:
         """Nothing: there are no values."""

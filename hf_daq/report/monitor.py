@@ -141,7 +141,7 @@ class CodeWindow:
         self.codes = self.own_codes()
         self.direction = torch.zeros_like(self.codes, dtype=torch.int8)  # of the last change
         self.oscillated = torch.zeros_like(self.codes, dtype=torch.bool)
-        self.flips = torch.zeros((), device=self.codes.device)
+        self.flips = torch.zeros((), device=self.codes.device, dtype=torch.float32)
         self.inputs = 0
         self.clipped: list[tuple[Tensor, int]] = []
         self.hook: RemovableHandle | None = None
