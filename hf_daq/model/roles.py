@@ -151,7 +151,7 @@ def _first_convolutions(layers: dict[str, nn.Module], kinds: tuple[Any, ...] = (
 
 def bypassed_layers(model: nn.Module) -> dict[str, str]:
     """Names of layers whose weight a module around them reads without calling the layer, with the reason."""
-    found = {}
+    found: dict[str, str] = {}
     for name, module in model.named_modules():
         for path, key in _read_directly(module):
             for child, layer in _at(module, path):

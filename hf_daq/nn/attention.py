@@ -273,7 +273,10 @@ def _attentions(model: nn.Module) -> Iterable[Any]:
 
 # ------------------------------------------------------------------------------------------------- fast paths of encoders
 
-_SWITCHES = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
+_SWITCHES: dict[Any, str] = {
+    nn.TransformerEncoderLayer: "activation_relu_or_gelu",
+    nn.TransformerEncoder: "use_nested_tensor",
+}
 """The attribute that, set to 0, lets a module of torch compute with its layers and not with their weights."""
 
 
