@@ -145,7 +145,7 @@ def _check(name: str, found: Statistics) -> None:
     if found.count == 0:
         raise CalibrationError(
             f"calibration never reached layer {name!r}; run the model inside `with hf_daq.calibrate(model):` on inputs "
-            f"that use it, or keep it in full precision: DaqConfig(..., modules_to_not_convert=[{name!r}])"
+            f"that use it, and call the layer, not its `.forward`; or keep it in full precision: DaqConfig(..., modules_to_not_convert=[{name!r}])"
         )
     if not math.isfinite(found.squares):
         raise CalibrationError(
