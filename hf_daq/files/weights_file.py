@@ -28,14 +28,14 @@ from .facts import CardFacts
 from .header import CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME, Header, weights_files
 
 _DTYPES = {
-    **{
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "C64": torch.complex64,
-    },
-    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool},
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "BOOL": torch.bool,
     **{f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)},
     **{f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)},
 }
@@ -138,13 +138,9 @@ def check_fits(model: nn.Module, header: Header, path: Path) -> None:
         dtype, shape = header.tensors[name]
         if shape != tuple(expected[name].shape):
             problems.append(f"{name} has shape {shape}, the model {tuple(expected[name].shape)}")
-        tensor = expected[name]
-        found = _DTYPES.get(dtype)
-        if found is None or (found.is_floating_point, found.is_complex) != (
-            tensor.is_floating_point(),
-            tensor.is_complex(),
-        ):
-            problems.append(f"{name} has dtype {dtype}, the model {expected[name].dtype}")
+        found, own = _DTYPES.get(dtype), expected[name].dtype
+        if found is None or (found.is_floating_point, found.is_complex) != (own.is_floating_point, own.is_complex):
+            problems.append(f"{name} has dtype {dtype}, the model {own}")
     shapes = _shapes(model)
     if shapes != header.shapes:
         problems.append("the shapes of packed weights in its metadata are not those of the model")

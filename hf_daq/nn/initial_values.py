@@ -145,7 +145,8 @@ def _check(name: str, found: Statistics) -> None:
     if found.count == 0:
         raise CalibrationError(
             f"calibration never reached layer {name!r}; run the model inside `with hf_daq.calibrate(model):` on inputs "
-            f"that use it, and call the layer, not its `.forward`; or keep it in full precision: DaqConfig(..., modules_to_not_convert=[{name!r}])"
+            "that use it, and call the layer, not its `.forward`; or keep it in full precision: "
+            f"DaqConfig(..., modules_to_not_convert=[{name!r}])"
         )
     if not math.isfinite(found.squares):
         raise CalibrationError(
