@@ -246,8 +246,9 @@ def test_an_exported_program_has_the_quantized_layer():
     assert torch.equal(program.module()(x), plain(model, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(70, 61), (2, 9, 15, 17)])
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_kernels_give_the_codes_of_the_quantizer(kernels, shape, dtype):
     kernels(True)
     model, _ = tiny()

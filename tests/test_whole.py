@@ -185,7 +185,8 @@ def test_inputs_of_other_sizes_are_refused_as_by_the_float_layer():
         model(torch.randn(2, 4, 2, 6))
 
 
-@pytest.mark.parametrize("last", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("last", [False, True])
 def test_graphs_have_the_layer_as_one_operator(last, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
     convolutions = nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1, 1, 8), nn.Conv2d(8, 12, 1)
