@@ -188,7 +188,7 @@ def test_sizes_and_parity(kinds, parquet, float_folder, reviews, text_float, pla
         assert {"onnxruntime: top-1", "openvino: top-1"} <= row.keys()
         assert ("compressed-tensors" in row) == (row["model"] != str(float_folder))
         # Weights alone have 4 bits in either.
-        assert row["onnx int4"] < row["onnx int8"] or row["model"] == str(language_float)
+        assert (row["onnx int4"] < row["onnx int8"]) == (row["model"] != str(language_float))
         assert ("GGUF" in row) == (row["model"] == str(language_float))
     assert json.loads((tmp_path / "table.json").read_text())["sizes"] == tables["sizes"]
     assert capsys.readouterr().out.count(models[0].partition("=")[0]) == 1
