@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,8 @@ from .nn.layers import evaluating
 from .nn.memory import memory_reused
 from .nn.observers import all_reduce
 
+logger = logging.getLogger("hf_daq")
+
 
 @memory_reused()
 @torch.no_grad()
@@ -29,7 +32,8 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Module
     Useful after training, as the statistics of a network whose codes still moved are not those of its last codes, and after
     `calibrate` alone. Not after `reconstruct`, whose outputs are fitted to those of the float network, with the statistics
     of that. Every batch counts alike, so they should be as large as in training. All other modules are in evaluation
-    mode. Under `torch.distributed` the statistics are the means of all batches of all ranks.
+    mode. What no batch reaches, as heads that run in training alone, keeps its statistics, which is logged. Under
+    `torch.distributed` the statistics are the means of all batches of all ranks.
 
     Args:
         model: any model, quantized or not.
@@ -39,44 +43,53 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Module
         ModelError: no batches, or no batch normalization with running statistics. If anything raises, the statistics stay
         as they were.
     """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats
+    }
     if not norms:
         raise ModelError(f"{type(model).__name__} has no batch normalization with running statistics")
     found = all_batches(model, batches, "reestimate_batch_norm")
     with evaluating(model), _averaging(norms):
         for batch in found:
             run(model, batch)
-        _reduce([value for norm in norms for value in (norm.running_mean, norm.running_var)], len(found))
     return model
 
 
 @contextmanager
-def _averaging(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Inside, statistics are means over all batches; if anything raises, they are what they were."""
-    before = [(norm.momentum, {name: value.clone() for name, value in norm.named_buffers()}) for norm in norms]
-    kept = {"num_batches_tracked"}
+def _averaging(norms: dict[str, _BatchNorm]) -> Iterator[None]:
+    """Inside, statistics are means over all batches; of those that no batch reaches, and of all if anything raises, they are what
+    they were."""
+    before = {
+        name: (norm.momentum, {key: value.clone() for key, value in norm.named_buffers()})
+        for name, norm in norms.items()
+    }
+    reached: set[str] = set()
     try:
-        for norm in norms:
+        for norm in norms.values():
             norm.reset_running_stats()
             norm.momentum = None
             norm.train()
         yield
-    except BaseException:
-        kept |= {"running_mean", "running_var"}
-        raise
+        reached = {name for name, norm in norms.items() if _reduce(norm) > 0}
+        if left := [name for name in norms if name not in reached]:
+            logger.warning("batch normalization that no batch reached keeps its statistics: %s", ", ".join(left))
     finally:
-        for norm, (momentum, values) in zip(norms, before, strict=True):
-            norm.momentum = momentum
-            for name, value in norm.named_buffers():
-                if name in kept:
-                    value.copy_(values[name])
+        for name, (momentum, values) in before.items():
+            norms[name].momentum = momentum
+            for key, value in norms[name].named_buffers():
+                if name not in reached or key == "num_batches_tracked":
+                    value.copy_(values[key])
 
 
-def _reduce(means: list[Any], batches: int) -> None:
-    """From means over the batches of this rank to means over those of all ranks."""
-    count = torch.tensor(float(batches), device=means[0].device, dtype=torch.float32)
+def _reduce(norm: Any) -> float:
+    """From means over the batches of this rank to means over those of all ranks, whose count is returned."""
+    own = norm.num_batches_tracked.float()
+    count = own.clone()
     all_reduce(count, dist.ReduceOp.SUM)
-    for value in means:
-        value.mul_(batches)
+    for value in (norm.running_mean, norm.running_var):
+        value.mul_(own)
         all_reduce(value, dist.ReduceOp.SUM)
-        value.div_(count)
+        value.div_(count.clamp_min(1))
+    return float(count)

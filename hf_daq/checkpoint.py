@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,12 +38,14 @@ from .integrations.timm import describe, described_model, is_timm_model
 from .model.batch import tensors_in
 from .model.patch import patch
 from .model.roles import is_transformers_model
-from .model.unchanged import check_opens, check_unchanged, refusal_of_parts
+from .model.unchanged import check_unchanged, difference, refusal_of_parts
 from .nn.layers import evaluating
 from .nn.packed import daq_layers, packed_layers
 from .nn.paths import bit_for_bit
 from .nn.settle import settled
 from .nn.swap import change_class
+
+logger = logging.getLogger("hf_daq")
 
 
 def save_pretrained(
@@ -167,12 +170,20 @@ def _write(
     check_values(tensors, model)
     tensors = settled(model, state_dict)
     config: Any = model.daq_config
+    description = {"architecture": type(model).__name__, "quantization_config": config.to_dict()}
     if is_timm_model(model):
-        description = describe(model, config)
-        check_opens(tensors, lambda: described_model(description))
-    else:
-        description = {"architecture": type(model).__name__, "quantization_config": config.to_dict()}
-    write_checkpoint(directory, tensors, model, description, (card or CardFacts()).with_versions())
+        of_timm = describe(model, config)
+        problem = difference(tensors, lambda: described_model(of_timm))
+        if problem:
+            logger.warning(
+                "timm would build another model than this one (%s), so the file is that of a class of your own: open it with "
+                "hf_daq.from_pretrained(directory, model=model), for a float model that was changed in the same way",
+                problem,
+            )
+        else:
+            description = of_timm
+    with temporary_folder(directory) as temporary:
+        write_checkpoint(temporary, tensors, model, description, (card or CardFacts()).with_versions())
 
 
 def from_pretrained(
@@ -264,7 +275,7 @@ def _copied(state: dict[str, Any]) -> dict[str, Any]:
 def _opened(model: nn.Module, directory: Path) -> nn.Module:
     """What is saved in a folder, as others will open it, on the device of the model."""
     device = next(model.parameters()).device
-    if is_transformers_model(model) or is_timm_model(model):
+    if is_transformers_model(model) or describes_timm_model(read_description(directory)):
         return from_pretrained(directory).to(device)
     opened = copy.deepcopy(model)
     with torch.no_grad():

@@ -6,8 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .errors import CalibrationError, ModelError
-from .model.batch import all_batches, resized, run
+from .model.batch import all_batches, resized, run, without_caches
 from .model.guards import ORDER, refuse_wrapped
 from .model.recording import Recorder
 from .model.roles import tied_layers
 from .model.walk import Chunk, Rows, Walk
-from .nn.base import check_calibrated, refuse_adapted_weights
+from .nn.base import check_calibrated, refuse_adapted_weights, weight_problem
 from .nn.bounds import fit_input_bounds
 from .nn.experts import DaqExpertsLinear, OneExpert
 from .nn.fitting import fit_layer, whole_or_not
@@ -72,11 +71,11 @@ def reconstruct(
         progress: show a bar with the time that is left; None: if the standard error is a terminal.
 
     Raises:
-        ModelError: not quantized, packed, wrapped or sharded; no batches. CalibrationError: not calibrated, or inputs of a
-        layer are not finite. Before the first layer is written the model is left as it was.
+        ModelError: not quantized, packed, wrapped or sharded; no batches. CalibrationError: not calibrated, or inputs or a weight
+        of a layer are not finite. Before the first layer is written the model is left as it was.
     """
     layers = _checked(model, "reconstruct")
-    with evaluating(model), _without_caches(model):
+    with evaluating(model), without_caches(model):
         _Sweep(model, layers, resized(all_batches(model, batches, "reconstruct"))).run(max_minutes, progress)
     return model
 
@@ -90,24 +89,11 @@ def _checked(model: nn.Module, what: str) -> dict[str, QuantizedLayer]:
     if any(is_shard(layer.first_parameter) for layer in layers.values()):
         raise ModelError(f"{what} needs whole weights, and the model is sharded; the order is: {ORDER}")
     check_calibrated(layers, what)
+    for name, layer in layers.items():
+        if problem := weight_problem(layer.float_weight()):
+            raise CalibrationError(f"the weight of layer {name!r} has {problem}")
     refuse_adapted_weights(model, "reconstructed")
     return layers
-
-
-@contextmanager
-def _without_caches(model: nn.Module) -> Iterator[None]:
-    """Decoders keep no keys and values inside: every batch would keep its own until the end."""
-    configs = {
-        id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
-    }
-    kept = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
-    try:
-        for config in kept:
-            config.use_cache = False
-        yield
-    finally:
-        for config in kept:
-            config.use_cache = True
 
 
 class _Sweep:

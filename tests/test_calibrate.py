@@ -453,3 +453,18 @@ def test_what_is_frozen_stays_frozen():
     with hf_daq.calibrate(model):
         model(images(seed=5))
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
+def test_arguments_that_have_no_copy(tmp_path):
+    class Logged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+
+        def forward(self, x, log):
+            return self.net(x)
+
+    model = hf_daq.apply_daq(Logged(), bits=4)
+    with (tmp_path / "log").open("w") as file, hf_daq.calibrate(model):
+        model(torch.randn(32, 8), log=file)
+    assert model.net[2].calibrated

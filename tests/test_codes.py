@@ -292,3 +292,13 @@ def test_streams_that_others_wrote_are_read(bits):
     assert torch.equal(
         Coded(stream, torch.ones(1), bits, "odd", None, (168, 1)).codes().flatten(), unpack_bits(stream, bits, 168)
     )
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_few_rows_of_conv1d_are_exact_where_bits_count(rows):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Conv1D(192, 64), nn.Linear(192, 8)).eval(), torch.randn(rows, 64)
+    hf_daq.apply_daq(model, weight_bits=4, first_last_bits=4)
+    packed = hf_daq.pack(copy.deepcopy(model))
+    with bit_for_bit():
+        assert torch.equal(packed(x), model(x))

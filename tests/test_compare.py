@@ -163,3 +163,18 @@ def test_a_model_without_a_tensor_is_refused():
 
     with pytest.raises(hf_daq.DaqError, match=r"no tensor of real numbers"):
         hf_daq.compare(Words(), Words(), [torch.zeros(1, 2)])
+
+
+def test_labels_that_are_no_classes_are_refused():
+    model = small_timm()
+    count = model(images(4)).shape[1]
+    for label, words in ((count, f"label {count} is none of the {count} classes"), (-1, "label -1 is none")):
+        with pytest.raises(hf_daq.DaqError, match=words):
+            hf_daq.compare(model, copy.deepcopy(model), [images(4)], labels=torch.full((4,), label))
+    with pytest.raises(hf_daq.DaqError, match="numbers of classes are wanted"):
+        hf_daq.compare(model, copy.deepcopy(model), [images(4)], labels=torch.zeros(4))
+    figures = [
+        hf_daq.compare(model, copy.deepcopy(model), [images(4)], labels=labels).accuracy
+        for labels in ([0, 1, 0, 1], torch.tensor([0, 1, 0, 1], dtype=torch.uint8))
+    ]
+    assert figures[0] == figures[1] is not None

@@ -143,6 +143,15 @@ def test_small_network(weight_bits, activation_bits, granularity, grid, tmp_path
     assert all(share < 1e-3 for share in report.layers.values())
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_layers_of_matrices_one_after_the_other(bits, tmp_path):
+    """ONNX Runtime rounds a bias that it takes into a product of matrices, where the output is quantized."""
+    torch.manual_seed(0)
+    first = [nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32)]
+    model, x = nn.Sequential(*first, nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)), torch.randn(64, 8)
+    check(quantized(model, x, bits=bits, weight_granularity="tensor"), tmp_path / "a.onnx", x, max_error=1e-5)
+
+
 @pytest.mark.parametrize(
     ("weight_bits", "activation_bits", "group_size", "grid"),
     [

@@ -104,3 +104,33 @@ def test_a_timm_model_with_another_head_does_not_either(packed, tmp_path):
         "resnet10t", pretrained_cfg_overlay={"file": str(tmp_path / "float.safetensors")}, **arguments
     )
     assert torch.equal(opened.conv1[0].weight, float_model.conv1[0].weight)
+
+
+@pytest.mark.parametrize("loader", [*LOADERS, "accelerate, device_map"])
+@pytest.mark.parametrize("divided", [True, False])
+def test_inputs_are_divided_as_in_the_file(divided, loader, tmp_path):
+    """Loaders leave out what the model has no name for, and keep what the file does not have."""
+
+    def calibrated(outlier):
+        model = hf_daq.apply_daq(net(), bits=8, first_last_bits=8)
+        x = torch.where(torch.arange(8) == 1, 40.0, 1.0) * X if outlier else X
+        with hf_daq.calibrate(model, check=False):
+            model(x)
+        assert (model[0].smooth is not None) == outlier
+        return model
+
+    model, other = calibrated(divided), calibrated(not divided)
+    hf_daq.save_pretrained(model, tmp_path)
+    if loader in LOADERS:
+        LOADERS[loader](other, tmp_path)
+    else:
+        accelerate.load_checkpoint_and_dispatch(other, str(tmp_path), device_map={"": "cpu"})
+    assert torch.equal(other(X), model(X))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_model_of_other_bits_does_not_take_them(loader, tmp_path):
+    hf_daq.save_pretrained(quantized(), tmp_path)
+    model = hf_daq.apply_daq(net(), bits=4)
+    with pytest.raises(CheckpointError, match="'2' with 2-bit weights and 2 inputs, the model with 4 and 4"):
+        LOADERS[loader](model, tmp_path)

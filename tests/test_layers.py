@@ -470,3 +470,24 @@ def test_a_weight_that_is_computed_later_is_noticed(how):
     found = model(x)
     assert not torch.equal(found, before)
     assert torch.equal(found, model.eval()(x))
+
+
+def test_an_interrupted_restart_changes_nothing(monkeypatch):
+    from hf_daq.model import patch
+
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(5)]).eval()
+    hf_daq.apply_daq(model, weight_bits=4)
+    for layer in model:
+        layer.weight.data.mul_(3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    start = patch.start_from_weight
+
+    def interrupted(quantizer, *args):
+        start(quantizer, *args)
+        if quantizer is model[2].w_quant:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(patch, "start_from_weight", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        hf_daq.restart(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -178,6 +178,59 @@ def test_classes_of_the_data_are_numbered_as_the_model_does(root, tmp_path, capl
     assert class_names(net(3)) is None
 
 
+@pytest.mark.parametrize("first", [1, 1.0, 0.0])
+def test_classes_that_are_numbers_keep_their_order(first, root):
+    """pandas writes numbers of a column with gaps as floats."""
+    labels = {str(number): number for number in range(12)}
+    bert = tiny_bert(num_labels=12, id2label={number: name for name, number in labels.items()}, label2id=labels)
+    numbers = [first + number % 12 for number in range(24)]
+    rows = datasets.Dataset.from_dict({"text": [f"film {number}" for number in range(24)], "label": numbers})
+    (found,) = read_examples(bert, rows, (24,), processor=root / "bert")
+    assert found.labels.tolist() == [int(text.split()[1]) % 12 for text in found.shown]
+
+
+@pytest.mark.parametrize("missing", [-1, None])
+def test_rows_without_a_class_have_no_accuracy(missing, root, caplog):
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    rows = datasets.Dataset.from_dict({"text": sentences(4), "label": [0, 1, missing, 1]}, features=features)
+    assert read_examples(tiny_bert(), rows, (4,), processor=root / "bert")[0].labels is None
+    assert "1 of 4 rows have no class" in caplog.text
+
+
+def test_folders_of_classes_may_be_nested_or_links(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    for folder in ("cat/front", "cat/back", "dog"):
+        (elsewhere / folder).mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(elsewhere / folder / "0.png")
+    (tmp_path / "linked").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "linked" / name).symlink_to(elsewhere / name)
+    (elsewhere / "dog" / "again").symlink_to(elsewhere / "dog")
+    (tmp_path / "split" / "train").mkdir(parents=True)
+    (tmp_path / "split" / "train" / "all").symlink_to(elsewhere)
+    for folder, classes in ((elsewhere, {"cat": 0, "dog": 1}), (tmp_path / "linked", {"cat": 0, "dog": 1})):
+        (found,) = read_examples(net(2), folder, (3,))
+        assert len(found) == 3
+        assert found.labels.tolist() == [classes[file.relative_to(folder).parts[0]] for file in found.shown]
+    assert read_examples(net(1), tmp_path / "split", (3,))[0].labels.tolist() == [0, 0, 0]
+
+
+def test_images_may_be_bytes(root):
+    file = next((root / "digits").rglob("*.png"))
+    cells = [
+        file.read_bytes(),
+        {"bytes": file.read_bytes(), "path": None},
+        {"bytes": None, "path": str(file)},
+        str(file),
+    ]
+    batches = []
+    for cell in cells:
+        batches += read_examples(net(3), datasets.Dataset.from_dict({"image": [cell, cell]}), (2,))[0].batches
+    assert all(torch.equal(batch, batches[0]) for batch in batches)
+
+
 def test_labels_of_a_table_beside_the_images(tmp_path):
     for number in range(4):
         Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(tmp_path / f"{number}.png")
@@ -260,6 +313,17 @@ def test_data_that_does_not_fit_says_what_to_do(root, tmp_path):
     (tmp_path / "latin.txt").write_bytes("caf\u00e9\n".encode("latin1") * 2)
     with pytest.raises(DataError, match=r"latin.txt is no text in UTF-8 .* iconv"):
         read_examples(bert, tmp_path / "latin.txt", (2,), processor=root / "bert")
+
+
+def test_data_that_is_empty_or_streamed_says_so(root, tmp_path):
+    (tmp_path / "empty.json").touch()
+    with pytest.raises(DataError, match=r"empty\.json is empty"):
+        read_examples(tiny_bert(), tmp_path / "empty.json", (2,), processor=root / "bert")
+    stream = datasets.Dataset.from_dict({"text": ["a"] * 4}).to_iterable_dataset()
+    with pytest.raises(DataError, match="read as a stream, and has no length: take some rows"):
+        read_examples(tiny_bert(), stream, (2,), processor=root / "bert")
+    with pytest.raises(DataError, match="has None where an image is wanted: drop such rows"):
+        read_examples(net(3), datasets.Dataset.from_dict({"image": [None, None]}), (2,))
 
 
 def test_marks_of_editors_are_no_text(root, tmp_path):

@@ -805,3 +805,36 @@ def test_embeddings_stay_and_what_follows_is_fitted_to_the_float_network():
         hf_daq.reconstruct(model, [inputs])
         assert (model(**inputs).logits - wanted).square().sum() < before
     assert torch.equal(model.bert.embeddings.word_embeddings.weight, table)
+
+
+def test_a_weight_that_is_not_finite_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    x = torch.randn(64, 8)
+    hf_daq.apply_daq(model, bits=4)
+    with hf_daq.calibrate(model, check=False):
+        model(x)
+    model[2].weight.data[0, 0] = torch.nan
+    with pytest.raises(CalibrationError, match="the weight of layer '2' has NaN or infinite values"):
+        hf_daq.reconstruct(model, [x])
+
+
+def test_statistics_that_no_batch_reaches_stay(caplog):
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.extra = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            y = self.net(x)
+            return self.extra(y) if self.training else y
+
+    torch.manual_seed(0)
+    model, x = Auxiliary().train(), torch.randn(8, 3, 8, 8)
+    model(x)
+    kept, moved = model.extra.running_mean.clone(), model.net[1].running_mean.clone()
+    hf_daq.reestimate_batch_norm(model.eval(), [x, 2 * x])
+    assert torch.equal(model.extra.running_mean, kept)
+    assert not torch.equal(model.net[1].running_mean, moved)
+    assert "that no batch reached keeps its statistics: extra" in caplog.text
+    means = [model.net[0](part).mean((0, 2, 3)) for part in (x, 2 * x)]
+    assert torch.allclose(model.net[1].running_mean, sum(means) / 2, atol=1e-6)

@@ -274,3 +274,23 @@ def test_blocks_are_fused_before_they_are_quantized():
     plain = timm.create_model("test_resnet")
     hf_daq.apply_daq(plain, weight_bits=4, first_last_bits=8)
     assert quantized_layers(timm.utils.reparameterize_model(plain)).keys() == quantized_layers(plain).keys()
+
+
+def test_a_model_that_timm_would_build_otherwise_is_saved_as_ones_own(tmp_path, caplog):
+    """As `reparameterize_model` makes it, or `freeze`, whose BatchNorms are other ones."""
+
+    def fused():
+        torch.manual_seed(0)
+        return timm.utils.reparameterize_model(timm.create_model("repvgg_a0", num_classes=3).eval())
+
+    model, x = fused(), torch.randn(2, 3, 64, 64)
+    hf_daq.apply_daq(model, weight_bits=4)
+    for packed in (False, True):
+        hf_daq.save_pretrained(model, tmp_path, packed=packed, probe=x)
+        assert "timm would build another model than this one (" in caplog.text
+        opened = hf_daq.from_pretrained(tmp_path, model=fused())
+        assert torch.allclose(opened(x), model(x), atol=1e-6)
+        with pytest.raises(
+            CheckpointError, match=r"holds a ByobNet, which .* hf_daq.from_pretrained\(path, model=model\)"
+        ):
+            hf_daq.from_pretrained(tmp_path)

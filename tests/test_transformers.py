@@ -7,6 +7,7 @@ import json
 import pickle
 
 import pytest
+import timm
 import torch
 import transformers
 from models import images, small_timm
@@ -438,6 +439,29 @@ def test_what_an_earlier_save_wrote_is_not_loaded_later(tmp_path):
         hf_daq.save_pretrained(model, tmp_path, max_shard_size=size)
         assert torch.equal(logits(AutoModelForSequenceClassification.from_pretrained(tmp_path)), logits(model))
     assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+
+
+def test_a_variant_of_other_bits_is_not_written_beside(tmp_path):
+    """Both have one config.json."""
+    first, second = calibrated(tiny_bert()), calibrated(tiny_bert(), DaqConfig(bits=8))
+    hf_daq.save_pretrained(first, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match=r"model\.safetensors would stay beside .* save to another folder"):
+        hf_daq.save_pretrained(second, tmp_path, variant="other")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    hf_daq.save_pretrained(first, tmp_path, variant="same", max_shard_size="20KB")
+    for variant in (None, "same"):
+        opened = AutoModelForSequenceClassification.from_pretrained(tmp_path, variant=variant)
+        assert torch.equal(logits(opened), logits(first))
+
+
+def test_a_model_of_timm_replaces_shards(tmp_path):
+    hf_daq.save_pretrained(calibrated(tiny_bert()), tmp_path, max_shard_size="20KB")
+    model = hf_daq.apply_daq(timm.create_model("test_resnet").eval(), weight_bits=4)
+    hf_daq.save_pretrained(model, tmp_path)
+    assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(hf_daq.from_pretrained(tmp_path)(images), model(images))
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])

@@ -217,3 +217,22 @@ def test_features_of_student_and_teacher_are_compared():
     assert features == []
     assert not student[-1]._forward_pre_hooks
     assert len(quantized_layers(student)) == 1
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("change", [hf_daq.pack, hf_daq.remove_daq])
+@pytest.mark.parametrize("kind", ["scheduler", "monitor"])
+def test_a_model_that_does_not_train_any_more_is_refused(kind, change, steps):
+    model = network()
+    optimizer = optimizer_of(model)
+    watch = (
+        hf_daq.TransitionScheduler(model, optimizer, 9, every=4)
+        if kind == "scheduler"
+        else hf_daq.Monitor(model, every=4)
+    )
+    for _ in range(steps):
+        watch.step()
+    change(model)
+    with pytest.raises(ModelError, match="codes do not change any more"):
+        for _ in range(4):
+            watch.step()

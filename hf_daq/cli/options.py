@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import typer
+from safetensors import SafetensorError
 from typer.core import TyperGroup
 
 from ..config import DaqConfig, Granularity
@@ -25,7 +26,7 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except BrokenPipeError:
             raise
-        except (DaqError, OSError, UnicodeError) as error:
+        except (DaqError, OSError, UnicodeError, SafetensorError) as error:  # the last where a disk is full
             show_error(error, bool(ctx.meta.get("debug")))
             raise typer.Exit(1) from None
         except KeyboardInterrupt:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import DaqError, ExportError
-from ..model.batch import Inputs, are_images
+from ..model.batch import Inputs, are_images, without_caches
 from ..model.unchanged import check_unchanged
 from ..nn.base import check_calibrated, refuse_adapted_weights
 from ..nn.integers import exceeds_16_bits
@@ -221,16 +221,8 @@ def _check_int8_inputs(layers: Mapping[str, Any], int8_inputs: bool, runtime: st
 @contextmanager
 def _inference(model: Any) -> Iterator[None]:
     """Inside, the model computes as in evaluation, without gradients and without a cache of keys and values."""
-    config: Any = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
-    try:
-        if use_cache:
-            config.use_cache = False
-        with evaluating(model), torch.no_grad():
-            yield
-    finally:
-        if use_cache:
-            config.use_cache = use_cache
+    with without_caches(model), evaluating(model), torch.no_grad():
+        yield
 
 
 def _exported(
@@ -336,6 +328,7 @@ def _rewrite(proto: Any, batch: Inputs, weights: str, int8_outputs: bool, runtim
             refuse_others(graph)
         passes.add_offsets(graph)
         passes.separate_bias(graph)
+        passes.subtract_bias(graph)
     if weights == "int4":
         storage.store_int4(graph)
     if runtime == "onnxruntime":

@@ -360,6 +360,23 @@ def separate_bias(graph: Graph) -> None:
     graph.rewrite(change)
 
 
+def subtract_bias(graph: Graph) -> None:
+    """The bias behind a product of two matrices as a difference: ONNX Runtime would take a sum into the product, and round the bias
+    to an integer where the output is quantized."""
+    dims = {info.name: len(info.type.tensor_type.shape.dim) for info in graph.graph.value_info}
+    for product in graph.nodes("MatMul"):
+        output = product.output[0]
+        after = graph.only_consumer(output)
+        if not graph.producer(product.input[1], "DequantizeLinear") or dims.get(output, 2) != 2:
+            continue
+        if after is not None and after.op_type == "Add":
+            (bias,) = (name for name in after.input if name != output)
+            if (values := graph.constant(bias)) is not None:
+                after.op_type = "Sub"
+                after.input[:] = [output, graph.add(f"{bias}.negative", -values)]
+    graph.index()
+
+
 def integer_bias(graph: Graph) -> None:
     """The bias of convolutions whose output is quantized as int32, in units of input scale times weight scale: what
     runtimes need to compute the convolution in integers."""

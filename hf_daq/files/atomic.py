@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,13 @@ def temporary_folder(directory: Path) -> Iterator[Path]:
         if not existed and not any(directory.iterdir()):
             directory.rmdir()
         raise
-    if any(map(_WEIGHTS.fullmatch, written)):  # shards of a larger model, or what shards replace
-        for path in list(directory.iterdir()):
-            if path.name not in written and _WEIGHTS.fullmatch(path.name):
-                path.unlink()
+    for path in outdated(directory, written):
+        path.unlink()
+
+
+def outdated(directory: Path, written: Iterable[str]) -> list[Path]:
+    """Weights files in `directory` that those with these names replace: shards of a larger model, or what shards replace."""
+    names = set(written)
+    if not any(map(_WEIGHTS.fullmatch, names)):
+        return []
+    return [path for path in directory.iterdir() if path.name not in names and _WEIGHTS.fullmatch(path.name)]

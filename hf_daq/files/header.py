@@ -9,6 +9,7 @@ weight, codes and scales from an embedding; and `"card"`, the facts of the model
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 from collections.abc import Mapping
@@ -21,12 +22,13 @@ from safetensors import SafetensorError, safe_open
 
 from ..config import QUANT_METHOD, DaqConfig
 from ..errors import CheckpointError, ConfigError
-from .atomic import replace_file
+from .atomic import outdated, replace_file
 from .facts import CardFacts
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 METADATA_KEY = "hf_daq"
+_VARIANT = re.compile(r"model(?:\.(.+?))?(?:-\d+-of-\d+)?\.safetensors")  # transformers' names
 ARCHITECTURE = "hf_daq"  # of timm's factory
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8, "BOOL": 1}
 BYTES |= {f"{kind}{8 * size}": size for kind in "IU" for size in (1, 2, 4, 8)}
@@ -165,8 +167,29 @@ def joined(headers: list[Header]) -> Header:
 
 
 def weights_files(directory: Path) -> list[Path]:
-    """The weights file of a folder, or its shards."""
-    return sorted(directory.glob("model*.safetensors"))
+    """The weights file of a folder, or its shards; those of variants where there are no others."""
+    files = sorted(path for path in directory.glob("model*.safetensors") if _VARIANT.fullmatch(path.name))
+    return [path for path in files if _VARIANT.fullmatch(path.name)[1] is None] or files  # type: ignore[index]
+
+
+def check_beside(directory: Path, written: Path) -> None:
+    """Refuse to move files from the folder `written` to where a weights file stays, of another variant, that is not quantized alike:
+    both have one config.json."""
+    names = [path.name for path in written.iterdir()]
+    config = next(read_header(written / name).config for name in sorted(names) if _VARIANT.fullmatch(name))
+    replaced = {path.name for path in outdated(directory, names)} | set(names)
+    for path in sorted(directory.glob("model*.safetensors")):
+        if path.name in replaced or not _VARIANT.fullmatch(path.name):
+            continue
+        try:
+            alike = read_header(path).config == config
+        except CheckpointError:
+            alike = False
+        if not alike:
+            raise CheckpointError(
+                f"{path} would stay beside the saved model, and is in float or quantized in another way, while {CONFIG_NAME} "
+                "serves both: save to another folder, or remove that file"
+            )
 
 
 def write_facts(path: Path, facts: CardFacts) -> None:

@@ -92,14 +92,13 @@ def write_checkpoint(
     description: dict[str, Any],
     facts: CardFacts | None = None,
 ) -> None:
-    """Write both files, each to a temporary file that is then renamed: an interrupted save leaves the old files.
+    """Write both files to a folder that is there.
 
     Args:
         tensors: the state dict of `model`, or one gathered from its shards.
         description: content of config.json, without the version.
         facts: for the model card.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(description | {"hf_daq_version": __version__}, indent=2) + "\n"
     write_weights(directory / WEIGHTS_NAME, tensors, model, facts)
     replace_file(directory / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))

@@ -5,7 +5,9 @@ Images go through timm's transform or the image processor of transformers, sente
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +27,8 @@ logger = logging.getLogger("hf_daq")
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 _IMAGE_COLUMNS, _TEXT_COLUMNS, _LABEL_COLUMNS = ("image", "img"), ("text", "sentence"), ("label", "labels", "class")
+_SPLITS = "train", "training", "val", "valid", "validation", "test"
+"""Names of folders around those of the classes."""
 _BATCH = {"images": 32, "sentences": 32, "text": 4}
 _SENTENCE, _BLOCK = 128, 512  # tokens
 
@@ -198,16 +202,23 @@ def _room(model: Any) -> int:
 
 
 def _image(image: Any, mode: str) -> Any:
-    """A file, or an image, in the mode "RGB" or "L"."""
+    """A file, what is in one, or an image, in the mode "RGB" or "L"."""
     from PIL import Image
 
+    if isinstance(image, dict):  # as datasets writes it to Parquet
+        image = image.get("bytes") or image.get("path")
+    if not isinstance(image, str | Path | bytes | Image.Image):
+        raise DataError(
+            f"the data has {image!r} where an image is wanted: drop such rows, or name another column, column=..."
+        )
+    named = f"{len(image)} bytes of the data are" if isinstance(image, bytes) else f"{image} is"
     try:
-        if not isinstance(image, str | Path):
+        if isinstance(image, Image.Image):
             return _converted(image, mode)
-        with Image.open(image) as opened:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
             return _converted(opened, mode)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{image} is no image that can be read: {error}") from None
+        raise DataError(f"{named} no image that can be read: {error}") from None
 
 
 def _converted(image: Any, mode: str) -> Any:
@@ -235,13 +246,18 @@ def _rows(data: Any, subset: str | None, split: str | None) -> Any:
     """A table: names of its columns, and the columns by name."""
     if not isinstance(data, str | Path):
         if hasattr(data, "column_names") and hasattr(data, "features"):
+            if not hasattr(data, "__len__"):
+                raise DataError(
+                    "the data set is read as a stream, and has no length: take some rows of it, datasets.Dataset.from_list(list("
+                    "data.take(1000)))"
+                )
             return data
         raise DataError(
             f"data is a {type(data).__name__}; a path, the name of a data set, or a datasets.Dataset is wanted"
         )
     path = Path(data)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _IMAGES and file.is_file())
+        files = _images(path)
         if files:
             classes = _classes(path, files)
             return _Table({"image": files} | ({} if classes is None else {"label": classes}))
@@ -249,6 +265,20 @@ def _rows(data: Any, subset: str | None, split: str | None) -> Any:
         lines = _text(path).splitlines()
         return _Table(text=[line for line in lines if line.strip()])
     return _opened_by_datasets(path, str(data), subset, split)
+
+
+def _images(folder: Path) -> list[Path]:
+    """All images below a folder, behind links too, each folder once."""
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()  # a link that leads back
+            continue
+        seen.add(real)
+        files = (Path(place) / name for name in names)
+        found += [file for file in files if file.suffix.lower() in _IMAGES and file.is_file()]
+    return sorted(found)
 
 
 def _text(path: Path) -> str:
@@ -270,7 +300,9 @@ def _classes(folder: Path, files: list[Path]) -> list[str] | None:
         if missing:
             raise DataError(f"{table} has no line for {len(missing)} of {len(names)} images, such as {missing[0]}")
         return [known[name] for name in names]
-    return [file.parent.name for file in files] if all(file.parent != folder for file in files) else None
+    folders = [file.relative_to(folder).parts[:-1] for file in files]
+    inside = [parts[1:] if parts and parts[0].lower() in _SPLITS else parts for parts in folders]
+    return [parts[0] for parts in inside] if all(inside) else None
 
 
 def _opened_by_datasets(path: Path, name: str, subset: str | None, split: str | None) -> Any:
@@ -285,6 +317,8 @@ def _opened_by_datasets(path: Path, name: str, subset: str | None, split: str | 
         if path.is_file():
             return datasets.load_dataset(builder, data_files=str(path), split="train", **_csv_options(path))
         found = datasets.load_dataset(name, subset)
+    except StopIteration:
+        raise DataError(f"{name} is empty") from None
     except (FileNotFoundError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
         why = str(error.__cause__ or error).partition("\n")[0]
         raise DataError(
@@ -337,8 +371,12 @@ def _labels(model: Any, rows: Any) -> list[int] | None:
     feature = getattr(rows, "features", {}).get(name)
     given = list(rows[name])
     names = getattr(feature, "names", None)
+    if missing := sum(map(_is_missing, given)):
+        logger.warning("%d of %d rows have no class: accuracy is not measured", missing, len(given))
+        return None
     if names is not None:
         given = [names[index] for index in given]
+    given = [int(value) if isinstance(value, float) and value.is_integer() else value for value in given]
     numbers = _numbered(given, _class_names(model), names, classes)
     if numbers is None:
         logger.warning(
@@ -354,8 +392,18 @@ def _numbered(given: list[Any], known: dict[str, int], names: list[str] | None, 
         return [known[str(value)] for value in given]
     if all(str(value).isdecimal() and int(value) < classes for value in given):
         return [int(value) for value in given]
-    order = {name: index for index, name in enumerate(names or sorted(set(map(str, given))))}
+    order = {str(name): index for index, name in enumerate(names or _in_order(set(given)))}
     return [order[str(value)] for value in given] if len(order) == classes else None
+
+
+def _is_missing(value: Any) -> bool:
+    """Of columns with gaps, and of -1, as test splits without classes have."""
+    return value is None or value == "" or value != value or (isinstance(value, int | float) and value < 0)
+
+
+def _in_order(values: set[Any]) -> list[Any]:
+    """Numbers by size, else by their texts, as torchvision numbers folders."""
+    return sorted(values, key=None if all(isinstance(value, int | float) for value in values) else str)
 
 
 def _class_count(model: Any) -> int | None:

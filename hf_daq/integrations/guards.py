@@ -155,15 +155,48 @@ def guard_hub_loading() -> None:
 
 
 def _quantized_models_alone(load: Callable[..., Any]) -> Callable[..., Any]:
-    """A loader of a model and the path of a file, of an index or of a folder."""
+    """A loader of a model and the path of a file, of an index or of a folder. It leaves out what the model does not have, and what
+    the file does not have stays."""
 
     def load_what_fits(model: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
         whole = Path(path)
         folder = whole if whole.is_dir() else whole.parent if whole.suffix == ".json" else None
-        _refuse_float_model(model, [whole] if folder is None else sorted(folder.glob("*.safetensors")), _OPEN)
+        files = [whole] if folder is None else sorted(folder.glob("*.safetensors"))
+        _refuse_float_model(model, files, _OPEN)
+        _prepare(model, files)
         return load(model, path, *args, **kwargs)
 
     return load_what_fits
+
+
+def _prepare(model: Any, files: Iterable[Any]) -> None:
+    """Refuse files for other bits than the model's, and let its quantizers divide inputs where those of the files do."""
+    from safetensors import safe_open
+
+    from ..errors import CheckpointError
+    from ..files.header import METADATA_KEY, parse_header
+    from ..nn.quantizers import ActivationQuantizer
+
+    modules: dict[str, Any] = dict(model.named_modules())
+    shapes: dict[str, Any] = {}
+    for file in (file for file in files if str(file).endswith(".safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            names = [name for name in opened.keys() if ".a_quant." in name]  # noqa: SIM118
+            shapes |= {name: opened.get_slice(name).get_shape() for name in names}
+        layers = parse_header(file, metadata, {}).config.layers if METADATA_KEY in metadata else None
+        for name, entry in (layers or {}).items():
+            bits = entry["weight_bits"], entry["activation_bits"]
+            layer = modules.get(name)
+            if layer is not None and hasattr(layer, "daq_name") and bits != (layer.weight_bits, layer.input_bits):
+                raise CheckpointError(
+                    f"{file} has {name!r} with {bits[0]}-bit weights and {bits[1] or 'float'} inputs, the model with "
+                    f"{layer.weight_bits} and {layer.input_bits or 'float'}: apply_daq(model, ...) as it was quantized, or "
+                    "hf_daq.from_pretrained"
+                )
+    for name, module in modules.items():
+        if isinstance(module, ActivationQuantizer) and f"{name}.upper" in shapes:
+            module.divide_by(shapes.get(f"{name}.smooth"))
 
 
 def guard_diffusers() -> None:

@@ -36,6 +36,7 @@ from ..files.header import (
     CONFIG_NAME,
     METADATA_KEY,
     check_agreement,
+    check_beside,
     parse_header,
     read_description,
     starred,
@@ -230,6 +231,7 @@ def save_checkpoint(model: Any, directory: Path, facts: CardFacts | None, **kwar
     _check(model, state_dict)
     with temporary_folder(directory) as temporary:
         _write(model, temporary, facts, exact, **kwargs)
+        check_beside(directory, temporary)
 
 
 def _save_pretrained(self: Any, save_directory: Any, *args: Any, card: CardFacts | None = None, **kwargs: Any) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -40,11 +41,47 @@ def run(model: nn.Module, batch: Any) -> None:
         model(*(batch if isinstance(batch, tuple) else (batch,)))
 
 
-def copied(values: Any) -> Any:
-    """The same tensors, and copies of all else: the pass writes to a key-value cache."""
-    items = values.items() if isinstance(values, dict) else enumerate(values)
-    copies = {key: value if isinstance(value, Tensor) else copy.deepcopy(value) for key, value in items}
-    return copies if isinstance(values, dict) else tuple(copies.values())
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def copied(values: Any, tensor: Callable[[Tensor], Tensor] = _same) -> Any:
+    """A copy of arguments to which a model may write, as it does to key-value caches; what has no copy, as a file, is itself in it.
+
+    Args:
+        tensor: what takes the place of each tensor.
+    """
+
+    def copied_leaf(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return tensor(value)
+        try:
+            return copy.deepcopy(value)
+        except (TypeError, RuntimeError):  # of pickle, or of a tensor with a graph
+            return value
+
+    return pytree.tree_map(copied_leaf, values, is_leaf=is_cache)
+
+
+def is_cache(value: Any) -> bool:
+    """Whether it is a key-value cache of transformers."""
+    return hasattr(value, "get_seq_length")
+
+
+@contextmanager
+def without_caches(model: nn.Module) -> Iterator[None]:
+    """Inside, decoders keep no keys and values."""
+    configs = {
+        id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
+    }
+    kept = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
+    try:
+        for config in kept:
+            config.use_cache = False
+        yield
+    finally:
+        for config in kept:
+            config.use_cache = True
 
 
 def on_device_of(model: nn.Module, batch: Any) -> Any:

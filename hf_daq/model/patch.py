@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -125,9 +126,16 @@ def restart_weights(model: nn.Module) -> None:
             raise ModelError("restart needs whole weights, and the model is sharded: restart before it is prepared")
         if not layer.calibrated:
             raise CalibrationError(f"layer {name!r} is not calibrated: `with hf_daq.calibrate(model): model(batch)`")
-    for layer in layers.values():
-        if layer.owner is None:
-            start_layer(layer, model.daq_config)  # type: ignore[arg-type]
+    quantizers = [layer.w_quant for layer in layers.values() if layer.owner is None]
+    states = [copy.deepcopy(quantizer.state_dict()) for quantizer in quantizers]
+    try:
+        for layer in layers.values():
+            if layer.owner is None:
+                start_layer(layer, model.daq_config)  # type: ignore[arg-type]
+    except BaseException:
+        for quantizer, before in zip(quantizers, states, strict=True):
+            quantizer.load_state_dict(before)
+        raise
 
 
 def start_layer(layer: QuantizedLayer, config: DaqConfig) -> None:

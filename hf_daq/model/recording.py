@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import threading
 from typing import Any
@@ -14,7 +13,7 @@ from torch.utils import _pytree as pytree
 from ..errors import ModelError
 from ..nn.base import INSIDE
 from ..nn.layers import quantized_layers
-from .batch import Call, Calls, examples_in
+from .batch import Call, Calls, copied, examples_in, is_cache
 
 
 class _Around(threading.local):
@@ -65,7 +64,7 @@ class Recorder:
             around = self._around
             if keep and not around.open and examples_in((*args, *kwargs.values())) > 0 and not _continues(args, kwargs):
                 self._last.pop(module, None)
-                self._last[module] = Call(_copied(args), _copied(kwargs), module)
+                self._last[module] = Call(copied(args, _detached), copied(kwargs, _detached), module)
             around.open.append(around.mask)
             if position is not None:
                 found = args[position] if 0 <= position < len(args) else kwargs.get("attention_mask")
@@ -106,14 +105,10 @@ def _mask_position(module: nn.Module) -> int | None:
 
 def _continues(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the call has a key-value cache with tokens in it, which are too many to copy at every step."""
-    values = pytree.tree_leaves((args, kwargs), is_leaf=lambda value: hasattr(value, "get_seq_length"))
-    return any(hasattr(value, "get_seq_length") and value.get_seq_length() > 0 for value in values)
+    values = pytree.tree_leaves((args, kwargs), is_leaf=is_cache)
+    return any(is_cache(value) and value.get_seq_length() > 0 for value in values)
 
 
-def _copied(value: Any) -> Any:
-    """A copy that the model cannot change, as it does with key-value caches, and no loader writes over."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if type(value) is dict:
-        return {key: _copied(item) for key, item in value.items()}
-    return type(value)(_copied(item) for item in value) if type(value) in (list, tuple) else copy.deepcopy(value)
+def _detached(tensor: Tensor) -> Tensor:
+    """A copy that no loader writes over."""
+    return tensor.detach().clone()

@@ -111,28 +111,33 @@ def check_opens(tensors: Mapping[str, Tensor], build: Callable[[], nn.Module]) -
     Raises:
         ModelError: a name or a shape differs.
     """
+    if problem := difference(tensors, build):
+        raise ModelError(
+            f"the model has changed since it was built, and its file would not open as the same model: {problem}. Change a "
+            f"model by its own methods (reset_classifier, resize_token_embeddings) and config, then {_AGAIN}"
+        )
+
+
+def difference(tensors: Mapping[str, Tensor], build: Callable[[], nn.Module]) -> str:
+    """How tensors differ from those of the model that their description builds; empty where they do not. Arguments as of
+    `check_opens`."""
     with torch.device("meta"):
         try:
             expected = build().state_dict()
         except ConfigError as error:
-            raise ModelError(f"the model has changed, and its file would not open: {error}; {_AGAIN}") from None
+            return str(error)
         except Exception:  # a class that its description alone does not build: there is nothing to compare with
-            return
+            return ""
     missing, more = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     shapes = [name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape]
     if missing:
-        problem = f"lacks {missing[0]!r}"
-    elif more:
-        problem = f"has {more[0]!r}, which a model built as it was does not have"
-    elif shapes:
+        return f"it lacks {missing[0]!r}"
+    if more:
+        return f"it has {more[0]!r}, which a model built as it was does not have"
+    if shapes:
         name = min(shapes)
-        problem = f"has {name!r} of shape {tuple(tensors[name].shape)} for {tuple(expected[name].shape)}"
-    else:
-        return
-    raise ModelError(
-        f"the model has changed since it was built, and its file would not open as the same model: it {problem}. Change a "
-        f"model by its own methods (reset_classifier, resize_token_embeddings) and config, then {_AGAIN}"
-    )
+        return f"it has {name!r} of shape {tuple(tensors[name].shape)} for {tuple(expected[name].shape)}"
+    return ""
 
 
 def _chosen(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,8 +39,14 @@ class ComputedWeight(Tensor):
 
     @classmethod
     def _viewed(cls, result: Any, weights: list[Any]) -> Any:
-        is_view = type(result) is Tensor and any(_same_memory(result, weight) for weight in weights)
-        return result.as_subclass(cls) if is_view else result
+        owners = [weight for weight in weights if type(result) is Tensor and _same_memory(result, weight)]
+        if not owners:
+            return result
+        view = result.as_subclass(cls)
+        view._is_hf_initialized = getattr(
+            owners[0], "_is_hf_initialized", False
+        )  # transformers initializes what is not
+        return view
 
 
 def _tensors(value: Any) -> Any:

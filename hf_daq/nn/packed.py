@@ -99,7 +99,9 @@ class PackedLayer(DaqLayer):
 
     def quantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """What the layer computes with, as the quantized layer it was; in `weight_dtype` if no other is given."""
-        return self.coded().weight(dtype or self.weight_dtype)
+        weight = self.coded().weight(dtype or self.weight_dtype)
+        # In the layout of the parameter: GPT-2's differs, and with it the last bits of products of few rows.
+        return self.stored(self.stored(weight).contiguous())
 
     def weight_quantizer(self) -> WeightQuantizer:
         """One that gives `weight` the codes of this layer, and weights near it those that training gives them. What it costs

@@ -395,11 +395,16 @@ class ActivationQuantizer(BoundedQuantizer):
     ) -> None:
         """`smooth` is there afterwards, or not, as in the state dict: like bounds it is found by calibration."""
         found = state_dict.get(f"{prefix}smooth")
-        if found is not None and self.smooth is None:
-            self.smooth = torch.ones(found.shape, device=self.lower.device, dtype=torch.float32)
-        elif found is None and f"{prefix}upper" in state_dict:
-            self.smooth = None
+        if found is not None or f"{prefix}upper" in state_dict:
+            self.divide_by(None if found is None else found.shape)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+
+    def divide_by(self, shape: Sequence[int] | None) -> None:
+        """Make room for factors of this shape, or for none; those that are there stay."""
+        if shape is None:
+            self.smooth = None
+        elif self.smooth is None:
+            self.smooth = torch.ones(tuple(shape), device=self.lower.device, dtype=torch.float32)
 
     def finish(self, loaded: bool = False) -> None:
         super().finish(loaded)

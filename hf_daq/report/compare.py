@@ -126,6 +126,7 @@ def compare(
     if isinstance(batches, Tensor | Mapping) or not kept:
         raise ModelError("compare needs a list of batches: hf_daq.compare(model, reference, [batch])")
     examples = sum(map(examples_in, kept))
+    labels = None if labels is None else torch.as_tensor(labels)
     if labels is not None and labels.shape != (examples,):
         raise ModelError(f"labels have the shape {tuple(labels.shape)}, and there are {examples} examples")
     sums = _Sums()
@@ -137,6 +138,20 @@ def compare(
                 of_batch = labels[sums.examples : sums.examples + examples_in(batch)]
             sums.add(model, *run(inputs), inputs, of_batch, examples_in(batch))
     return sums.comparison(alone=reference is model)
+
+
+def _classes(labels: Any, count: int) -> Tensor:
+    """Whole numbers, each a class or `_IGNORED`."""
+    given = torch.as_tensor(labels)
+    if given.is_floating_point() or given.is_complex():
+        raise ModelError(f"labels are {given.dtype}; numbers of classes are wanted, integers")
+    numbers = given.long()
+    wrong = numbers[(numbers != _IGNORED) & ((numbers < 0) | (numbers >= count))]
+    if len(wrong):
+        raise ModelError(
+            f"label {int(wrong[0])} is none of the {count} classes of the model; write {_IGNORED} where there is none to count"
+        )
+    return numbers
 
 
 @contextmanager
@@ -224,7 +239,7 @@ class _Sums:
         if y.ndim == 4:  # classes are channels
             y, reference = y.movedim(1, -1), reference.movedim(1, -1)
         if labels is not None:
-            labels = labels.to(y.device)
+            labels = _classes(labels, y.shape[-1]).to(y.device)
             y, reference, labels, mask = self._shifted(y, reference, inputs, labels, mask)
         counts = torch.ones(y.shape[:-1], dtype=torch.bool, device=y.device)
         if y.ndim == 3 and isinstance(mask, Tensor) and mask.shape == counts.shape:

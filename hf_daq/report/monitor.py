@@ -135,6 +135,7 @@ class CodeWindow:
     """What is known of one layer while a window is open. Of a sharded layer each rank keeps a part of the codes."""
 
     def __init__(self, layer: QuantizedLayer) -> None:
+        _check_trains(layer)
         self.layer = layer
         self.weights = math.prod(layer.weight_shape())
         self.mesh = getattr(layer.first_parameter, "device_mesh", None)
@@ -147,6 +148,7 @@ class CodeWindow:
         self.hook: RemovableHandle | None = None
 
     def own_codes(self) -> Tensor:
+        _check_trains(self.layer)
         with _gathered(self.layer):
             codes = self.layer.codes()
         if self.mesh is None:
@@ -238,8 +240,17 @@ def _plain(name: str) -> str:
     return ".".join(parts[1:] if parts[0] == "module" else parts)
 
 
+def _check_trains(layer: Any) -> None:
+    if not isinstance(layer, QuantizedLayer):
+        raise ModelError(
+            f"a layer is a {type(layer).__name__} now, packed or float, so its codes do not change any more: make a new Monitor or "
+            "TransitionScheduler for a model that trains"
+        )
+
+
 def check_monitored(layers: Mapping[str, QuantizedLayer]) -> None:
     for name, layer in layers.items():
+        _check_trains(layer)
         if layer.first_parameter.ndim < 2:  # FSDP1 and ZeRO-3 leave vectors
             raise ModelError(
                 f"Monitor can gather what FSDP2 shards, and {name!r} is sharded in another way: shard with FSDP2 "
