@@ -484,3 +484,14 @@ def test_compressed_tensors_hold_values_of_embeddings(tied, tmp_path):
     assert report.embeddings == 1
     assert "1 embeddings: their quantized values, in full precision" in str(report)
     assert report.relative_error < 1e-3
+
+
+def test_a_packed_table_whose_class_writes_to_a_part_of_it(tmp_path):
+    """Funnel's `_init_weights` does, when it is opened."""
+    config = tf.FunnelConfig(vocab_size=50, d_model=16, n_head=2, block_sizes=[1, 1], pad_token_id=0)
+    model = tf.FunnelModel(config).eval()
+    hf_daq.apply_daq(model, weight_bits=3, embedding_bits=4)
+    ids = torch.randint(2, 50, (2, 6))
+    hf_daq.save_pretrained(model, tmp_path, packed=True)
+    opened = tf.FunnelModel.from_pretrained(tmp_path)
+    assert torch.allclose(opened(ids).last_hidden_state, model(ids).last_hidden_state, atol=1e-5)

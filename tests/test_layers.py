@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import signal
 
 import pytest
 import timm.layers
@@ -15,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_daq
 import hf_daq.plots
-from hf_daq.errors import ModelError
+from hf_daq.errors import CalibrationError, ModelError
+from hf_daq.model import patch
 from hf_daq.nn.kept import Fingerprint
 from hf_daq.nn.layers import QuantizedLayer, quantized_layers
 from hf_daq.nn.quantizers import WeightQuantizer
@@ -472,22 +474,25 @@ def test_a_weight_that_is_computed_later_is_noticed(how):
     assert torch.equal(found, model.eval()(x))
 
 
-def test_an_interrupted_restart_changes_nothing(monkeypatch):
-    from hf_daq.model import patch
-
+def test_ctrl_c_waits_for_the_end_of_restart(monkeypatch):
     model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(5)]).eval()
     hf_daq.apply_daq(model, weight_bits=4)
     for layer in model:
         layer.weight.data.mul_(3)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    whole = copy.deepcopy(model)
+    hf_daq.restart(whole)
     start = patch.start_from_weight
 
     def interrupted(quantizer, *args):
         start(quantizer, *args)
         if quantizer is model[2].w_quant:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(patch, "start_from_weight", interrupted)
     with pytest.raises(KeyboardInterrupt):
         hf_daq.restart(model)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    wanted = whole.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
+    model[2].weight.data[0, 0] = torch.nan
+    with pytest.raises(CalibrationError, match="the weight of layer '2' has NaN"):
+        hf_daq.restart(model)

@@ -9,6 +9,7 @@ import timm
 import tiny
 import torch
 import torch.nn.functional as F
+import transformers
 from models import images, small_net, small_timm
 from text_models import tiny_bert, tiny_llama, tokens
 from torch import nn
@@ -17,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 import hf_daq
 from hf_daq import DaqConfig
 from hf_daq.errors import CalibrationError, ModelError
-from hf_daq.model.batch import resized, run
+from hf_daq.model.batch import resized, run, without_caches
 from hf_daq.nn.bounds import fit_input_bounds
 from hf_daq.nn.fitting import fit_layer
 from hf_daq.nn.init import Grid
@@ -838,3 +839,13 @@ def test_statistics_that_no_batch_reaches_stay(caplog):
     assert "that no batch reached keeps its statistics: extra" in caplog.text
     means = [model.net[0](part).mean((0, 2, 3)) for part in (x, 2 * x)]
     assert torch.allclose(model.net[1].running_mean, sum(means) / 2, atol=1e-6)
+
+
+def test_decoders_of_encoder_decoders_keep_no_caches():
+    """They have a config of their own."""
+    config = transformers.T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=2)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    ids = torch.randint(2, 50, (2, 6))
+    with without_caches(model):
+        assert model(input_ids=ids, decoder_input_ids=ids).past_key_values is None
+    assert model(input_ids=ids, decoder_input_ids=ids).past_key_values is not None

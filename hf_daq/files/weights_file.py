@@ -22,6 +22,7 @@ from ..nn.layers import quantized_layers
 from ..nn.leaf import ONLOAD
 from ..nn.packed import daq_layers, packed_layers
 from ..nn.quantizers import is_shard
+from ..nn.swap import uninterrupted
 from ..version import __version__
 from .atomic import replace_file
 from .facts import CardFacts
@@ -158,7 +159,8 @@ def load_weights(model: nn.Module, header: Header, path: Path) -> None:
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     check_quantizers(tensors, model, path)
-    model.load_state_dict(tensors)
+    with uninterrupted():
+        model.load_state_dict(tensors)
 
 
 def check_quantizers(tensors: Mapping[str, Tensor], model: nn.Module, path: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from ..config import DaqConfig, pattern_matches
 from ..errors import CalibrationError, ModelError
 from ..nn.attention import allocate, join, release, split, switch_fast_paths
-from ..nn.base import DaqLayer, check_calibrated, check_finite
+from ..nn.base import DaqLayer, check_calibrated, check_finite, weight_problem
 from ..nn.experts import join_experts, split_experts
 from ..nn.init import start_from_weight
 from ..nn.layers import LAYER_TYPES, QuantizedLayer, quantize_layer, quantized_layers, restore_layer
@@ -21,7 +20,7 @@ from ..nn.leaf import ONLOAD
 from ..nn.packed import daq_layers, pack_layer, packed_layers, unpack_layer
 from ..nn.quantizers import is_shard
 from ..nn.siblings import groups_left, link, regroup
-from ..nn.swap import hides_forward
+from ..nn.swap import hides_forward, uninterrupted
 from ..nn.tied import tie_layer, unpack_tied
 from ..nn.weight_norm import give_norms_back, hold_norms
 from .guards import ORDER, refuse_wrapped, watch
@@ -126,16 +125,12 @@ def restart_weights(model: nn.Module) -> None:
             raise ModelError("restart needs whole weights, and the model is sharded: restart before it is prepared")
         if not layer.calibrated:
             raise CalibrationError(f"layer {name!r} is not calibrated: `with hf_daq.calibrate(model): model(batch)`")
-    quantizers = [layer.w_quant for layer in layers.values() if layer.owner is None]
-    states = [copy.deepcopy(quantizer.state_dict()) for quantizer in quantizers]
-    try:
+        if problem := weight_problem(layer.float_weight()):
+            raise CalibrationError(f"the weight of layer {name!r} has {problem}")
+    with uninterrupted():
         for layer in layers.values():
             if layer.owner is None:
                 start_layer(layer, model.daq_config)  # type: ignore[arg-type]
-    except BaseException:
-        for quantizer, before in zip(quantizers, states, strict=True):
-            quantizer.load_state_dict(before)
-        raise
 
 
 def start_layer(layer: QuantizedLayer, config: DaqConfig) -> None:

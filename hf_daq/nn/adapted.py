@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .functional import refuse_second_derivative
+
 # Elements that are computed at once on the CPU, where memory that comes and goes in large pieces is not all used again.
 _TILE = 2**20
 
@@ -25,6 +27,7 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        refuse_second_derivative(grad)
         factors, found = ctx.saved_tensors, []
         flat = grad.flatten(1)
         for scaling, a, b in zip(ctx.scalings, factors[::2], factors[1::2], strict=True):

@@ -30,6 +30,7 @@ class _Quantize(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_second_derivative(grad_output)
         x, stack, *_ = _unpacked(ctx)
         ctx.unpacked = None
         constants, rounding, soft, _ = ctx.options
@@ -52,10 +53,20 @@ class _QuantizeRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_second_derivative(grad_output)
         x, scale = _unpacked(ctx)
         ctx.unpacked = None
         constants, rounding, soft, _ = ctx.options
         return run_rows_backward(x, grad_output, scale, constants, rounding, soft), *(None,) * 5
+
+
+def refuse_second_derivative(grad_output: Tensor) -> None:
+    """torch's `once_differentiable` leaves it out in silence where a gradient is asked for that it is only a part of."""
+    if not torch.compiler.is_compiling() and grad_output.requires_grad:
+        raise ModelError(
+            "quantizers have no second derivative: leave out create_graph=True, or take penalties of gradients and Hessians of "
+            "the float model"
+        )
 
 
 def _unpacked(ctx: Any) -> tuple[Any, ...]:

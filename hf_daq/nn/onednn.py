@@ -30,6 +30,7 @@ from . import gpu
 from . import whole as machine
 from .codes import at_hand
 from .formula import activation_rows, center, constants_of
+from .functional import refuse_second_derivative
 from .kernels import run_codes
 from .token import TokenQuantizer
 from .trust import agrees
@@ -273,6 +274,7 @@ class _Integers(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        refuse_second_derivative(grad)
         with torch.enable_grad():
             x = ctx.saved_tensors[0].detach().requires_grad_()
             output = ctx.layer.as_quantized(x)
