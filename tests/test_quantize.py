@@ -215,6 +215,8 @@ def test_folders_of_classes_may_be_nested_or_links(tmp_path):
         assert len(found) == 3
         assert found.labels.tolist() == [classes[file.relative_to(folder).parts[0]] for file in found.shown]
     assert read_examples(net(1), tmp_path / "split", (3,))[0].labels.tolist() == [0, 0, 0]
+    (elsewhere / "dog").rename(elsewhere / "train")  # a class, as there are others beside it
+    assert sorted(read_examples(net(2), elsewhere, (3,))[0].labels.tolist()) == [0, 0, 1]
 
 
 def test_images_may_be_bytes(root):

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import transformers as tf
-from models import images, quantized_timm, small_net
+from models import images, quantized_timm, small_net, small_timm
 from tiny import BERT, LLAMA, MARIAN, VIT
 from torch import nn
 from torch.nn.utils import prune
@@ -37,7 +37,6 @@ def named_otherwise(model):
 
 
 CHANGES = {
-    "timm head replaced": (resnet, lambda m: setattr(m, "fc", nn.Linear(m.fc.in_features, 7)), "'fc.bias' of shape"),
     "timm quantized head": (
         lambda: resnet(first_last_bits=8),
         lambda m: m.reset_classifier(5),
@@ -48,14 +47,12 @@ CHANGES = {
         lambda m: m.blocks.__delitem__(1),
         "layer 'blocks.5.attn.qkv' is gone",
     ),
-    "timm module added": (resnet, lambda m: setattr(m, "more", nn.Linear(3, 3)), "has 'more.bias'"),
     "timm module renamed": (resnet, named_otherwise, "layer 'layer2.0.conv1' is gone"),
     "quantized layer pruned": (
         resnet,
         lambda m: prune.l1_unstructured(m.layer1[0].conv1, "weight", 0.5),
         r"prune.remove\(layer, 'weight'\)",
     ),
-    "other module pruned": (resnet, lambda m: prune.l1_unstructured(m.bn1, "weight", 0.5), "lacks 'bn1.weight'"),
     "quantized embedding of the output": (
         lambda: llama(first_last_bits=8),
         lambda m: m.resize_token_embeddings(70),
@@ -109,6 +106,25 @@ def test_a_changed_model_is_refused_by_every_way_to_save_it(name, tmp_path):
             way()
         assert content(tmp_path) == before
     hf_daq.remove_daq(model)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: setattr(m, "fc", nn.Linear(m.fc.in_features, 7)), "it has 'fc.bias' of shape"),
+        (lambda m: setattr(m, "more", nn.Linear(3, 3)), "it has 'more.bias'"),
+        (lambda m: prune.l1_unstructured(m.bn1, "weight", 0.5), "it lacks 'bn1.weight'"),
+    ],
+)
+def test_what_timm_would_build_otherwise_is_a_file_of_ones_own(change, words, packed, tmp_path, caplog):
+    model, again, x = resnet(), small_timm(), images(2)
+    change(model)
+    change(again)
+    hf_daq.save_pretrained(model, tmp_path, packed=packed)
+    assert words in caplog.text
+    assert "open it with hf_daq.from_pretrained(directory, model=model)" in caplog.text
+    assert torch.allclose(hf_daq.from_pretrained(tmp_path, model=again)(x), model(x), atol=1e-5)
 
 
 class Embedder(nn.Module):

@@ -301,8 +301,8 @@ def _classes(folder: Path, files: list[Path]) -> list[str] | None:
             raise DataError(f"{table} has no line for {len(missing)} of {len(names)} images, such as {missing[0]}")
         return [known[name] for name in names]
     folders = [file.relative_to(folder).parts[:-1] for file in files]
-    inside = [parts[1:] if parts and parts[0].lower() in _SPLITS else parts for parts in folders]
-    return [parts[0] for parts in inside] if all(inside) else None
+    place = int(all(len(parts) > 1 and parts[0].lower() in _SPLITS for parts in folders))
+    return [parts[place] for parts in folders] if all(folders) else None
 
 
 def _opened_by_datasets(path: Path, name: str, subset: str | None, split: str | None) -> Any:
@@ -392,7 +392,7 @@ def _numbered(given: list[Any], known: dict[str, int], names: list[str] | None, 
         return [known[str(value)] for value in given]
     if all(str(value).isdecimal() and int(value) < classes for value in given):
         return [int(value) for value in given]
-    order = {str(name): index for index, name in enumerate(names or _in_order(set(given)))}
+    order = {str(name): index for index, name in enumerate(names or _in_order(given))}
     return [order[str(value)] for value in given] if len(order) == classes else None
 
 
@@ -401,8 +401,9 @@ def _is_missing(value: Any) -> bool:
     return value is None or value == "" or value != value or (isinstance(value, int | float) and value < 0)
 
 
-def _in_order(values: set[Any]) -> list[Any]:
-    """Numbers by size, else by their texts, as torchvision numbers folders."""
+def _in_order(given: list[Any]) -> list[Any]:
+    """Each once: numbers by size, else by their texts, as torchvision numbers folders."""
+    values = list({str(value): value for value in given}.values())
     return sorted(values, key=None if all(isinstance(value, int | float) for value in values) else str)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from itertools import groupby
@@ -41,20 +41,13 @@ def run(model: nn.Module, batch: Any) -> None:
         model(*(batch if isinstance(batch, tuple) else (batch,)))
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def copied(values: Any, tensor: Callable[[Tensor], Tensor] = _same) -> Any:
-    """A copy of arguments to which a model may write, as it does to key-value caches; what has no copy, as a file, is itself in it.
-
-    Args:
-        tensor: what takes the place of each tensor.
-    """
+def copied(values: Any) -> Any:
+    """A copy of arguments that no loader writes over, and to which a model may write, as it does to key-value caches. What has no
+    copy, as a file, is itself in it."""
 
     def copied_leaf(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return tensor(value)
+            return value.detach().clone()
         try:
             return copy.deepcopy(value)
         except (TypeError, RuntimeError):  # of pickle, or of a tensor with a graph

@@ -64,7 +64,7 @@ class Recorder:
             around = self._around
             if keep and not around.open and examples_in((*args, *kwargs.values())) > 0 and not _continues(args, kwargs):
                 self._last.pop(module, None)
-                self._last[module] = Call(copied(args, _detached), copied(kwargs, _detached), module)
+                self._last[module] = Call(copied(args), copied(kwargs), module)
             around.open.append(around.mask)
             if position is not None:
                 found = args[position] if 0 <= position < len(args) else kwargs.get("attention_mask")
@@ -107,8 +107,3 @@ def _continues(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the call has a key-value cache with tokens in it, which are too many to copy at every step."""
     values = pytree.tree_leaves((args, kwargs), is_leaf=is_cache)
     return any(is_cache(value) and value.get_seq_length() > 0 for value in values)
-
-
-def _detached(tensor: Tensor) -> Tensor:
-    """A copy that no loader writes over."""
-    return tensor.detach().clone()

@@ -43,9 +43,8 @@ class ComputedWeight(Tensor):
         if not owners:
             return result
         view = result.as_subclass(cls)
-        view._is_hf_initialized = getattr(
-            owners[0], "_is_hf_initialized", False
-        )  # transformers initializes what is not
+        # transformers initializes what is not
+        view._is_hf_initialized = getattr(owners[0], "_is_hf_initialized", False)
         return view
 
 

@@ -29,11 +29,6 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _is(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether both have the same numbers in memory."""
-    return one is not None and other is not None and one.data_ptr() == other.data_ptr()
-
-
 def is_shard(tensor: Tensor) -> bool:
     """True for a DTensor, as FSDP2 makes of parameters."""
     return hasattr(tensor, "device_mesh")
@@ -400,10 +395,6 @@ class ActivationQuantizer(BoundedQuantizer):
     ) -> None:
         """`smooth` is there afterwards, or not, as in the state dict: like bounds it is found by calibration."""
         found = state_dict.get(f"{prefix}smooth")
-        # `set_model_state_dict` of torch adds what a state dict lacks, from the model itself.
-        if _is(found, self.smooth) and not _is(state_dict.get(f"{prefix}upper"), self.upper):
-            found = None
-            state_dict.pop(f"{prefix}smooth", None)
         if found is not None or f"{prefix}upper" in state_dict:
             self.divide_by(None if found is None else found.shape)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
