@@ -291,7 +291,8 @@ def _text(path: Path) -> str:
 
 
 def _classes(folder: Path, files: list[Path]) -> list[str] | None:
-    """Class of each image: of labels.tsv, or the name of its folder."""
+    """Class of each image: of labels.tsv, or the name of the folder it is below; inside of `train`, `test` and the like, where there
+    are only such."""
     if (table := folder / "labels.tsv").is_file():
         lines = [line.split("\t") for line in _text(table).splitlines() if line.strip()]
         known = {line[0]: line[1].strip() for line in lines if len(line) > 1}
