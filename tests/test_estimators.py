@@ -1,5 +1,6 @@
 """The study of estimators: its table, that a stopped run goes on as if it had not been, and EWGS."""
 
+import argparse
 import copy
 import json
 import math
@@ -169,6 +170,17 @@ def test_each_run_is_one_line_with_what_it_was(study):
     assert "gap" in rows[5]
     assert rows[8]["lr"] == 0.05
     assert not list((study / "work").iterdir())
+
+
+def test_a_run_that_two_grids_name_is_carried_out_once(tmp_path):
+    plan = read_study(RECIPES / "configs" / "estimators_mobilenetv2.yaml")
+    runs, given = [run for grid in plan.grids[:4] for run in runs_of(plan, grid, [])], []
+    assert len({run.key for run in runs}) < len(runs)
+    args = argparse.Namespace(results=tmp_path / "results.jsonl", work=tmp_path, side_by_side=1)
+    args.results.touch()
+    estimators.finish(runs, args, lambda groups: given.extend(groups) or ())
+    carried_out = [run.key for group in given for run in group]
+    assert sorted(carried_out) == sorted({run.key for run in runs})
 
 
 @pytest.mark.slow

@@ -151,9 +151,9 @@ def in_order(study: Study, args: argparse.Namespace, give: Callable) -> None:
 
 
 def finish(runs: list[Run], args: argparse.Namespace, give: Callable, anew: bool = False) -> None:
-    """Carry out what is not there yet (`anew`: what is there too) and write it down."""
+    """Carry out once what is not there yet (`anew`: what is there too) and write it down."""
     known = {key_of(row) for row in read_rows(args.results)}
-    runs = [run for run in runs if anew or run.key not in known]
+    runs = list({run.key: run for run in runs if anew or run.key not in known}.values())
     for rows in give(groups_of(runs, args.side_by_side)):
         for row in rows:
             if key_of(row) not in known:
