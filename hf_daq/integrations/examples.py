@@ -6,8 +6,6 @@ Images go through timm's transform or the image processor of transformers, sente
 from __future__ import annotations
 
 import io
-import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,17 +16,13 @@ import timm.data
 import torch
 from torch import Tensor, nn
 
-from ..config import did_you_mean
 from ..errors import DataError, ModelError
 from ..model.roles import is_transformers_model
+from .labels import class_numbers
+from .rows import column_name, named, rows_of
 from .timm import is_timm_model
 
-logger = logging.getLogger("hf_daq")
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-_TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
-_IMAGE_COLUMNS, _TEXT_COLUMNS, _LABEL_COLUMNS = ("image", "img"), ("text", "sentence"), ("label", "labels", "class")
-_SPLITS = "train", "training", "val", "valid", "validation", "test"
-"""Names of folders around those of the classes."""
+_IMAGE_COLUMNS, _TEXT_COLUMNS = ("image", "img"), ("text", "sentence")
 _BATCH = {"images": 32, "sentences": 32, "text": 4}
 _SENTENCE, _BLOCK = 128, 512  # tokens
 
@@ -81,15 +75,15 @@ def read_examples(
         DataError: not found, not of this kind, or fewer than two rows. ModelError: a model that takes something else.
     """
     kind = _kind(model)
-    rows = _rows(data, subset, split)
+    rows = rows_of(data, subset, split)
     usual = _IMAGE_COLUMNS if kind == "images" else _TEXT_COLUMNS
-    values = rows[_column_name(rows, column, usual, kind)]
+    values = rows[column_name(rows, column, usual, kind)]
     if kind == "text":
         return _blocks(model, values, counts, processor, length)
     if len(values) < 2:
-        raise DataError(f"{_named(data)} has {len(values)} rows; two are needed at least, some hundred are good")
+        raise DataError(f"{named(data)} has {len(values)} rows; two are needed at least, some hundred are good")
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed)).tolist()
-    labels = _labels(model, rows)
+    labels = class_numbers(model, rows)
     if is_timm_model(model):
         if processor is not None:
             raise DataError(
@@ -122,10 +116,6 @@ def shares(counts: Sequence[int], rows: int) -> list[int]:
 def _first(batch: Any) -> Tensor:
     found: Tensor = next(iter(batch.values())) if isinstance(batch, dict) else batch
     return found
-
-
-def _named(data: Any) -> str:
-    return str(data) if isinstance(data, str | Path) else type(data).__name__
 
 
 # ------------------------------------------------------------------------------------------------------- the model
@@ -211,14 +201,14 @@ def _image(image: Any, mode: str) -> Any:
         raise DataError(
             f"the data has {image!r} where an image is wanted: drop such rows, or name another column, column=..."
         )
-    named = f"{len(image)} bytes of the data are" if isinstance(image, bytes) else f"{image} is"
+    what = f"{len(image)} bytes of the data are" if isinstance(image, bytes) else f"{image} is"
     try:
         if isinstance(image, Image.Image):
             return _converted(image, mode)
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
             return _converted(opened, mode)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{named} no image that can be read: {error}") from None
+        raise DataError(f"{what} no image that can be read: {error}") from None
 
 
 def _converted(image: Any, mode: str) -> Any:
@@ -229,200 +219,6 @@ def _converted(image: Any, mode: str) -> Any:
         pixels = np.asarray(image)
         image = Image.fromarray((pixels >> 8 if pixels.max() > 255 else pixels).astype(np.uint8))
     return image.convert(mode)
-
-
-# ------------------------------------------------------------------------------------------------------- the rows
-
-
-class _Table(dict[str, Sequence[Any]]):
-    """Columns by name."""
-
-    @property
-    def column_names(self) -> list[str]:
-        return list(self)
-
-
-def _rows(data: Any, subset: str | None, split: str | None) -> Any:
-    """A table: names of its columns, and the columns by name."""
-    if not isinstance(data, str | Path):
-        if hasattr(data, "column_names") and hasattr(data, "features"):
-            if not hasattr(data, "__len__"):
-                raise DataError(
-                    "the data set is read as a stream, and has no length: take some rows of it, datasets.Dataset.from_list(list("
-                    "data.take(1000)))"
-                )
-            return data
-        raise DataError(
-            f"data is a {type(data).__name__}; a path, the name of a data set, or a datasets.Dataset is wanted"
-        )
-    path = Path(data)
-    if path.is_dir():
-        files = _images(path)
-        if files:
-            classes = _classes(path, files)
-            return _Table({"image": files} | ({} if classes is None else {"label": classes}))
-    elif path.suffix.lower() == ".txt" and path.is_file():
-        lines = _text(path).splitlines()
-        return _Table(text=[line for line in lines if line.strip()])
-    return _opened_by_datasets(path, str(data), subset, split)
-
-
-def _images(folder: Path) -> list[Path]:
-    """All images below a folder, behind links too, each folder once."""
-    found, seen = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()  # a link that leads back
-            continue
-        seen.add(real)
-        files = (Path(place) / name for name in names)
-        found += [file for file in files if file.suffix.lower() in _IMAGES and file.is_file()]
-    return sorted(found)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # editors on Windows put a mark in front
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}); write it as such: iconv -f latin1 -t utf-8"
-        ) from None
-
-
-def _classes(folder: Path, files: list[Path]) -> list[str] | None:
-    """Class of each image: of labels.tsv, or the name of the folder it is below; inside of `train`, `test` and the like, where there
-    are only such."""
-    if (table := folder / "labels.tsv").is_file():
-        lines = [line.split("\t") for line in _text(table).splitlines() if line.strip()]
-        known = {line[0]: line[1].strip() for line in lines if len(line) > 1}
-        names = [file.relative_to(folder).as_posix() for file in files]
-        missing = [name for name in names if name not in known]
-        if missing:
-            raise DataError(f"{table} has no line for {len(missing)} of {len(names)} images, such as {missing[0]}")
-        return [known[name] for name in names]
-    folders = [file.relative_to(folder).parts[:-1] for file in files]
-    place = int(all(len(parts) > 1 and parts[0].lower() in _SPLITS for parts in folders))
-    return [parts[place] for parts in folders] if all(folders) else None
-
-
-def _opened_by_datasets(path: Path, name: str, subset: str | None, split: str | None) -> Any:
-    try:
-        import datasets  # type: ignore[import-untyped]
-    except ImportError:
-        raise DataError(f"{name} needs the library datasets: pip install datasets") from None
-    builder = _TABLES.get(path.suffix.lower())
-    try:
-        if path.is_file() and builder is None:
-            raise DataError(f"{name} is no file of a kind that is read here: .txt, {', '.join(_TABLES)}")
-        if path.is_file():
-            return datasets.load_dataset(builder, data_files=str(path), split="train", **_csv_options(path))
-        found = datasets.load_dataset(name, subset)
-    except StopIteration:
-        raise DataError(f"{name} is empty") from None
-    except (FileNotFoundError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
-        why = str(error.__cause__ or error).partition("\n")[0]
-        raise DataError(
-            f"{name} is no file or folder that is read here, and no data set that datasets opens: {why}"
-        ) from None
-    if split is None:
-        split = "train" if "train" in found else next(iter(found))
-    if split not in found:
-        raise DataError(f"{name} has no split {split!r}{did_you_mean(split, list(found))}; it has {', '.join(found)}")
-    return found[split]
-
-
-def _csv_options(path: Path) -> dict[str, Any]:
-    """A first line with a sentence or a number in it is a row, not the names of columns."""
-    suffix = path.suffix.lower()
-    if suffix not in (".csv", ".tsv"):
-        return {}
-    delimiter = "\t" if suffix == ".tsv" else ","
-    with path.open(encoding="utf-8-sig") as file:
-        first = [cell.strip() for cell in file.readline().split(delimiter)]
-    options: dict[str, Any] = {"delimiter": delimiter} | ({"quoting": 3} if suffix == ".tsv" else {})
-    if len(first) == 2 and not all(cell.isidentifier() for cell in first):
-        options["column_names"] = ["text", "label"]
-    return options
-
-
-def _column_name(rows: Any, asked: str | None, usual: Sequence[str], kind: str) -> str:
-    names = list(rows.column_names)
-    if asked is not None:
-        if asked not in names:
-            raise DataError(f"the data has no column {asked!r}{did_you_mean(asked, names)}; it has {', '.join(names)}")
-        return asked
-    for name in usual:
-        if name in names:
-            return name
-    raise DataError(
-        f"the data has no column {' or '.join(usual)} with {kind}; name one of {', '.join(names)}: column=..."
-    )
-
-
-# ------------------------------------------------------------------------------------------------------- classes
-
-
-def _labels(model: Any, rows: Any) -> list[int] | None:
-    """The class of every row as the model numbers them, or None."""
-    name = next((name for name in _LABEL_COLUMNS if name in rows.column_names), None)
-    classes = _class_count(model)
-    if name is None or classes is None:
-        return None
-    feature = getattr(rows, "features", {}).get(name)
-    given = list(rows[name])
-    names = getattr(feature, "names", None)
-    if missing := sum(map(_is_missing, given)):
-        logger.warning("%d of %d rows have no class: accuracy is not measured", missing, len(given))
-        return None
-    if names is not None:
-        given = [names[index] for index in given]
-    given = [int(value) if isinstance(value, float) and value.is_integer() else value for value in given]
-    numbers = _numbered(given, _class_names(model), names, classes)
-    if numbers is None:
-        logger.warning(
-            "classes of the data, such as %r, are not those of the model, which has %d: accuracy is not measured",
-            given[0],
-            classes,
-        )
-    return numbers
-
-
-def _numbered(given: list[Any], known: dict[str, int], names: list[str] | None, classes: int) -> list[int] | None:
-    if all(str(value) in known for value in given):
-        return [known[str(value)] for value in given]
-    if all(str(value).isdecimal() and int(value) < classes for value in given):
-        return [int(value) for value in given]
-    order = {str(name): index for index, name in enumerate(names or _in_order(given))}
-    return [order[str(value)] for value in given] if len(order) == classes else None
-
-
-def _is_missing(value: Any) -> bool:
-    """Of columns with gaps, and of -1, as test splits without classes have."""
-    return value is None or value == "" or value != value or (isinstance(value, int | float) and value < 0)
-
-
-def _in_order(given: list[Any]) -> list[Any]:
-    """Each once: numbers by size, else by their texts, as torchvision numbers folders."""
-    values = list({str(value): value for value in given}.values())
-    return sorted(values, key=None if all(isinstance(value, int | float) for value in values) else str)
-
-
-def _class_count(model: Any) -> int | None:
-    """Classes that a model tells apart, None where it is no classifier."""
-    if is_timm_model(model):
-        return int(model.num_classes) or None
-    return model.config.num_labels if type(model).__name__.endswith("Classification") else None
-
-
-def _class_names(model: Any) -> dict[str, int]:
-    """Name of a class -> its number."""
-    if not is_timm_model(model):
-        return {str(name): int(number) for name, number in model.config.label2id.items()}
-    names = model.pretrained_cfg.get("label_names")
-    if names is None and (subset := timm.data.infer_imagenet_subset(model)):
-        names = timm.data.ImageNetInfo(subset).label_names()
-    return {name: number for number, name in enumerate(names or ())}
 
 
 # ------------------------------------------------------------------------------------------------------- text

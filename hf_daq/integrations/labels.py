@@ -1,0 +1,75 @@
+"""Classes of a data set as a model numbers them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import timm.data
+
+from .timm import is_timm_model
+
+logger = logging.getLogger("hf_daq")
+_COLUMNS = "label", "labels", "class"
+
+
+def class_numbers(model: Any, rows: Any) -> list[int] | None:
+    """The class of every row as the model numbers them, or None."""
+    name = next((name for name in _COLUMNS if name in rows.column_names), None)
+    classes = _class_count(model)
+    if name is None or classes is None:
+        return None
+    feature = getattr(rows, "features", {}).get(name)
+    given = list(rows[name])
+    names = getattr(feature, "names", None)
+    if missing := sum(map(_is_missing, given)):
+        logger.warning("%d of %d rows have no class: accuracy is not measured", missing, len(given))
+        return None
+    if names is not None:
+        given = [names[index] for index in given]
+    given = [int(value) if isinstance(value, float) and value.is_integer() else value for value in given]
+    numbers = _numbered(given, _class_names(model), names, classes)
+    if numbers is None:
+        logger.warning(
+            "classes of the data, such as %r, are not those of the model, which has %d: accuracy is not measured",
+            given[0],
+            classes,
+        )
+    return numbers
+
+
+def _numbered(given: list[Any], known: dict[str, int], names: list[str] | None, classes: int) -> list[int] | None:
+    if all(str(value) in known for value in given):
+        return [known[str(value)] for value in given]
+    if all(str(value).isdecimal() and int(value) < classes for value in given):
+        return [int(value) for value in given]
+    order = {str(name): index for index, name in enumerate(names or _in_order(given))}
+    return [order[str(value)] for value in given] if len(order) == classes else None
+
+
+def _is_missing(value: Any) -> bool:
+    """Of columns with gaps, and of -1, as test splits without classes have."""
+    return value is None or value == "" or value != value or (isinstance(value, int | float) and value < 0)
+
+
+def _in_order(given: list[Any]) -> list[Any]:
+    """Each once: numbers by size, else by their texts, as torchvision numbers folders."""
+    values = list({str(value): value for value in given}.values())
+    return sorted(values, key=None if all(isinstance(value, int | float) for value in values) else str)
+
+
+def _class_count(model: Any) -> int | None:
+    """Classes that a model tells apart, None where it is no classifier."""
+    if is_timm_model(model):
+        return int(model.num_classes) or None
+    return model.config.num_labels if type(model).__name__.endswith("Classification") else None
+
+
+def _class_names(model: Any) -> dict[str, int]:
+    """Name of a class -> its number."""
+    if not is_timm_model(model):
+        return {str(name): int(number) for name, number in model.config.label2id.items()}
+    names = model.pretrained_cfg.get("label_names")
+    if names is None and (subset := timm.data.infer_imagenet_subset(model)):
+        names = timm.data.ImageNetInfo(subset).label_names()
+    return {name: number for number, name in enumerate(names or ())}

@@ -1,0 +1,147 @@
+"""Rows of a data set: of folders of images, text files, tables, and what datasets opens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import did_you_mean
+from ..errors import DataError
+
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
+_SPLITS = "train", "training", "val", "valid", "validation", "test"
+"""Names of folders around those of the classes."""
+
+
+def named(data: Any) -> str:
+    """What messages call it."""
+    return str(data) if isinstance(data, str | Path) else type(data).__name__
+
+
+class Table(dict[str, Sequence[Any]]):
+    """Columns by name."""
+
+    @property
+    def column_names(self) -> list[str]:
+        return list(self)
+
+
+def rows_of(data: Any, subset: str | None, split: str | None) -> Any:
+    """A table: names of its columns, and the columns by name."""
+    if not isinstance(data, str | Path):
+        if hasattr(data, "column_names") and hasattr(data, "features"):
+            if not hasattr(data, "__len__"):
+                raise DataError(
+                    "the data set is read as a stream, and has no length: take some rows of it, datasets.Dataset.from_list(list("
+                    "data.take(1000)))"
+                )
+            return data
+        raise DataError(
+            f"data is a {type(data).__name__}; a path, the name of a data set, or a datasets.Dataset is wanted"
+        )
+    path = Path(data)
+    if path.is_dir():
+        files = _images(path)
+        if files:
+            classes = _classes(path, files)
+            return Table({"image": files} | ({} if classes is None else {"label": classes}))
+    elif path.suffix.lower() == ".txt" and path.is_file():
+        lines = _text(path).splitlines()
+        return Table(text=[line for line in lines if line.strip()])
+    return _opened_by_datasets(path, str(data), subset, split)
+
+
+def _images(folder: Path) -> list[Path]:
+    """All images below a folder, behind links too, each folder once."""
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()  # a link that leads back
+            continue
+        seen.add(real)
+        files = (Path(place) / name for name in names)
+        found += [file for file in files if file.suffix.lower() in _IMAGES and file.is_file()]
+    return sorted(found)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # editors on Windows put a mark in front
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}); write it as such: iconv -f latin1 -t utf-8"
+        ) from None
+
+
+def _classes(folder: Path, files: list[Path]) -> list[str] | None:
+    """Class of each image: of labels.tsv, or the name of the folder it is below; inside of `train`, `test` and the like, where there
+    are only such."""
+    if (table := folder / "labels.tsv").is_file():
+        lines = [line.split("\t") for line in _text(table).splitlines() if line.strip()]
+        known = {line[0]: line[1].strip() for line in lines if len(line) > 1}
+        names = [file.relative_to(folder).as_posix() for file in files]
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise DataError(f"{table} has no line for {len(missing)} of {len(names)} images, such as {missing[0]}")
+        return [known[name] for name in names]
+    folders = [file.relative_to(folder).parts[:-1] for file in files]
+    place = int(all(len(parts) > 1 and parts[0].lower() in _SPLITS for parts in folders))
+    return [parts[place] for parts in folders] if all(folders) else None
+
+
+def _opened_by_datasets(path: Path, name: str, subset: str | None, split: str | None) -> Any:
+    try:
+        import datasets  # type: ignore[import-untyped]
+    except ImportError:
+        raise DataError(f"{name} needs the library datasets: pip install datasets") from None
+    builder = _TABLES.get(path.suffix.lower())
+    try:
+        if path.is_file() and builder is None:
+            raise DataError(f"{name} is no file of a kind that is read here: .txt, {', '.join(_TABLES)}")
+        if path.is_file():
+            return datasets.load_dataset(builder, data_files=str(path), split="train", **_csv_options(path))
+        found = datasets.load_dataset(name, subset)
+    except StopIteration:
+        raise DataError(f"{name} is empty") from None
+    except (FileNotFoundError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
+        why = str(error.__cause__ or error).partition("\n")[0]
+        raise DataError(
+            f"{name} is no file or folder that is read here, and no data set that datasets opens: {why}"
+        ) from None
+    if split is None:
+        split = "train" if "train" in found else next(iter(found))
+    if split not in found:
+        raise DataError(f"{name} has no split {split!r}{did_you_mean(split, list(found))}; it has {', '.join(found)}")
+    return found[split]
+
+
+def _csv_options(path: Path) -> dict[str, Any]:
+    """A first line with a sentence or a number in it is a row, not the names of columns."""
+    suffix = path.suffix.lower()
+    if suffix not in (".csv", ".tsv"):
+        return {}
+    delimiter = "\t" if suffix == ".tsv" else ","
+    with path.open(encoding="utf-8-sig") as file:
+        first = [cell.strip() for cell in file.readline().split(delimiter)]
+    options: dict[str, Any] = {"delimiter": delimiter} | ({"quoting": 3} if suffix == ".tsv" else {})
+    if len(first) == 2 and not all(cell.isidentifier() for cell in first):
+        options["column_names"] = ["text", "label"]
+    return options
+
+
+def column_name(rows: Any, asked: str | None, usual: Sequence[str], kind: str) -> str:
+    names = list(rows.column_names)
+    if asked is not None:
+        if asked not in names:
+            raise DataError(f"the data has no column {asked!r}{did_you_mean(asked, names)}; it has {', '.join(names)}")
+        return asked
+    for name in usual:
+        if name in names:
+            return name
+    raise DataError(
+        f"the data has no column {' or '.join(usual)} with {kind}; name one of {', '.join(names)}: column=..."
+    )
