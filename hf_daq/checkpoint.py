@@ -80,8 +80,8 @@ def save_pretrained(
         **kwargs: arguments of a transformers model's own `save_pretrained`, e.g. `max_shard_size`.
 
     Raises:
-        ModelError: not a quantized model. CalibrationError: not calibrated. CheckpointError: bounds that are not finite
-        or have crossed; the outputs of the file are not the model's.
+        ModelError: not a quantized model. CalibrationError: not calibrated. CheckpointError: a file instead of a folder;
+        bounds that are not finite or have crossed; the outputs of the file are not the model's.
     """
     directory = Path(save_directory)
     if getattr(model, "daq_config", None) is None or not daq_layers(model):

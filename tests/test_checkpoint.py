@@ -12,6 +12,7 @@ from models import images, quantized_timm, small_net, small_timm
 from processes import Program
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from text_models import calibrated, tiny_bert
 from torch import nn
 
 import hf_daq
@@ -150,6 +151,11 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(CheckpointError, match="layer1.0.conv1.w_quant: lower 9 is not below upper"):
         hf_daq.save_pretrained(model, tmp_path)
     assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("mine")
+    for good in (quantized_timm(), calibrated(tiny_bert())):
+        with pytest.raises(CheckpointError, match="file is a file; give a folder"):
+            hf_daq.save_pretrained(good, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_an_interrupted_save_leaves_the_old_files(folder, monkeypatch):

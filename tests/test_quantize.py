@@ -281,6 +281,10 @@ def test_data_that_does_not_fit_says_what_to_do(root, tmp_path):
         read_examples(bert, ["a"], (1,))
     with pytest.raises(DataError, match="has 1 rows; two are needed"):
         read_examples(bert, datasets.Dataset.from_dict({"text": ["a"]}), (4,), processor=root / "bert")
+    with pytest.raises(DataError, match="length is -1; it must be at least 1"):
+        read_examples(bert, root / "reviews.tsv", (4,), processor=root / "bert", length=-1)
+    with pytest.raises(DataError, match="examples is 0; it must be at least 1"):
+        read_examples(bert, root / "reviews.tsv", (0, 0), processor=root / "bert")
     rows = datasets.Dataset.from_dict({"words": ["a", "b"]})
     with pytest.raises(DataError, match="no column text or sentence with sentences; name one of words"):
         read_examples(bert, rows, (2,), processor=root / "bert")

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..errors import CheckpointError
+
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")  # without a variant
 
 
@@ -35,6 +37,8 @@ def temporary_folder(directory: Path) -> Iterator[Path]:
     """A folder whose files take their places in `directory` at the end, weights before config.json; if something is raised,
     `directory` stays as it was."""
     existed = directory.exists()
+    if existed and not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file; give a folder to save to")
     directory.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as temporary:

@@ -72,8 +72,11 @@ def read_examples(
         column: of the images or texts. subset, split: of a data set of the Hub.
 
     Raises:
-        DataError: not found, not of this kind, or fewer than two rows. ModelError: a model that takes something else.
+        DataError: not found, not of this kind, fewer than two rows; a count or a length below 1. ModelError: a model that takes something else.
     """
+    for name, value in [("examples", min(counts)), ("length", length)]:
+        if value is not None and value < 1:
+            raise DataError(f"{name} is {value}; it must be at least 1")
     kind = _kind(model)
     rows = rows_of(data, subset, split)
     usual = _IMAGE_COLUMNS if kind == "images" else _TEXT_COLUMNS
