@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import safetensors
@@ -273,6 +274,35 @@ def test_packed_experts_compute_as_before_also_where_codes_end_inside_of_bytes(n
     hf_daq.unpack(model)
     assert torch.equal(logits(model, name), expected)
     assert torch.equal(logits(copy.deepcopy(model), name), expected)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_forward_in_another_thread_disturbs_no_routing(packed):
+    model = calibrated("mixtral").eval()
+    if packed:
+        hf_daq.pack(model)
+    longer, shorter = (tiny.inputs("mixtral", seed) for seed in (3, 4))
+    shorter = {name: value[:, :3] for name, value in shorter.items()}
+    with torch.no_grad():
+        want, want_there = model(**longer).logits, model(**shorter).logits
+        there, inside = [], threading.local()
+
+        def forward_there():
+            inside.other = True
+            with torch.no_grad():
+                there.append(model(**shorter).logits)
+
+        def wait(*_):
+            if not hasattr(inside, "other"):
+                thread = threading.Thread(target=forward_there)
+                thread.start()
+                thread.join()
+
+        for layer in expert_layers(experts_of(model)[0]).values():
+            layer.register_forward_pre_hook(wait)
+        assert torch.equal(model(**longer).logits, want)
+    assert len(there) == 2
+    assert all(torch.equal(found, want_there) for found in there)
 
 
 def test_bits_for_one_of_the_two_layers():

@@ -77,12 +77,10 @@ class Walk(threading.Thread):
     def stop(self, layer: nn.Module, x: Tensor, kept: Tensor | None) -> None:
         """Stand still here, in the thread of the walk, until `advance`."""
         self.layer, self.x, self.kept = layer, x, kept
-        self.routing = routing = getattr(layer, "routing", None)
+        self.routing = getattr(layer, "routing", None)
         self._back.release()
         self._go.acquire()
         self.layer = self.x = self.kept = self.routing = None
-        if routing is not None:
-            layer.routing = routing  # type: ignore[assignment]  # another walk stood here with its own
         if self._ended:
             raise _Ended
 

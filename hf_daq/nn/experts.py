@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
@@ -69,17 +70,19 @@ class Routing(NamedTuple):
         return x[self.tokens] if self.by_token else x
 
 
+_ROUTING: ContextVar[Routing | None] = ContextVar("routing", default=None)
+
+
 class ExpertsLinear(nn.Module):
     """The linear layers of all experts, which have their weight in one Parameter of the module around this one.
 
     place: that module and the name of the Parameter. In a tuple, for it is no child of this one.
     per_expert: whether a weight has a scale an expert, not one an output channel or group.
-    routing: of the forward that runs.
     """
 
     place: tuple[Any, str]
     per_expert = False
-    routing: Routing | None = None
+    _traced: Routing | None = None
 
     def __init__(self, module: nn.Module, parameter: str) -> None:
         super().__init__()
@@ -104,6 +107,12 @@ class ExpertsLinear(nn.Module):
             module._parameters[parameter] = value
         else:
             super().__setattr__(name, value)
+
+    @property
+    def routing(self) -> Routing | None:
+        """Of the forward that runs, which is another one in each thread."""
+        found = None if torch.compiler.is_compiling() else _ROUTING.get()
+        return self._traced if found is None else found
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -338,9 +347,17 @@ def pair_count(module: Any, args: Iterable[Any]) -> int:
 
 
 def _routed(layer: Any, x: Tensor, routing: Routing) -> Tensor:
-    layer.routing = routing
-    output: Tensor = layer(x)
-    layer.routing = None
+    output: Tensor
+    if torch.compiler.is_compiling():  # a graph has no context variables
+        layer._traced = routing
+        output = layer(x)
+        layer._traced = None
+        return output
+    token = _ROUTING.set(routing)
+    try:
+        output = layer(x)
+    finally:
+        _ROUTING.reset(token)
     return output
 
 
