@@ -21,7 +21,9 @@ def example(name):
     return textwrap.dedent(re.search(r"\n\n((?:    .+\n)+)", doc)[1])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "export_onnx")) for name in NAMES]
+)
 def test_examples_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, batch = small_timm(), images(2, 32)

@@ -94,7 +94,7 @@ def test_weights_are_the_exact_ones_at_every_number_of_bits(granularity, bits, g
 
 
 @pytest.mark.parametrize(("bits", "activation_bits"), [(1, 8), (4, 8), (7, 8), (8, 8), (4, 4), (8, 4), (1, 1)])
-@pytest.mark.parametrize("grid", ["odd", "integer"])
+@pytest.mark.parametrize("grid", [pytest.param("odd", marks=pytest.mark.slow), "integer"])
 def test_quantized_inputs(grid, bits, activation_bits, tmp_path):
     config = {"weight_bits": bits, "activation_bits": activation_bits, "weight_granularity": "channel"}
     model = calibrated("bert", weight_grid=grid, **config)

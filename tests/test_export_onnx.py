@@ -386,9 +386,8 @@ def test_bert(tmp_path):
     assert session(tmp_path / "a.onnx").run(None, longer)[0].shape == (3, 2)
 
 
-@pytest.mark.parametrize(
-    "granularity", ["group", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tensor", "channel"))]
-)
+@pytest.mark.slow  # test_export_cache.py has one by default
+@pytest.mark.parametrize("granularity", ["group", "tensor", "channel"])
 def test_llama_with_weights_only(granularity, tmp_path):
     config = {"weight_granularity": granularity, "group_size": 16 if granularity == "group" else None}
     model = quantized(tiny_llama(), {"input_ids": tokens(8)}, weight_bits=3, activation_bits=None, **config)

@@ -46,8 +46,8 @@ def problems(model, batch=None):
     ]
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("bits", [1, 3, 8, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (2, 4))])
+@pytest.mark.parametrize("granularity", ["tensor", pytest.param("channel", marks=pytest.mark.slow)])
 def test_well_models_have_no_findings(bits, granularity):
     model = quantized_timm(bits=bits, weight_granularity=granularity)
     assert health(model, images(8, 64, seed=4)).findings == []

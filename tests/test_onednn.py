@@ -203,8 +203,10 @@ def test_what_the_operators_do_not_know_computes_in_float(layer, shape):
     assert torch.equal(model(x), plain(model, x))
 
 
-@pytest.mark.parametrize("tiles", [False, True])
-@pytest.mark.parametrize("weight_bits", [4, 8])
+@pytest.mark.parametrize(
+    ("weight_bits", "tiles"),
+    [(4, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(4, False), (8, False), (8, True)])],
+)
 def test_a_compiled_model_sees_through(weight_bits, tiles, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)

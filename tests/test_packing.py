@@ -62,7 +62,9 @@ def test_every_code_comes_back_from_dense_bytes(bits, count, random):
     assert torch.equal(unpack_bits(packed, bits, count), codes)
 
 
-@pytest.mark.parametrize(("name", "kwargs"), SETTINGS)
+@pytest.mark.parametrize(
+    ("name", "kwargs"), [*SETTINGS[:4], *(pytest.param(*more, marks=pytest.mark.slow) for more in SETTINGS[4:])]
+)
 def test_outputs_are_the_same_packed_reloaded_and_unpacked(name, kwargs, tmp_path):
     model, probe, want = trained(name, kwargs)
     hf_daq.save_pretrained(model, tmp_path / "packed", packed=True, probe=probe)

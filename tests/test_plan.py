@@ -1,6 +1,7 @@
 """`plan`: which layers, and the sizes it promises, which are those of the file."""
 
 import copy
+import itertools
 
 import pytest
 import tiny
@@ -130,11 +131,15 @@ GRANULARITIES = {
     "channel": {"weight_bits": 2, "weight_granularity": "channel", "first_last_bits": 8},
     "group": {"weight_bits": 1, "activation_bits": 4, "group_size": 7, "bias_correction": False},
 }
+ALL = list(itertools.product(["test_resnet", "test_nfnet", "test_convnext", "bert", "gpt2", "vit"], GRANULARITIES))
+USUAL = [("test_resnet", "tensor"), ("test_convnext", "group"), ("gpt2", "channel")]
 
 
 @pytest.mark.filterwarnings("ignore:layer .* saw only zeros")  # random weights
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("name", ["test_resnet", "test_nfnet", "test_convnext", "bert", "gpt2", "vit"])
+@pytest.mark.parametrize(
+    ("name", "granularity"),
+    [*USUAL, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in USUAL)],
+)
 def test_plan_inspect_and_summary_give_the_size_of_the_packed_file(name, granularity, tmp_path):
     of_transformers = name in tiny.ARCHITECTURES
     model = tiny.build(name) if of_transformers else small_timm(name)

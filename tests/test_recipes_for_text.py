@@ -253,6 +253,7 @@ def test_language_mistakes_end_the_run_with_a_line(args, message, tmp_path):
 # Exports --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_text_run_ends_with_its_exports(reviews, text_float, tmp_path):
     args = ["--config", RECIPES / "configs" / "sst2_minilm_w4a8.yaml", "--dataset", reviews, "--checkpoint", text_float]
     run_text(*args, "--output_dir", tmp_path, "--training.max_steps", 3, "--export", "packed, compressed-tensors,onnx")
