@@ -153,6 +153,16 @@ def test_nan_and_inference_mode():
     assert torch.equal(model(spoiled).isnan().any(1), torch.tensor([False, True, False, False]))
 
 
+def test_infinite_inputs_of_16_bits_are_nan_as_in_the_quantized_layer():
+    model = nn.Sequential(nn.Linear(64, 8))
+    hf_daq.apply_daq(model, bits=4, activation_scale="token", rules=[{"pattern": "*", "bits": 4}])
+    hf_daq.pack(model).half().eval()
+    x = torch.randn(3, 64, dtype=torch.float16)
+    x[1, 5] = torch.inf
+    with torch.no_grad():
+        assert torch.equal(model(x).isnan().all(1), torch.tensor([False, True, False]))
+
+
 def test_two_threads_call_one_model():
     model, x = tiny(weight_bits=8)
     expected, found = plain(model, x), []
@@ -222,7 +232,8 @@ def test_a_compiled_model_sees_through(weight_bits, tiles, monkeypatch):
     assert close(compiled(x), plain(model, x))
     spoiled = x.clone()
     spoiled[0, 0, 0, 0] = torch.nan
-    assert compiled(spoiled).isnan().any()
+    assert compiled(spoiled)[0].isnan().any()
+    assert torch.equal(compiled(spoiled)[1], compiled(x)[1])
 
 
 @pytest.mark.slow

@@ -231,6 +231,14 @@ def test_options_that_change_what_is_saved_say_what_to_write(options, advice, pa
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **options)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_shapes_are_found_on_the_meta_device(packed):
+    model = quantized_timm("test_vit", bits=4)
+    if packed:
+        hf_daq.pack(model)
+    assert model.to("meta")(torch.empty(3, 3, 160, 160, device="meta")).shape == (3, model.num_classes)
+
+
 def test_other_sizes_of_images_after_opening(tmp_path):
     model = quantized_timm("test_vit", bits=8)
     hf_daq.save_pretrained(model, tmp_path, packed=True)

@@ -201,6 +201,7 @@ def test_graphs_have_the_layer_as_one_operator(last, monkeypatch):
     assert code.count("hf_daq.integer_layer.default(") == 3
     assert torch.equal(found, model(x))
     x[1, 2, 3, 4] = torch.nan
+    assert torch.equal(compiled(x)[0], found[0])
     assert compiled(x)[1].isnan().all()
 
 
@@ -210,6 +211,18 @@ def test_graphs_for_all_sizes():
     for shape in ((2, 3, 9, 7), (5, 3, 12, 8), (3, 3, 10, 31)):
         x = torch.randn(shape)
         assert torch.equal(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 8, 3, 2, 1), nn.Linear(7, 5)], ids=["images", "rows"])
+def test_in_graphs_only_what_has_a_nan_is_nan(layer):
+    x = torch.randn(4, 3, 9, 7)
+    compiled = torch.compile(packed(layer, x), backend="aot_eager", fullgraph=True)
+    want = compiled(x)
+    x[2, 1, 5, 4] = torch.nan
+    found, spoiled = compiled(x), torch.zeros(want.shape, dtype=torch.bool)
+    spoiled[(2,) if isinstance(layer, nn.Conv2d) else (2, 1, 5)] = True
+    assert torch.equal(found.isnan(), spoiled)
+    assert torch.equal(found[~spoiled], want[~spoiled])
 
 
 def test_graphs_of_rows_with_scales_of_their_own():

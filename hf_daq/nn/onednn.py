@@ -298,16 +298,16 @@ def _output(layer: Any, x: Tensor) -> Tensor:
     if found.rows is None:
         return _output_of_tokens(layer, x, found)
     codes, has_nan = run_codes(x, found.rows)
-    if torch.compiler.is_compiling():
-        found = found._replace(scale=torch.where(has_nan, torch.nan, found.scale))
-    elif has_nan:
+    if not torch.compiler.is_compiling() and has_nan:
         return layer.as_quantized(given)  # type: ignore[no-any-return]
     dtype = layer.a_quant.result_dtype(x)
     bias = None if layer.bias is None else layer.bias.detach().float()
     output = _sums(layer, codes, found, bias, torch.float32 if dtype == torch.float16 else dtype).to(dtype)
-    if not isinstance(layer, nn.Conv2d):
-        return output.view(*x.shape[:-1], -1)
-    return output.contiguous() if x.is_contiguous() else output
+    image = isinstance(layer, nn.Conv2d)
+    output = output if image else output.view(*x.shape[:-1], -1)
+    if torch.compiler.is_compiling():
+        output = torch.where(machine.with_nan(x, image), torch.nan, output)
+    return output.contiguous() if image and x.is_contiguous() else output
 
 
 def _output_of_machine(layer: Any, x: Tensor, arranged: machine.Arranged) -> Tensor | None:
@@ -323,6 +323,7 @@ def _output_of_machine(layer: Any, x: Tensor, arranged: machine.Arranged) -> Ten
 
 def _output_of_tokens(layer: Any, x: Tensor, found: Prepared) -> Tensor:
     codes, scale = layer.a_quant.coded(x)
+    scale = torch.where(scale.isfinite(), scale, torch.nan)
     output = _sums(layer, codes, found, None, torch.float32).view(*x.shape[:-1], -1).mul_(scale)
     if layer.bias is not None:
         output += layer.bias.detach()

@@ -36,7 +36,7 @@ def is_shard(tensor: Tensor) -> bool:
 
 def result_dtype(x: Tensor) -> torch.dtype:
     """The dtype of what x is quantized to: its own; under autocast the one to which the layer would cast anyway."""
-    cast = x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
+    cast = x.dtype == torch.float32 and not x.is_meta and torch.is_autocast_enabled(x.device.type)
     return torch.get_autocast_dtype(x.device.type) if cast else x.dtype
 
 

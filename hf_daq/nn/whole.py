@@ -145,7 +145,7 @@ def _filled(tensor: Tensor, dim: int, multiple: int) -> Tensor:
 
 def output(layer: Any, kept: Arranged, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """None where x is not of this layer, or, outside of graphs, an input is NaN, or infinite where each row has a scale.
-    In a graph outputs are NaN then: all, or those of the row.
+    In a graph the outputs of such an image or row are NaN then.
 
     Args:
         x: float32 or bfloat16. bias: float32, shape (out,). dtype: of the output, one of these.
@@ -214,7 +214,16 @@ def _in_graph(
 ) -> Tensor:
     result, failed = _computed(x, code, bias, outputs, work, sizes, *rest)
     tokens = ctypes.c_int32.from_address(code.data_ptr() + _Whole.tokens.offset).value
-    return result.fill_(torch.nan) if failed and not tokens else result
+    if failed and not tokens:
+        bad = with_nan(x, bool(sizes))
+        result, _ = _computed(x.masked_fill(bad, 0), code, bias, outputs, work, sizes, *rest)
+        result.masked_fill_(bad, torch.nan)
+    return result
+
+
+def with_nan(x: Tensor, image: bool) -> Tensor:
+    """Which images or rows have a NaN; broadcasts to x and to what is computed of it."""
+    return x.isnan().any(-1, keepdim=True) if not image else x.isnan().flatten(1).any(1).view(-1, 1, 1, 1)
 
 
 _library.impl("integer_layer", _in_graph, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
