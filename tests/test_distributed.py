@@ -49,8 +49,12 @@ def ended(tmp_path_factory):
     """folder, and what each scenario ended with: (rank 0, rank 1)."""
     folder = tmp_path_factory.mktemp("ranks")
     Program(Path(ranks.__file__), folder, ranks=2).finish(timeout=600)
-    names = [scenario.__name__ for scenario in ranks.SCENARIOS]
-    return folder, {name: tuple(torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)) for name in names}
+    return folder, _ends(folder, ranks.SCENARIOS)
+
+
+def _ends(folder, scenarios):
+    names = [scenario.__name__ for scenario in scenarios]
+    return {name: tuple(torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)) for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +122,15 @@ def test_every_step_leaves_the_ranks_equal_and_where_one_process_would_be(ended,
     assert len(moved) > 40
 
 
-@pytest.mark.parametrize("scenario", ["gradient_accumulation", "gradient_checkpointing", "ddp_compiled", "fsdp"])
+@pytest.mark.parametrize("scenario", ["gradient_accumulation", "gradient_checkpointing", "fsdp"])
 def test_other_ways_to_train_end_where_one_process_does(ended, alone, scenario):
     close(ended[1][scenario][0]["state"], alone[-1])
+
+
+@pytest.mark.slow
+def test_compiled_training_ends_where_one_process_does(tmp_path, alone):
+    Program(Path(ranks.__file__), tmp_path, "longer", ranks=2).finish(timeout=600)
+    close(_ends(tmp_path, ranks.LONGER)["ddp_compiled"][0]["state"], alone[-1])
 
 
 @pytest.mark.parametrize("scenario", ["ddp_in_bf16", "fsdp_in_bf16"])
