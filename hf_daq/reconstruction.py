@@ -17,6 +17,7 @@ from .errors import CalibrationError, ModelError
 from .model.batch import all_batches, resized, run, without_caches
 from .model.guards import ORDER, refuse_wrapped
 from .model.recording import Recorder
+from .model.remembered import Remembered
 from .model.roles import tied_layers
 from .model.walk import Chunk, Rows, Walk
 from .nn.base import check_calibrated, refuse_adapted_weights, weight_problem
@@ -110,7 +111,7 @@ class _Sweep:
         self.todo = self._order()
         self.places = dict(self.todo)
         self.recorder = Recorder(self.model, keep_calls=False)
-        chunks = [Chunk(lambda batch=batch: run(self.model, batch)) for batch in self.batches]  # type: ignore[misc]
+        chunks = [Chunk(lambda batch=batch: run(self.model, batch), self.remembered) for batch in self.batches]  # type: ignore[misc]
         try:
             forwards: dict[nn.Module, Any] = {layer: self._forward(layer) for layer in self.layers.values()}
             with replaced_forwards(forwards), progress_bar(progress, len(self.todo)) as show:
@@ -139,8 +140,14 @@ class _Sweep:
         """The layers to reconstruct, by when they run. Errors of the first batch come before anything is changed."""
         names = [name for name, layer in self.layers.items() if not isinstance(layer, nn.Embedding)]
         calls: list[str] = []
+        self.remembered = Remembered(self.model)
+
+        def called(name: str) -> None:
+            calls.append(name)
+            self.remembered.watch()
+
         hooks = [
-            self.layers[name].register_forward_pre_hook(lambda *_, name=name: calls.append(name))  # type: ignore[misc]
+            self.layers[name].register_forward_pre_hook(lambda *_, name=name: called(name))  # type: ignore[misc]
             for name in names
         ]
         try:
@@ -149,6 +156,7 @@ class _Sweep:
         finally:
             for hook in hooks:
                 hook.remove()
+        self.remembered.watch()
         first = self._tensor([calls.index(name) if name in calls else _NEVER for name in names])
         count = self._tensor([calls.count(name) for name in names])
         all_reduce(first, dist.ReduceOp.MIN)

@@ -849,3 +849,104 @@ def test_decoders_of_encoder_decoders_keep_no_caches():
     with without_caches(model):
         assert model(input_ids=ids, decoder_input_ids=ids).past_key_values is None
     assert model(input_ids=ids, decoder_input_ids=ids).past_key_values is not None
+
+
+# ------------------------------------------------------------------------------------------- what a forward remembers
+
+
+class Skips(nn.Module):
+    """Convolutions whose first outputs are added to the last ones; `kept` says where they wait."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(channels, 8, 3, padding=1) for channels in (3, 8))
+        self.third, self.last = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.kept, self.stack, self.outputs = kept, [], {}
+        if kept == "closure of a hook":
+            seen = []
+            self.first.register_forward_hook(lambda *call: seen.append(call[-1]))
+            self.seen = seen.pop
+        if kept == "object of a hook":
+            keeper = Keeper()
+            self.first.register_forward_hook(keeper.hook)
+            self.seen = lambda: keeper.output
+
+    def forward(self, x):
+        skip = self.first(x)
+        if self.kept == "attribute":
+            self.skip = skip
+        elif self.kept == "list":
+            self.stack.append(skip)
+        elif self.kept == "dictionary":
+            self.outputs.setdefault(x.device, {})["first"] = skip
+        x = self.third(self.second(skip.relu()).relu())
+        if self.kept == "attribute":
+            skip = self.skip
+            del self.skip
+        elif self.kept == "list":
+            skip = self.stack.pop()
+        elif self.kept == "dictionary":
+            skip = self.outputs[x.device].pop("first")
+        elif self.kept in ("closure of a hook", "object of a hook"):
+            skip = self.seen()
+        return self.last((x + skip).relu())
+
+
+class Keeper:
+    def hook(self, module, args, output):
+        self.output = output
+
+
+KEPT = "attribute", "list", "dictionary", "closure of a hook", "object of a hook"
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_what_a_forward_keeps_outside_of_its_variables_stays_its_own(kept):
+    torch.manual_seed(0)
+    plain = Skips("variable")
+    net = Skips(kept)
+    net.load_state_dict(plain.state_dict())
+    batches = [images(8, 12, seed) for seed in (1, 2, 3)]
+    config = DaqConfig(weight_bits=3, activation_bits=4, first_last_bits=4)
+    plain, net = (calibrated(model.eval(), batches, config) for model in (plain, net))
+    for model in (plain, net):
+        hf_daq.reconstruct(model, batches)
+    want, found = plain.state_dict(), net.state_dict()
+    assert all(torch.equal(found[name], want[name]) for name in want)
+    assert net.stack == []
+
+
+class Masked(nn.Module):
+    """Another random mask in each forward, as in the pretraining of ViT-MAE."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        x = self.second(x * (torch.rand(x.shape) < 0.5)).relu()
+        return self.third(x * (torch.rand(x.shape) < 0.5))
+
+
+def test_both_networks_draw_the_same_random_numbers():
+    torch.manual_seed(0)
+    batches = [torch.randn(256, 32) for _ in range(4)]
+    model = calibrated(Masked().eval(), batches, DaqConfig(weight_bits=3, activation_bits=4, first_last_bits=4))
+    exact = copy.deepcopy(model)
+    hf_daq.remove_daq(exact)
+
+    def error():
+        total = 0.0
+        for seed, batch in enumerate(batches):
+            outputs = []
+            for each in (model, exact):
+                torch.manual_seed(seed)
+                outputs.append(each(batch).detach())
+            total += (outputs[0] - outputs[1]).square().sum().item()
+        return total
+
+    before, state = error(), torch.get_rng_state()
+    hf_daq.reconstruct(model, batches)
+    assert error() < before  # with masks of their own it is 17 times as large
+    torch.set_rng_state(state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import copy_context
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.experts import Routing
+from .remembered import Remembered
 
 Rows = Iterator[tuple[int, Tensor, Tensor]]
 """A half, 0 or 1, and rows of inputs in the quantized and in the float network."""
@@ -28,9 +30,11 @@ class Walk(threading.Thread):
     are no padding (of experts: which tokens), None for all; routing, of experts.
     """
 
-    def __init__(self, forward: Callable[[], Any], in_float: bool) -> None:
+    def __init__(self, forward: Callable[[], Any], in_float: bool, remembered: Remembered | None = None) -> None:
         super().__init__(daemon=True)
         self.in_float = in_float
+        self._remembered = remembered
+        self._state = None if remembered is None else remembered.at_start()
         self.layer: nn.Module | None = None
         self.x: Tensor | None = None
         self.kept: Tensor | None = None
@@ -66,13 +70,28 @@ class Walk(threading.Thread):
 
     def advance(self) -> None:
         """Go on to the next stop, or to the end."""
-        if self.ident is None:
-            self.start()
-        else:
-            self._go.release()
-        self._back.acquire()
+        with self._own_state():
+            if self.ident is None:
+                self.start()
+            else:
+                self._go.release()
+            self._back.acquire()
         if self._error is not None:
             raise self._error
+
+    @contextmanager
+    def _own_state(self) -> Iterator[None]:
+        """Inside, modules remember what they did where this forward stood."""
+        if self._remembered is None or self._state is None:
+            yield
+            return
+        outside = self._remembered.save()
+        self._remembered.restore(self._state)
+        try:
+            yield
+        finally:
+            self._state = None if self.done else self._remembered.save()
+            self._remembered.restore(outside)
 
     def stop(self, layer: nn.Module, x: Tensor, kept: Tensor | None) -> None:
         """Stand still here, in the thread of the walk, until `advance`."""
@@ -88,8 +107,9 @@ class Walk(threading.Thread):
         """Leave the forward where it stands."""
         self._ended = True
         if self.is_alive():
-            self._go.release()
-            self.join()
+            with self._own_state():
+                self._go.release()
+                self.join()
 
 
 def _accelerator() -> str:
@@ -100,8 +120,8 @@ def _accelerator() -> str:
 class Chunk:
     """A batch on its way through the quantized network and through the float one."""
 
-    def __init__(self, forward: Callable[[], Any]) -> None:
-        self.quantized, self.in_float = Walk(forward, in_float=False), Walk(forward, in_float=True)
+    def __init__(self, forward: Callable[[], Any], remembered: Remembered | None = None) -> None:
+        self.quantized, self.in_float = (Walk(forward, in_float, remembered) for in_float in (False, True))
         self.walks = self.quantized, self.in_float
 
     def advance(self, todo: Mapping[nn.Module, int]) -> None:
