@@ -256,6 +256,11 @@ class _Trials:
         with self._rounded({name: self._weight(name, own) for name, own in bits.items()}):
             for batch, wanted in zip(self.batches, self.wanted, strict=True):
                 for q, y in zip(answers(self.model, batch), wanted, strict=True):
+                    if q.shape != y.shape:
+                        raise ModelError(
+                            f"with {', '.join(bits)} rounded, an output has shape {tuple(q.shape)} where it was {tuple(y.shape)}: "
+                            "allocate compares values, and cannot where their number depends on them"
+                        )
                     sums[0] += squares(q - y)
         sums = sums.to(next(self.model.parameters()).device)
         all_reduce(sums, dist.ReduceOp.SUM)

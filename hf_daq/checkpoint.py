@@ -92,6 +92,10 @@ def save_pretrained(
     check_unchanged(model)
     if "push_to_hub" in kwargs:
         raise ModelError('write hf_daq.push_to_hub(model, "user/name") to upload a model')
+    if probe is not None and not isinstance(probe, Tensor | Mapping):
+        raise ModelError(
+            f"probe is a {type(probe).__name__}: give the tensor that the model takes, or a mapping of its arguments"
+        )
     if packed and state_dict is not None:
         raise ModelError("a packed file is written from the model itself: save the state dict, open it, then pack")
     saved = packed_copy(model) if packed and not packed_layers(model) else model

@@ -154,3 +154,25 @@ def test_errors() -> None:
         hf_daq.allocate(model, [x], average_bits=4, rules=[{"pattern": "*", "weight_bits": 4}])
     with pytest.raises(ModelError, match="already quantized"):
         hf_daq.allocate(hf_daq.apply_daq(network(), bits=4), [x], average_bits=4)
+
+
+class Survivors(nn.Module):
+    """Rows whose first value is above a limit, as detections above a score."""
+
+    limit = -1e9
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = self.third(self.second(self.first(x).relu()).relu())
+        return found[found[:, 0] > self.limit]
+
+
+def test_outputs_whose_number_depends_on_values_are_refused() -> None:
+    torch.manual_seed(0)
+    model, x = Survivors(), torch.randn(512, 6)
+    model.limit = model(x)[:, 0].mean().item()
+    with pytest.raises(ModelError, match="rounded, an output has shape .* where it was"):
+        hf_daq.allocate(model, [x], average_bits=3)

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from models import images, small_net, small_timm
 from text_models import tiny_bert, tiny_llama, tokens
+from torch import nn
 
 import hf_daq
+from hf_daq.errors import ModelError
 
 
 def quantized(model, batch, **bits):
@@ -178,3 +180,30 @@ def test_labels_that_are_no_classes_are_refused():
         for labels in ([0, 1, 0, 1], torch.tensor([0, 1, 0, 1], dtype=torch.uint8))
     ]
     assert figures[0] == figures[1] is not None
+
+
+class Detector(nn.Module):
+    """Boxes of the images, as detectors of torchvision give them; `more` is how many there are besides."""
+
+    def __init__(self, more=0):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.more = more
+
+    def forward(self, x):
+        boxes = self.third(self.second(self.first(x).relu()).relu())
+        return [{"boxes": boxes[: len(boxes) // 2 + self.more]}, {"boxes": boxes[len(boxes) // 2 :]}]
+
+
+def test_boxes_of_a_detector_are_no_logits():
+    model, x = Detector(), torch.randn(16, 6)
+    reference = copy.deepcopy(model)
+    hf_daq.apply_daq(model, bits=8)
+    with hf_daq.calibrate(model):
+        model(x)
+    found = hf_daq.compare(model, reference, [x])
+    assert "cosine" in str(found)
+    assert "KL" not in str(found)
+    reference.more = 1
+    with pytest.raises(ModelError, match="outputs of the two models have shapes"):
+        hf_daq.compare(model, reference, [x])

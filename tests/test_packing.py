@@ -210,6 +210,14 @@ def test_a_packed_transformers_checkpoint_without_its_codes_is_refused(tmp_path)
         AutoModelForSequenceClassification.from_pretrained(tmp_path)
 
 
+def test_a_probe_is_a_tensor_or_a_mapping(tmp_path):
+    model = quantized_timm("test_resnet", bits=4)
+    for probe in ((images(2),), [images(2)]):
+        with pytest.raises(ModelError, match=f"probe is a {type(probe).__name__}: give the tensor"):
+            hf_daq.save_pretrained(model, tmp_path / "out", probe=probe)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_probe_is_kept_with_its_outputs_and_a_wrong_file_does_not_take_its_place(tmp_path, monkeypatch):
     model, probe, want = trained("test_resnet", {"bits": 2})
     hf_daq.save_pretrained(model, tmp_path, packed=True, probe=probe)

@@ -1,6 +1,7 @@
 """Reconstruction: against slow definitions on tiny layers, without harm on every family, and safe at every end."""
 
 import copy
+import itertools
 import logging
 import threading
 
@@ -669,11 +670,10 @@ def test_an_interruption_leaves_a_model_that_is_whole(ending):
     model = calibrated(small_net(), batches, DaqConfig(bits=3)).train()
     names = list(quantized_layers(model))
     before, threads = copy.deepcopy(model.state_dict()), threading.active_count()
-    calls = []
+    calls = itertools.count(1)
 
     def stop(*_):
-        calls.append(1)
-        if len(calls) == 4:  # once for the order, then three times
+        if next(calls) == 4:  # once for the order, then three times
             raise ending("enough")
 
     hook = model.get_submodule(names[3]).register_forward_pre_hook(stop)

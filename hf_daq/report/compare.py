@@ -188,10 +188,15 @@ def _output(model: nn.Module, inputs: Any) -> _Output:
     found = prediction(output)
     if found is None:
         raise ModelError("the model gives no tensor of real numbers to compare")
-    named = isinstance(output, Mapping)
+    # Named outputs are logits if they are called so, and what is inside of lists of such, as detectors give them, is none.
+    if isinstance(output, Mapping):
+        known = found is output.get("logits")
+    else:
+        parts = output if isinstance(output, tuple | list) else (output, getattr(output, "logits", None))
+        known = any(found is part for part in parts)
     classes = found.shape[1] if found.ndim == 4 else found.shape[-1] if found.ndim in (2, 3) else 1
     features = getattr(model, "num_classes", None) == 0
-    return found, classes > 1 and not features and (not named or found is output.get("logits"))
+    return found, classes > 1 and not features and known
 
 
 class _Sums:
