@@ -175,4 +175,4 @@ def test_outputs_whose_number_depends_on_values_are_refused() -> None:
     model, x = Survivors(), torch.randn(512, 6)
     model.limit = model(x)[:, 0].mean().item()
     with pytest.raises(ModelError, match="rounded, an output has shape .* where it was"):
-        hf_daq.allocate(model, [x], average_bits=3)
+        hf_daq.allocate(model, [x], average_bits=3, first_last_bits=8)
