@@ -172,7 +172,7 @@ class Survivors(nn.Module):
 
 def test_outputs_whose_number_depends_on_values_are_refused() -> None:
     torch.manual_seed(0)
-    model, x = Survivors(), torch.randn(512, 6)
-    model.limit = model(x)[:, 0].mean().item()
+    model, x = Survivors(), torch.randn(32, 6)
+    model.limit = model(x)[:, 0].median().item() - 1e-6
     with pytest.raises(ModelError, match="rounded, an output has shape .* where it was"):
-        hf_daq.allocate(model, [x], average_bits=3, first_last_bits=8)
+        hf_daq.allocate(model, [x], average_bits=3)
