@@ -15,6 +15,7 @@ _OF_MODULES = set(vars(nn.Module())) - {"_buffers"}
 _MISSING = object()
 _PLAIN = (Tensor, nn.Module, type, FunctionType, str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
 _CONTAINERS = (list, dict, set, deque)
+_DEPTH = 4
 
 
 class Remembered:
@@ -70,10 +71,10 @@ class State:
 class _Contents:
     """A container, and what was in it."""
 
-    def __init__(self, container: Any) -> None:
+    def __init__(self, container: Any, depth: int) -> None:
         self.container = container
         pairs = container.items() if isinstance(container, dict) else enumerate(container)
-        self.items = [(key, _taken(value)) for key, value in pairs]
+        self.items = [(key, _taken(value, depth + 1)) for key, value in pairs]
 
     def put_back(self) -> Any:
         values = [(key, _given(value)) for key, value in self.items]
@@ -87,8 +88,9 @@ class _Contents:
         return self.container
 
 
-def _taken(value: Any) -> Any:
-    return _Contents(value) if isinstance(value, _CONTAINERS) else value
+def _taken(value: Any, depth: int = 0) -> Any:
+    """With what is in a container, and in those inside of it; a container may be inside of itself."""
+    return _Contents(value, depth) if isinstance(value, _CONTAINERS) and depth < _DEPTH else value
 
 
 def _given(value: Any) -> Any:
@@ -110,11 +112,9 @@ def _spaces(model: nn.Module) -> Iterator[dict[str, Any]]:
     seen: set[int] = set()
 
     def objects(found: Any, depth: int) -> Iterator[dict[str, Any]]:
-        if isinstance(found, _PLAIN) or id(found) in seen or _is_own(found) or depth > 2:
+        if isinstance(found, _PLAIN + _CONTAINERS) or id(found) in seen or _is_own(found) or depth == _DEPTH:
             return
         seen.add(id(found))
-        if isinstance(found, _CONTAINERS):
-            return
         space = getattr(found, "__dict__", None)
         if isinstance(space, dict):
             yield space
