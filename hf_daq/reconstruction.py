@@ -54,7 +54,7 @@ def reconstruct(
     The new weight stays a float weight inside the cell of its code, so that training can go on from here.
 
     Everything runs in evaluation mode. Forwards of both networks and of all batches stand still in the middle, side by side: what one
-    keeps in attributes of modules or in hooks is its own, and on a CPU both networks draw the same random numbers. Padding tokens,
+    keeps in attributes of modules or in hooks is its own, and both networks draw the same random numbers. Padding tokens,
     which a 2-dimensional `attention_mask` names, do not count. Layers that standardize their weight only get a new scale and shift. A layer
     that runs more than once in a forward, shares its weight or never runs stays as it was calibrated, which is logged; so do
     embeddings, whose rows have no inputs. Experts of a mixture are fitted each to its own tokens, and one without tokens stays.

@@ -267,3 +267,41 @@ def test_gradients_of_inputs_in_integers():
     other = x.detach().clone().requires_grad_()
     plain(model, other).sum().backward()
     assert torch.equal(x.grad, other.grad)
+
+
+class Masked(nn.Module):
+    """Another random mask in each forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        x = self.second(x * (torch.rand(x.shape, device=x.device) < 0.5)).relu()
+        return self.third(x * (torch.rand(x.shape, device=x.device) < 0.5))
+
+
+def test_reconstruction_draws_the_same_random_numbers_in_both_networks():
+    torch.manual_seed(0)
+    batches = [torch.randn(256, 32, device="cuda") for _ in range(4)]
+    model = Masked().cuda().eval()
+    exact = copy.deepcopy(model)
+    hf_daq.apply_daq(model, weight_bits=3, activation_bits=4, first_last_bits=4)
+    with hf_daq.calibrate(model):
+        for batch in batches:
+            model(batch)
+
+    def error():
+        total = 0.0
+        for seed, batch in enumerate(batches):
+            outputs = []
+            for each in (model, exact):
+                torch.manual_seed(seed)
+                outputs.append(each(batch).detach())
+            total += (outputs[0] - outputs[1]).square().sum().item()
+        return total
+
+    before = error()
+    hf_daq.reconstruct(model, batches)
+    assert error() < before

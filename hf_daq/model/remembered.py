@@ -45,12 +45,12 @@ class Remembered:
 
     def save(self) -> State:
         values = {place: _taken(self._spaces[place[0]].get(place[1], _MISSING)) for place in self.places}
-        return State(values, torch.get_rng_state())
+        return State(values, _random_states())
 
     def at_start(self) -> State:
         """As it was before the forward that was watched."""
         values = {(number, name): self._start[number].get(name, _MISSING) for number, name in self.places}
-        return State(values, torch.get_rng_state())
+        return State(values, _random_states())
 
     def restore(self, state: State) -> None:
         for (number, name), value in state.values.items():
@@ -58,14 +58,20 @@ class Remembered:
                 self._spaces[number].pop(name, None)
             else:
                 self._spaces[number][name] = _given(value)
-        torch.set_rng_state(state.random)
+        torch.set_rng_state(state.random[0])
+        if state.random[1]:
+            torch.cuda.set_rng_state_all(state.random[1])
 
 
 class State:
-    """values: by place. random: of the generator of the CPU."""
+    """values: by place. random: of the generators of the CPU and of all GPUs."""
 
-    def __init__(self, values: dict[tuple[int, str], Any], random: Tensor) -> None:
+    def __init__(self, values: dict[tuple[int, str], Any], random: tuple[Tensor, list[Tensor]]) -> None:
         self.values, self.random = values, random
+
+
+def _random_states() -> tuple[Tensor, list[Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
 
 class _Contents:
