@@ -205,9 +205,13 @@ class ReadThroughNames(nn.Module):
         self.c = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
         self.d = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
         self.attention = nn.MultiheadAttention(4, 2)
+        self.f = nn.Linear(4, 4)
 
     def _through(self, layer, x):
         return F.linear(x, layer.weight)
+
+    def _with_another_first_name(module, x):  # noqa: N805
+        return F.linear(x, module.f.weight)
 
     def forward(self, x):
         alias = self.b
@@ -215,13 +219,13 @@ class ReadThroughNames(nn.Module):
         for number, layer in enumerate(self.c[2:]):
             x = F.linear(x, layer.weight) + number
         x = F.linear(x, self.d[0].weight) + self._through(self.a, x)
-        return F.linear(x, self.attention.in_proj_weight)
+        return F.linear(self._with_another_first_name(x), self.attention.in_proj_weight)
 
 
 def test_weights_that_are_read_through_other_names_stay_in_full_precision():
     model = nn.Sequential(nn.Linear(4, 4), ReadThroughNames(), nn.Linear(12, 2))
     planned = hf_daq.plan(model, weight_bits=2)
-    read = ["a", "b", "d.0", *(f"c.{number}" for number in range(4))]
+    read = ["a", "b", "f", "d.0", *(f"c.{number}" for number in range(4))]
     read += [f"attention.{name}_proj" for name in "qkv"]
     assert set(planned.unsupported) == {f"1.{name}" for name in read}
     assert {"1.e", "1.d.2"} <= planned.quantized.keys()

@@ -46,12 +46,17 @@ def test_figures_of_images_are_those_of_the_definitions():
         assert entry.reference_answer == y[entry.example].argmax()
         assert entry.label == labels[entry.example]
     assert found.perplexity is found.cosine is None
+    with torch.no_grad():
+        outputs = [network.eval()(x).double() for network in (model, reference)]
+    noise = (outputs[0] - outputs[1]).square().sum() / outputs[1].square().sum()
+    assert found.sqnr == pytest.approx(-10 * noise.log10().item(), abs=1e-3)
 
 
 def test_a_model_agrees_with_itself():
     _, reference = both()
     found = hf_daq.compare(reference, copy.deepcopy(reference), [images(8, 64)])
     assert (found.agreement, found.differences, found.accuracy) == (100, (), None)
+    assert found.sqnr > 100
     assert abs(found.kl) < 1e-6
 
 
@@ -103,6 +108,21 @@ def test_outputs_that_are_no_logits_have_a_cosine():
         wanted = F.cosine_similarity(model.eval()(x), reference(x)).mean().item()
     assert found.cosine == pytest.approx(wanted, rel=1e-5)
     assert found.kl is found.agreement is None
+
+
+def test_a_single_number_has_more_than_a_sign():
+    reference = small_timm().eval()
+    reference.reset_classifier(1)
+    with torch.no_grad():
+        reference.get_classifier().bias.fill_(5.0)
+    model = quantized(copy.deepcopy(reference), images(8, 64), bits=2)
+    x = images(8, 64, seed=2)
+    found = hf_daq.compare(model, reference, [x[:3], x[3:]])
+    with torch.no_grad():
+        y, wanted = model.eval()(x), reference(x)
+    assert found.cosine == pytest.approx(1)
+    assert found.sqnr == pytest.approx(-20 * ((y - wanted).norm() / wanted.norm()).log10().item(), abs=1e-3)
+    assert found.sqnr < 60
 
 
 def test_models_are_left_as_they_were():

@@ -29,6 +29,9 @@ def weights_read_by(cls: type) -> frozenset[Read]:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError, SyntaxError):
         return frozenset()
+    for node in tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else ():
+        if isinstance(node, ast.FunctionDef):
+            _call_first_argument_self(node)
     functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     functions.pop("_forward_cross_attn", None)  # of timm's MobileViT v2, which gives it no second input
     called = [name for name in functions if "forward" in name]
@@ -36,6 +39,15 @@ def weights_read_by(cls: type) -> frozenset[Read]:
         called += [other for other in _own_attributes(functions[name]) if other in functions and other not in called]
     names = _Names({name: functions[name] for name in called})
     return frozenset(read for name in called for read in names.read_in(functions[name], name))
+
+
+def _call_first_argument_self(method: ast.FunctionDef) -> None:
+    arguments = method.args.posonlyargs + method.args.args
+    if not arguments or any(isinstance(node, ast.Name) and node.id == "staticmethod" for node in method.decorator_list):
+        return
+    for node in ast.walk(method):
+        if isinstance(node, ast.Name) and node.id == arguments[0].arg:
+            node.id = "self"
 
 
 def _own_attributes(tree: ast.AST) -> list[str]:

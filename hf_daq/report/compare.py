@@ -49,6 +49,8 @@ class Comparison:
     accuracy, reference_accuracy: percent of right answers of both. None without labels.
     perplexity, reference_perplexity: of both, `exp` of the mean negative log-likelihood in nats; of language models.
     cosine: between the outputs of both, mean; where outputs are no logits, as of an embedding model. Then all above is None.
+    sqnr: of the outputs, `10 log10(sum y_float^2 / sum (y - y_float)^2)` in dB, whatever they are; inf where both are equal.
+        Look at it where outputs are a single number, or images, which have the shape of logits for pixels.
     differences: the examples with another answer than the float model's; only where the unit is "example".
     """
 
@@ -62,6 +64,7 @@ class Comparison:
     perplexity: float | None = None
     reference_perplexity: float | None = None
     cosine: float | None = None
+    sqnr: float | None = None
     differences: tuple[Difference, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,6 +82,7 @@ class Comparison:
             "same first answer %": (self.agreement, None, 2),
             "KL divergence, nats": (self.kl, None, 4),
             "cosine": (self.cosine, None, 4),
+            "SQNR of outputs, dB": (self.sqnr, None, 1),
         }
         for name, (value, of_float, digits) in rows.items():
             if value is not None:
@@ -105,7 +109,8 @@ def compare(
         print(hf_daq.compare(model, float_model, batches))
 
     A model may keep its accuracy and yet answer many examples differently; agreement and KL divergence show that. Where
-    outputs are logits, of images, sentences, tokens or pixels, these figures are given, else the cosine of the outputs.
+    outputs are logits, of images, sentences, tokens or pixels, these figures are given, else the cosine of the outputs; their
+    SQNR always.
     Both compute in evaluation mode, without gradients, and are left as they were.
 
     Args:
@@ -205,7 +210,7 @@ class _Sums:
     def __init__(self) -> None:
         self.examples = self.count = self.labelled = self.same = 0
         self.unit: Any = "example"
-        self.kl = self.cosine = 0.0
+        self.kl = self.cosine = self.signal = self.noise = 0.0
         self.right, self.likelihood = [0, 0], [0.0, 0.0]  # of the model, of the reference
         self.logits = self.next_token = False
         self.differences: list[Difference] = []
@@ -231,6 +236,7 @@ class _Sums:
         if not self.logits:
             rows, others = (attended(value.float(), mask) for value in (y, reference))
             self.cosine += float(F.cosine_similarity(rows, others).double().sum())
+            self._add_error(rows, others)
             self.count += len(rows)
             self.unit = "token" if y.ndim == 3 else "example"
         else:
@@ -272,6 +278,7 @@ class _Sums:
 
     def _add_rows(self, y: Tensor, reference: Tensor, labels: Tensor | None) -> None:
         """y, reference: (answers, classes); labels: (answers,)."""
+        self._add_error(y, reference)
         log, target = y.double().log_softmax(-1), reference.double().log_softmax(-1)
         first, wanted = log.argmax(-1), target.argmax(-1)
         self.kl += float((target.exp() * (target - log)).sum())
@@ -290,8 +297,14 @@ class _Sums:
             self.right[place] += int((chosen[known] == labels).sum())
             self.likelihood[place] += float(scores[known].gather(1, labels[:, None]).sum())
 
+    def _add_error(self, y: Tensor, reference: Tensor) -> None:
+        self.signal += float(reference.double().square().sum())
+        self.noise += float((y.double() - reference).square().sum())
+
     def comparison(self, alone: bool) -> Comparison:
         values: dict[str, Any] = {"examples": self.examples, "count": self.count, "unit": self.unit}
+        if not alone and self.signal:
+            values["sqnr"] = 10 * math.log10(self.signal / self.noise) if self.noise else math.inf
         if not self.logits:
             return Comparison(**values, cosine=None if alone else self.cosine / max(1, self.count))
         if not alone:

@@ -122,6 +122,7 @@ def figures(compared: Comparison) -> list[tuple[str, str, str]]:
         ("same first answer, %", None, compared.agreement, ".2f"),
         ("KL divergence, nats", None, compared.kl, ".4f"),
         ("cosine", None, compared.cosine, ".4f"),
+        ("SQNR of outputs, dB", None, compared.sqnr, ".1f"),
     ]
     return [
         (name, "" if before is None else format(before, form), format(after, form))
@@ -130,10 +131,13 @@ def figures(compared: Comparison) -> list[tuple[str, str, str]]:
     ]
 
 
+_SQNR = "SQNR: the outputs of the float model beside their difference; more is better."
+
+
 def explanation(compared: Comparison) -> str:
     """What the figures of the table mean."""
     if compared.cosine is not None:
-        return f"Cosine: between the outputs of the two models, mean over {compared.unit}s."
+        return f"Cosine: between the outputs of the two models, mean over {compared.unit}s. {_SQNR}"
     if compared.agreement is None:
         return "Without a float model to compare it with."
     text = (
@@ -143,6 +147,7 @@ def explanation(compared: Comparison) -> str:
     if compared.perplexity is not None:
         text += " Perplexity: less is better."
     without = compared.accuracy is None and compared.perplexity is None
+    text += f" {_SQNR}"
     return f"{text} No labels were given, so nothing is said about right and wrong." if without else text
 
 
