@@ -7,6 +7,7 @@ from text_models import tiny_bert, tokens
 from torch import nn
 
 import hf_daq
+from hf_daq.errors import CalibrationError
 
 
 @pytest.mark.parametrize(
@@ -90,3 +91,13 @@ def test_graphs_of_torch_jit_agree(inputs):
     torch.testing.assert_close(torch.jit.trace(model, images())(x), model(x))
     hf_daq.pack(model)
     torch.testing.assert_close(torch.jit.trace(model, images())(x), model(x))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning"
+)
+@pytest.mark.parametrize("graph_of", [lambda *args: torch.export.export(*args, strict=False), torch.jit.trace])
+def test_before_calibration_there_is_no_graph(graph_of):
+    model = hf_daq.apply_daq(small_net(), bits=4).eval()
+    with pytest.raises(CalibrationError, match="layer 'conv' is not calibrated"):
+        graph_of(model, (images(),))

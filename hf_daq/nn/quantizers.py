@@ -111,7 +111,7 @@ class BoundedQuantizer(Quantizer):
     @property
     def calibrated(self) -> bool:  # type: ignore[override]
         """True once the parameters have values; looks at them anew until they do."""
-        if not self._calibrated:
+        if not self._calibrated and not torch.compiler.is_exporting():
             self.finish()
         return self._calibrated
 
@@ -428,7 +428,7 @@ class ActivationQuantizer(BoundedQuantizer):
     def zero_point(self) -> int:
         """The code of the real zero."""
         step = self.span.detach().clamp_min(1e-12) / self.levels
-        return int((-self.lower.detach() / step).round().clamp(0, self.levels))
+        return int((-self.lower.detach() / step).round().clamp(0, self.levels).nan_to_num())  # NaN: not calibrated
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
