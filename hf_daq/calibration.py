@@ -173,7 +173,13 @@ def _warn(model: nn.Module, calls: Calls) -> None:
     first = torch.tensor(rank if calls else processes(), device=next(model.parameters()).device)
     all_reduce(first, dist.ReduceOp.MIN)
     if calls and rank == int(first):
-        found = examine(model, calls, calibrated_now=True)
+        try:
+            found = examine(model, calls, calibrated_now=True)
+        except Exception as error:  # calibration is done, whatever the model does now
+            logger.warning(
+                "after calibration the model cannot be examined, it raised %s: %s", type(error).__name__, error
+            )
+            return
         logger.log(logging.INFO if found.ok else logging.WARNING, "after calibration, network: %s", found.as_a_whole())
         for finding in found.findings:
             if finding.problem != "not-reached":  # in these calls, the last ones

@@ -468,3 +468,25 @@ def test_arguments_that_have_no_copy(tmp_path):
     with (tmp_path / "log").open("w") as file, hf_daq.calibrate(model):
         model(torch.randn(32, 8), log=file)
     assert model.net[2].calibrated
+
+
+def test_a_model_that_raises_afterwards_is_calibrated(caplog):
+    class Once(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.left = (
+                nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)),
+                1,
+            )
+
+        def forward(self, x):
+            self.left -= 1
+            if self.left < 0:
+                raise RuntimeError("no more")
+            return self.net(x)
+
+    model = hf_daq.apply_daq(Once(), bits=4)
+    with hf_daq.calibrate(model):
+        model(torch.randn(32, 8))
+    assert model.net[2].calibrated
+    assert "cannot be examined, it raised RuntimeError: no more" in caplog.text
