@@ -236,6 +236,36 @@ def test_encoders_of_torch_read_weights_on_a_path_that_is_switched_off():
     assert not hf_daq.plan(encoder, bits=4).unsupported
 
 
+class Remembering(nn.Module):
+    """Counts its forwards, keeps what it sees, and draws random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.calls, self.seen = 0, []
+        self.register_buffer("total", torch.zeros(()))
+        self.middle.register_forward_hook(lambda module, args, output: self.seen.append(output))
+
+    def forward(self, x):
+        self.calls += 1
+        self.total += 1
+        self.kept = self.first(x) + torch.randn(4)
+        self.seen.append(self.kept)
+        return self.last(self.middle(self.kept))
+
+
+@pytest.mark.parametrize("call", [hf_daq.plan, hf_daq.apply_daq])
+def test_the_forward_that_finds_the_ends_leaves_nothing(call):
+    model, random = Remembering(), torch.get_rng_state()
+    seen = model.seen
+    call(model, bits=4)
+    assert (model.calls, model.total.item(), hasattr(model, "kept")) == (0, 0, False)
+    assert model.seen is seen
+    assert seen == []
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(module.training for module in model.modules())
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("call", [hf_daq.plan, hf_daq.apply_daq])
 def test_parts_in_torchscript_are_refused(call):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -68,6 +69,24 @@ class State:
 
     def __init__(self, values: dict[tuple[int, str], Any], random: tuple[Tensor, list[Tensor]]) -> None:
         self.values, self.random = values, random
+
+
+@contextmanager
+def left_as_before(model: nn.Module) -> Iterator[None]:
+    """A forward inside leaves nothing: what it writes to attributes, hooks and buffers is undone, and so are random numbers."""
+    remembered, random = Remembered(model), _random_states()
+    buffers = [buffer for buffer in model.buffers() if not buffer.is_inference()]
+    kept = [(buffer, buffer._version, buffer.detach().clone()) for buffer in buffers]
+    try:
+        yield
+    finally:
+        remembered.watch()
+        start = remembered.at_start()
+        remembered.restore(State(start.values, random))
+        with torch.no_grad():
+            for buffer, version, values in kept:
+                if buffer._version != version:
+                    buffer.copy_(values)
 
 
 def _random_states() -> tuple[Tensor, list[Tensor]]:

@@ -8,7 +8,8 @@ import torch
 import torch.fx
 from torch import nn
 
-from ..nn.layers import CONVOLUTIONS
+from ..nn.layers import CONVOLUTIONS, evaluating
+from .remembered import left_as_before
 
 
 class _Tracer(torch.fx.Tracer):
@@ -29,14 +30,11 @@ def traced_ends(model: nn.Module, layers: dict[str, nn.Module]) -> tuple[list[st
     Args:
         layers: those with a weight, by name.
     """
-    training = {module: module.training for module in model.modules()}
     try:
-        graph = _Tracer(set(layers.values())).trace(model.eval())
+        with left_as_before(model), evaluating(model):
+            graph = _Tracer(set(layers.values())).trace(model)
     except Exception:  # whatever the forward of a stranger does with what is no tensor
         return None
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     inside = {node: _layers_of(node, layers) for node in graph.nodes}
     nodes = [node for node in graph.nodes if not _is_size(node)]
     reads: dict[Any, bool] = {}  # an input, without a layer between
