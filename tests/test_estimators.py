@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file
+from torch import nn
 
 import hf_daq
 from hf_daq.nn.layers import quantized_layers
@@ -364,6 +365,27 @@ def test_regularizers_are_least_where_their_papers_say():
             layer.weight.copy_(layer.weight.sign() * torch.rand(len(layer.weight), 1, 1, 1))
         assert ingredients.cauchy_schwarz(model) < 1e-6
         assert ingredients.kurtosis(model) > 0.1
+
+
+def test_the_ranges_of_channels_are_alike_where_nothing_is_lost():
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 2, 1))
+    hf_daq.apply_daq(model, bits=4)
+    x = torch.rand(4, 3, 8, 8)
+    with hf_daq.calibrate(model):
+        model(x)
+    ranges = ingredients.Ranges(model)
+    losses = []
+    for _ in range(40):
+        model(x)
+        loss = ranges.loss()
+        (gradient,) = torch.autograd.grad(loss, model[0].weight)
+        losses.append(loss.item())
+        with torch.no_grad():
+            model[0].weight -= 0.1 * gradient
+    assert losses[-1] < 0.2 * losses[0]
+    assert list(ranges.channels) == ["2"]
+    channels = ranges.channels["2"].detach()
+    assert losses[-1] == pytest.approx((channels.var(correction=0) / channels.mean() ** 2).item(), rel=1e-4)
 
 
 def test_a_weight_that_goes_to_and_fro_is_frozen_where_it_mostly_is():

@@ -30,6 +30,25 @@ def cauchy_schwarz(model: nn.Module) -> Tensor:
     return torch.stack(found).mean()
 
 
+class Ranges:
+    """How unlike the channels of the inputs of depthwise convolutions are, which share one quantizer: the mean over these layers of
+    the variance over channels of m / mean(m), m the mean |x| of a channel in the last forward. The idea is of Park and Sung,
+    "Regularizing Activation Distribution for Ultra Low-bit Quantization-Aware Training of MobileNets", SiPS 2022; its equation may
+    be another one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.channels: dict[str, Tensor] = {}
+        for name, layer in quantized_layers(model).items():
+            if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels:
+                layer.register_forward_pre_hook(lambda _, args, name=name: self.see(name, args[0]))
+
+    def see(self, name: str, x: Tensor) -> None:
+        self.channels[name] = x.float().abs().mean((0, 2, 3))
+
+    def loss(self) -> Tensor:
+        return torch.stack([(m / m.mean() - 1).square().mean() for m in self.channels.values()]).mean()
+
+
 def wait_with_weights(model: nn.Module) -> None:
     """From now on inputs alone are quantized, until `begin_with_weights`."""
     for layer in quantized_layers(model).values():

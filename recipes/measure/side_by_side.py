@@ -27,7 +27,7 @@ import hf_daq
 from hf_daq.nn.quantizers import Quantizer
 from measure.brevitas_layers import use_brevitas
 from measure.ewgs import use_ewgs
-from measure.ingredients import Freezing, begin_with_weights, cauchy_schwarz, kurtosis, wait_with_weights
+from measure.ingredients import Freezing, Ranges, begin_with_weights, cauchy_schwarz, kurtosis, wait_with_weights
 from measure.learned_steps import has_steps, use_lsq, use_paretoq
 from measure.study import Run, Study
 from shared.distillation import Distillation, distill
@@ -47,6 +47,7 @@ OTHER = {
     "transitions",
     "kurtosis",
     "cauchy_schwarz",
+    "ranges",
     "freeze",
     "inputs_first",
     "reconstruct",
@@ -252,6 +253,7 @@ class Training:
             self.learned = [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
             self.averaged = [tensor.detach().clone() for tensor in self.learned]
         self.freezing = Freezing(model, settings["freeze"]) if "freeze" in settings else None
+        self.ranges = Ranges(model) if "ranges" in settings else None
         if run.epochs:
             self.prepare()
 
@@ -278,6 +280,8 @@ class Training:
         for name, regularizer in REGULARIZERS.items():
             if factor := self.run.settings.get(name):
                 loss = loss + factor * regularizer(self.model)
+        if self.ranges is not None:
+            loss = loss + self.run.settings["ranges"] * self.ranges.loss()
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()

@@ -23,8 +23,8 @@ class Study:
     `reconstruct`: true to start from `hf_daq.reconstruct`; `distill`: share of the comparison with the float network in the
     loss; `features`: factor of the distance of its last features; `ema`: decay of averages of the weights, which are
     evaluated; `reestimate`: batches that the last network's BatchNorm is estimated from anew; `dampening`: its factor in the
-    loss at the end; `transitions`: target of TransitionScheduler; of ingredients.py `kurtosis` and
-    `cauchy_schwarz`: factors in the loss, `freeze`: how often a weight oscillates before it is frozen, `inputs_first`: epochs
+    loss at the end; `transitions`: target of TransitionScheduler; of ingredients.py `kurtosis`,
+    `cauchy_schwarz` and `ranges`: factors in the loss, `freeze`: how often a weight oscillates before it is frozen, `inputs_first`: epochs
     before weights are quantized."""
     grids: list[dict[str, Any]]
     float_epochs: int = 15
