@@ -18,10 +18,11 @@ import hf_daq
 from hf_daq import DaqConfig
 from hf_daq.errors import ExportError, ModelError
 from hf_daq.model.walk import Chunk
-from hf_daq.nn.experts import ExpertsLinear, OneExpert, Routing, SplitExperts, expert_layers
+from hf_daq.nn.experts import ExpertsLinear, OneExpert, Routing
 from hf_daq.nn.fitting import whole_or_not
 from hf_daq.nn.layers import quantized_layers
 from hf_daq.nn.paths import bit_for_bit
+from hf_daq.nn.split_experts import SplitExperts, expert_layers
 
 CONFIG = DaqConfig(weight_bits=3, activation_bits=8, bias_correction=False)
 CONFIGS = [CONFIG, CONFIG.replace(weight_granularity="channel"), CONFIG.replace(group_size=20)]

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from ..errors import ExportError
-from ..nn.experts import ExpertsLinear, SplitExperts, expert_layers, fused_experts
+from ..nn.experts import ExpertsLinear
 from ..nn.integers import Integers, integers
 from ..nn.packed import daq_layers
+from ..nn.split_experts import SplitExperts, expert_layers, fused_experts
 
 _OTHERWISE = (
     "write hf_daq.save_pretrained(model, directory), or leave the experts in full precision, "

@@ -13,8 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..nn.attention import PROJECTIONS, projections
 from ..nn.base import DaqLayer
-from ..nn.experts import ExpertsLinear, fused_experts, pair_count
+from ..nn.experts import ExpertsLinear
 from ..nn.layers import CONVOLUTIONS, TRANSPOSED, evaluating
+from ..nn.split_experts import fused_experts, pair_count
 from .batch import examples_in, run
 from .roles import largest_weight
 

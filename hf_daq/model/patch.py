@@ -13,13 +13,13 @@ from ..config import DaqConfig, pattern_matches
 from ..errors import CalibrationError, ModelError
 from ..nn.attention import allocate, join, release, split, switch_fast_paths
 from ..nn.base import DaqLayer, check_calibrated, check_finite, weight_problem
-from ..nn.experts import join_experts, split_experts
 from ..nn.init import start_from_weight
 from ..nn.layers import LAYER_TYPES, QuantizedLayer, quantize_layer, quantized_layers, restore_layer
 from ..nn.leaf import ONLOAD
 from ..nn.packed import daq_layers, pack_layer, packed_layers, unpack_layer
 from ..nn.quantizers import is_shard
 from ..nn.siblings import groups_left, link, regroup
+from ..nn.split_experts import join_experts, split_experts
 from ..nn.swap import hides_forward, uninterrupted
 from ..nn.tied import tie_layer, unpack_tied
 from ..nn.weight_norm import give_norms_back, hold_norms

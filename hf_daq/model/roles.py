@@ -14,9 +14,10 @@ from torch.nn.utils import parametrize
 from ..errors import ModelError
 from ..nn.attention import DaqMultiheadAttention, has_switch, projections
 from ..nn.base import DaqLayer
-from ..nn.experts import ExpertsLinear, SplitExperts, fused_experts
+from ..nn.experts import ExpertsLinear
 from ..nn.layers import CONVOLUTIONS, LAYER_TYPES, TRANSPOSED
 from ..nn.packed import PackedLayer
+from ..nn.split_experts import SplitExperts, fused_experts
 from ..nn.tied import TIED_TYPES
 from ..nn.weight_norm import Normed, normed_type
 from .source import Read, weights_read_by
