@@ -101,7 +101,10 @@ class Health:
     def as_a_whole(self) -> str:
         """What `network_sqnr` means, in words."""
         if self.network_sqnr is None:
-            return "not compared with float: packed, without usable bounds, or with one output for all examples"
+            return (
+                "not compared with float: packed, without usable bounds, with one output for all examples, or with outputs that "
+                "are not finite or whose number changes, as boxes do"
+            )
         text = f"SQNR of its outputs {self.network_sqnr:.1f} dB against its own float weights"
         if self.fine:
             return f"{text}, fine" + ("; findings about noise do no harm" if self.findings else "")
