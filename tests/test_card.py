@@ -160,6 +160,25 @@ def test_images_through_an_onnx_file_beside_the_card(model, tmp_path, monkeypatc
     assert abs(scope["logits"] - want).max() < 0.2 * want.std()
 
 
+def test_the_card_leaves_out_the_onnx_file_of_another_model(tmp_path, caplog):
+    def quantized(bits):
+        model = timm.create_model("test_resnet").eval()
+        hf_daq.apply_daq(model, bits=bits)
+        with hf_daq.calibrate(model, check=False):
+            model(images(4, 64))
+        return model
+
+    model = quantized(7)
+    hf_daq.export_onnx(model, tmp_path / "model.onnx", images(2, 64), verify=False)
+    for packed in (False, True):
+        hf_daq.save_pretrained(model, tmp_path, packed=packed)
+        assert 'InferenceSession("model.onnx")' in (tmp_path / "README.md").read_text()
+    assert "another model" not in caplog.text
+    hf_daq.save_pretrained(quantized(2), tmp_path)
+    assert "model.onnx" not in (tmp_path / "README.md").read_text()
+    assert "model.onnx is of another model than the weights beside it: export it again, or delete it" in caplog.text
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_card_says_how_8_bits_stay_exact_without_vnni(tmp_path, bits):
     model = hf_daq.apply_daq(tiny_bert(), bits=bits)

@@ -20,6 +20,7 @@ from hf_daq.errors import CalibrationError, ExportError
 from hf_daq.export.onnx import Report, export_onnx
 from hf_daq.export.onnx_metadata import write_metadata
 from hf_daq.export.onnx_verify import class_axis
+from hf_daq.files.weights_file import fingerprint
 from hf_daq.model.batch import Inputs
 from hf_daq.nn.integers import integers
 
@@ -452,7 +453,7 @@ def test_a_file_that_is_wrong_by_a_percent_is_refused(bits, tmp_path, monkeypatc
                 node.input[1] = graph.add("wrong", (scale * 1.01).astype("float32"))
 
     monkeypatch.setattr(onnx_passes, "fold_batch_norm", wrong)
-    with pytest.raises(ExportError, match="the input of layer 'depthwise' differ by more than rounding explains"):
+    with pytest.raises(ExportError, match="codes of the input of layer 'depthwise' are others than"):
         exported(model, tmp_path / "a.onnx", images(8), min_agreement=0, max_error=1)
     assert not (tmp_path / "a.onnx").exists()
 
@@ -538,8 +539,8 @@ def test_codes_beside_ties_are_no_fault(runtime, tmp_path):
     ("name", "factor", "words"),
     [
         ("weight", 1.0005, "with an RMS error of 5.0.e-04"),
-        ("weight", 1.01, "the outputs differ by more than rounding explains"),
-        ("input", 1.01, "the input of layer '0' differ by more than rounding explains"),
+        ("weight", 1.01, "on the codes of the file, outputs differ by .*more than rounding explains"),
+        ("input", 1.01, "codes of the input of layer '0' are others than"),
     ],
 )
 def test_faults_are_found_behind_codes_beside_ties(name, factor, words, tmp_path, monkeypatch):
@@ -611,7 +612,8 @@ def test_outputs_of_several_kinds(tmp_path):
 
 
 def test_a_report_without_verification(tmp_path):
-    report = export_onnx(quantized(small_net(), images(8)), tmp_path / "a.onnx", images(8), verify=False)
+    model = quantized(small_net(), images(8))
+    report = export_onnx(model, tmp_path / "a.onnx", images(8), verify=False)
     assert isinstance(report, Report)
     assert report.runtimes == {}
     assert "MiB" in str(report)
@@ -624,6 +626,7 @@ def test_a_report_without_verification(tmp_path):
         "runtime": "onnxruntime",
         "architecture": type(small_net()).__name__,
         "bits": "W4A4",
+        "fingerprint": fingerprint(model),
         "input_size": json.dumps(shape),
     }
 
@@ -665,7 +668,7 @@ def test_metadata_of_a_model_of_timm():
 
 def test_metadata_of_a_model_of_transformers():
     model = tiny_bert()
-    assert about(model, "sequence").keys() == {"hf_daq_version", "runtime", "architecture", "bits"}
+    assert about(model, "sequence").keys() == {"hf_daq_version", "runtime", "architecture", "bits", "fingerprint"}
     model.config.id2label = {1: "good", 0: "bad"}
     model.config.name_or_path = "/home/user/bert"
     assert "tokenizer" not in about(model, "sequence")

@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 import hf_daq
 from hf_daq.cli.main import app
 from hf_daq.cli.options import minutes
-from hf_daq.errors import DataError, ModelError
+from hf_daq.errors import DataError, ExportError, ModelError
 from hf_daq.integrations.examples import read_examples, shares
+from hf_daq.integrations.rows import rows_of
 from hf_daq.nn.layers import quantized_layers
 from hf_daq.report.examples import class_names
 
@@ -332,6 +333,28 @@ def test_data_that_is_empty_or_streamed_says_so(root, tmp_path):
         read_examples(net(3), datasets.Dataset.from_dict({"image": [None, None]}), (2,))
 
 
+@pytest.mark.parametrize(
+    ("text", "column", "names"),
+    [
+        ('"text","label"\n"a, b",1\n"c",0\n', None, ["text", "label"]),
+        ("Review Text,Sentiment\nfilm,1\nplay,0\n", None, ["Review Text", "Sentiment"]),
+        ("Review Text,Sentiment\na film,good\nb film,bad\nc film,good\n", None, ["Review Text", "Sentiment"]),
+        ("my text,my class\na film,good\n", "my text", ["my text", "my class"]),
+        ("text,label\na film,good\n", None, ["text", "label"]),
+        ("a film,1\nb film,0\n", None, None),
+        ('"a film","1"\n"b film","0"\n', None, None),
+        ("good,positive\nbad,negative\nfine,positive\n", None, None),
+        ("a film,good\nb film,bad\nc film,good\n", None, None),
+        ("one sentence,its other\na film,a play\nb film,b play\n", None, None),
+    ],
+)
+def test_the_first_line_of_a_table_has_names_or_is_a_row(text, column, names, tmp_path):
+    (tmp_path / "rows.csv").write_text(text)
+    found = rows_of(tmp_path / "rows.csv", None, None, column)
+    assert found.column_names == (names or ["text", "label"])
+    assert len(found) == len(text.splitlines()) - (names is not None)
+
+
 def test_marks_of_editors_are_no_text(root, tmp_path):
     rows = "text,label\r\n" + "".join(f'"{text}",{index % 2}\r\n' for index, text in enumerate(sentences(4)))
     for name, text in (("rows.csv", rows), ("rows.txt", "\r\n".join(sentences(4)))):
@@ -396,6 +419,35 @@ def test_the_command_quantizes_a_text_classifier(root, tmp_path, to, file):
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert model.daq_config.packed == (to != "trainable")
     assert "accuracy" in run("evaluate", tmp_path, *data)[0]
+
+
+def test_an_export_that_fails_leaves_the_folder_as_it_was(root, tmp_path, monkeypatch):
+    transformers.BertForSequenceClassification.from_pretrained(root / "bert").bfloat16().save_pretrained(
+        tmp_path / "bert"
+    )
+    word_tokenizer(tmp_path / "bert")
+    command = ("quantize", tmp_path / "bert", "--data", root / "reviews.tsv", "--examples", 12, "--reconstruct", 0)
+    command += ("--to", "onnx", "-o", tmp_path / "out")
+    assert "in float32, which the ONNX file computes in" in run(*command, "--bits", 8)[1]
+
+    def contents():
+        return {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def fails(*args, **kwargs):
+        raise ExportError("it differs")
+
+    before = contents()
+    assert "model.onnx" in before
+    assert transformers.BertForSequenceClassification.from_pretrained(tmp_path / "out").dtype == torch.float32
+    monkeypatch.setattr(hf_daq, "export_onnx", fails)
+    assert "it differs" in run(*command, "--bits", 4, code=1)[1]
+    assert contents() == before
+
+
+def test_models_that_take_other_inputs_cannot_be_compared(root, tmp_path):
+    run("quantize", root / "timm", "--data", root / "digits", "--bits", 8, "--reconstruct", 0, "-o", tmp_path)
+    other = ("--data", root / "digits", "--float", root / "bert")
+    assert "does not take the inputs of" in run("evaluate", tmp_path, *other, code=1)[1]
 
 
 def test_the_command_quantizes_a_language_model(root, tmp_path):

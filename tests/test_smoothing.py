@@ -132,6 +132,22 @@ def test_what_a_few_rows_have_alone_is_no_outlier(rows):
     assert not smoothed(network(model, rows_of_long_tails, modules_to_not_convert=["1"]))
 
 
+def test_a_dict_of_parameters_alone_lacks_the_factors():
+    model = network(bits=4)
+    assert smoothed(model)
+    best = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    x = images(seed=1)
+    with torch.no_grad():
+        wanted = model(x)
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: .*a_quant.smooth"):
+        model.load_state_dict(best)
+    missing = model.load_state_dict(best, strict=False).missing_keys
+    assert [name for name in missing if "smooth" in name] == [f"{name}.a_quant.smooth" for name in smoothed(model)]
+    assert torch.equal(model(x).detach(), wanted)
+
+
 def test_calibration_finds_it_anew():
     model = network()
     with torch.no_grad():

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
-from ..errors import DataError
+from ..errors import DaqError, DataError
 from .console import note, show, show_json, working
 from .options import (
     ActivationBits,
@@ -101,11 +102,18 @@ def quantize_command(
     for path in filter(None, (output, report)):
         refuse_unwritable(path)
     with working(f"reading {model}"):
+        import torch
+
         import hf_daq
 
         from ..integrations.build import pretrained, skeleton
 
         network = pretrained(model, revision)
+        if to == "onnx" and any(
+            value.dtype != torch.float32 for value in network.parameters() if value.is_floating_point()
+        ):
+            note("in float32, which the ONNX file computes in")
+            network.float()
         _refuse_export(lambda: hf_daq.apply_daq(skeleton(model, revision), chosen), to, network, processor)
     note(f"quantizing {model} with {data}")
     result = hf_daq.quantize(
@@ -183,7 +191,14 @@ def evaluate_command(
             split=split,
             seed=seed,
         )
-    comparison = hf_daq.compare(network, of_float, found.batches, labels=found.labels)
+    try:
+        comparison = hf_daq.compare(network, of_float, found.batches, labels=found.labels)
+    except DaqError:
+        raise
+    except Exception as error:  # whatever a model says of inputs that are not its own
+        if reference is None:
+            raise
+        raise DataError(f"{reference} does not take the inputs of {model}: {type(error).__name__}: {error}") from error
     if comparison.accuracy is comparison.perplexity is comparison.kl is comparison.cosine is None:
         raise DataError(f"{data} has no classes that {model} knows; --float MODEL compares it with the float model")
     if report:
@@ -254,18 +269,25 @@ def _write(model: Any, result: Any, output: Path, to: Output, runtime: Runtime |
     """The checkpoint, and the report of an export."""
     import hf_daq
 
+    from ..files.atomic import temporary_folder
+    from ..files.card import write_card
+
     if to == "compressed-tensors":
         report: Any = hf_daq.export_compressed_tensors(model, output, result.inputs)
-    else:
-        hf_daq.save_pretrained(model, output, packed=to != "trainable", card=facts)
+        if result.processor is not None:
+            result.processor.save_pretrained(output)
+        return report
+    with temporary_folder(output) as folder:  # if the export fails, what was there stays
         report = None
-    if result.processor is not None:
-        result.processor.save_pretrained(output)
+        if to == "onnx":
+            report = hf_daq.export_onnx(model, folder / "model.onnx", result.inputs, runtime=runtime or "onnxruntime")
+        if to == "gguf":
+            report = hf_daq.export_gguf(model, folder / "model.gguf", result.processor)
+        hf_daq.save_pretrained(model, output, packed=to != "trainable", card=facts)
+        if result.processor is not None:
+            result.processor.save_pretrained(output)
+    if report is not None:
+        report = replace(report, path=output / report.path.name)
     if to == "onnx":
-        from ..files.card import write_card
-
-        report = hf_daq.export_onnx(model, output / "model.onnx", result.inputs, runtime=runtime or "onnxruntime")
         write_card(output)  # says how the file is fed
-    if to == "gguf":
-        report = hf_daq.export_gguf(model, output / "model.gguf", result.processor)
     return report

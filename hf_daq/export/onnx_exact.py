@@ -144,7 +144,12 @@ def check_exact(
     agreement = comparison.result()
     wrong = [name for name, distances in file.distances.items() if not distances.error <= _CODES]
     if wrong or not agreement.error <= (_OUTPUTS if forwards else _OUTPUTS_IN_FLOAT):
-        where = f"the input of layer {wrong[0]!r}" if wrong else "the outputs"
+        where = (
+            f"codes of the input of layer {wrong[0]!r} are others than what comes before them in the file gives, and not only at "
+            "thresholds"
+            if wrong
+            else f"on the codes of the file, outputs differ by {agreement.error:.1e}, more than rounding explains"
+        )
         why = (
             f"This processor has no VNNI instructions: {runtime} adds pairs of products in 16 bits here, and cuts off what is too large "
             "for them, as products of 8-bit inputs and weights are. Take weight_bits=7, or compare on another processor "
@@ -154,7 +159,6 @@ def check_exact(
             "report it."
         )
         raise ExportError(
-            f"{runtime}: the file computes something else than the model: {where} differ by more than rounding "
-            f"explains (outputs by {agreement.error:.1e}). {why} Nothing was written.\n{report}"
+            f"{runtime}: the file computes something else than the model: {where}. {why} Nothing was written.\n{report}"
         )
     return agreement

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..files.feeding import image_facts
+from ..files.weights_file import fingerprint
 from ..text import width_text
 from ..version import __version__
 
@@ -22,7 +23,8 @@ def input_shapes(proto: Any) -> dict[str, tuple[int | str, ...]]:
 
 
 def write_metadata(proto: Any, model: nn.Module, layers: Mapping[str, Any], runtime: str, size: Any = None) -> None:
-    """Write hf_daq_version, the runtime that the file was written for, architecture and bits, for images input_size (channels, height, width), mean, std, interpolation,
+    """Write hf_daq_version, the runtime that the file was written for, architecture, bits and
+    the fingerprint of the model, for images input_size (channels, height, width), mean, std, interpolation,
     crop_pct, crop_mode and channel_order, labels, and the tokenizer: what is known. Lists are in JSON. size: of images, where the file takes any."""
     import onnx
 
@@ -33,6 +35,7 @@ def write_metadata(proto: Any, model: nn.Module, layers: Mapping[str, Any], runt
         "runtime": runtime,
         "architecture": type(model).__name__,
         "bits": ", ".join(sorted(width_text(*width) for width in widths)),
+        "fingerprint": fingerprint(model) or "",
     }
     inputs = input_shapes(proto).items()
     images = [shape for name, shape in inputs if len(shape) == 4 and not name.startswith("past_key_values")]

@@ -3,14 +3,18 @@ ONNX files beside it."""
 
 from __future__ import annotations
 
+import logging
 import mmap
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..text import printable
-from .header import read_description
+from .header import read_description, read_header, weights_files
 from .inspect import Inspection
+
+logger = logging.getLogger("hf_daq")
 
 EXACT_WITHOUT_VNNI = "session.x64quantprecision"
 """The option of ONNX Runtime with which x86 processors without VNNI add products of 8-bit inputs and weights exactly; on others it
@@ -87,7 +91,7 @@ def running(inspection: Inspection, task: str | None, repo_id: str | None) -> li
         task: of the Hub's pipelines.
     """
     folder = Path(inspection.source)
-    onnx = {printable(path.name): path for path in sorted(folder.glob("*.onnx"))}
+    onnx = {printable(path.name): path for path in _onnx_files(folder)}
     if inspection.library == "timm":
         description = read_description(folder)
         image = image_facts(description.get("pretrained_cfg")) | _only_labels(description)
@@ -110,13 +114,32 @@ def running(inspection: Inspection, task: str | None, repo_id: str | None) -> li
     return parts
 
 
+def _onnx_files(folder: Path) -> list[Path]:
+    """Those of the model in the folder. Of one that was saved there before they may be left."""
+    found = []
+    for path in sorted(folder.glob("*.onnx")):
+        known = _last_in(path, b"fingerprint", 64)
+        named = known and re.search(rb"daq-[0-9a-f]{32}", known)
+        if named and read_header(weights_files(folder)[0]).fingerprint not in (None, named[0].decode()):
+            logger.warning("%s is of another model than the weights beside it: export it again, or delete it", path)
+        else:
+            found.append(path)
+    return found
+
+
 def _takes_cache(path: Path) -> bool:
     """Whether an ONNX file is that of a decoder with its cache: the names of inputs are behind the weights."""
+    return _last_in(path, b"past_key_values.0.key", 0) is not None
+
+
+def _last_in(path: Path, what: bytes, length: int) -> bytes | None:
+    """So many bytes of the file behind the last place of these, None where they are not in it."""
     with path.open("rb") as file:
         if path.stat().st_size == 0:
-            return False
+            return None
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return content.rfind(b"past_key_values.0.key") >= 0
+            place = content.rfind(what)
+            return None if place < 0 else content[place + len(what) : place + len(what) + length]
 
 
 def image_facts(config: Any) -> dict[str, Any]:

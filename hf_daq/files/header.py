@@ -38,7 +38,8 @@ BYTES |= {f"{kind}{8 * size}": size for kind in "IU" for size in (1, 2, 4, 8)}
 class Header:
     """What a weights file says of itself: quantization config, library version, name -> (dtype, shape), the shapes of packed
     weights and of experts, the facts of its card, names of layers in the file where these are others, of embeddings whose weight
-    a layer shares, and of the tensors that hold the weight of a layer of experts, with a * for their numbers."""
+    a layer shares, of the tensors that hold the weight of a layer of experts, with a * for their numbers, and the fingerprint of the
+    model."""
 
     config: DaqConfig
     version: str
@@ -48,6 +49,7 @@ class Header:
     names: dict[str, str] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
     weights: dict[str, list[str]] = field(default_factory=dict)
+    fingerprint: str | None = None
 
     @cached_property
     def by_form(self) -> dict[str, list[str]]:
@@ -133,6 +135,7 @@ def parse_header(path: Any, metadata: Mapping[str, str], tensors: dict[str, tupl
             {str(name): str(other) for name, other in content.get(key, {}).items()} for key in ("names", "tied")
         )
         weights = {str(name): list(map(str, keys)) for name, keys in content.get("weights", {}).items()}
+        fingerprint = content.get("fingerprint")
     except ConfigError as error:
         raise CheckpointError(f"{path}: quantization config: {error}") from None
     except CheckpointError as error:
@@ -141,7 +144,7 @@ def parse_header(path: Any, metadata: Mapping[str, str], tensors: dict[str, tupl
         raise CheckpointError(f"{path}: damaged {METADATA_KEY!r} metadata: {error!r}") from None
     if config.layers is None:
         raise CheckpointError(f"{path}: the quantization config has no resolved layers")
-    return Header(config, version, tensors, shapes, facts, names, tied, weights)
+    return Header(config, version, tensors, shapes, facts, names, tied, weights, fingerprint)
 
 
 def read_agreeing_header(path: Path, config: DaqConfig) -> Header:

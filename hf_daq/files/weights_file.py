@@ -6,6 +6,7 @@ before anything is written to a model. No pickle is read or written.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,7 +70,22 @@ def header_metadata(
         content["names"] = dict(names)
     if facts is not None and facts.to_dict():
         content["card"] = facts.to_dict()
+    if known := fingerprint(model):
+        content["fingerprint"] = known
     return {METADATA_KEY: json.dumps(content, sort_keys=True)}
+
+
+def fingerprint(model: nn.Module) -> str | None:
+    """What tells exports of a model from those of another one: a digest of the scales of its weights, the same for a trainable and a packed
+    model. None for one that is sharded or on the meta device."""
+    digest = hashlib.sha256()
+    for name, layer in sorted(daq_layers(model).items()):
+        scale = layer.weight_scale
+        if is_shard(scale) or scale.is_meta:
+            return None
+        digest.update(f"{name} {layer.weight_bits}".encode())
+        digest.update(scale.detach().float().abs().cpu().contiguous().numpy().tobytes())
+    return f"daq-{digest.hexdigest()[:32]}"
 
 
 def _shapes(model: nn.Module) -> dict[str, list[int]]:

@@ -78,7 +78,7 @@ def read_examples(
         if value is not None and value < 1:
             raise DataError(f"{name} is {value}; it must be at least 1")
     kind = _kind(model)
-    rows = rows_of(data, subset, split)
+    rows = rows_of(data, subset, split, column)
     usual = _IMAGE_COLUMNS if kind == "images" else _TEXT_COLUMNS
     values = rows[column_name(rows, column, usual, kind)]
     if kind == "text":

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..config import did_you_mean
 from ..errors import DataError
 
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 _SPLITS = "train", "training", "val", "valid", "validation", "test"
 """Names of folders around those of the classes."""
@@ -29,8 +32,8 @@ class Table(dict[str, Sequence[Any]]):
         return list(self)
 
 
-def rows_of(data: Any, subset: str | None, split: str | None) -> Any:
-    """A table: names of its columns, and the columns by name."""
+def rows_of(data: Any, subset: str | None, split: str | None, column: str | None = None) -> Any:
+    """A table: names of its columns, and the columns by name. column: the name of one, if it is known."""
     if not isinstance(data, str | Path):
         if hasattr(data, "column_names") and hasattr(data, "features"):
             if not hasattr(data, "__len__"):
@@ -51,7 +54,7 @@ def rows_of(data: Any, subset: str | None, split: str | None) -> Any:
     elif path.suffix.lower() == ".txt" and path.is_file():
         lines = _text(path).splitlines()
         return Table(text=[line for line in lines if line.strip()])
-    return _opened_by_datasets(path, str(data), subset, split)
+    return _opened_by_datasets(path, str(data), subset, split, column)
 
 
 def _images(folder: Path) -> list[Path]:
@@ -93,7 +96,7 @@ def _classes(folder: Path, files: list[Path]) -> list[str] | None:
     return [parts[place] for parts in folders] if all(folders) else None
 
 
-def _opened_by_datasets(path: Path, name: str, subset: str | None, split: str | None) -> Any:
+def _opened_by_datasets(path: Path, name: str, subset: str | None, split: str | None, column: str | None) -> Any:
     try:
         import datasets  # type: ignore[import-untyped]
     except ImportError:
@@ -103,7 +106,7 @@ def _opened_by_datasets(path: Path, name: str, subset: str | None, split: str | 
         if path.is_file() and builder is None:
             raise DataError(f"{name} is no file of a kind that is read here: .txt, {', '.join(_TABLES)}")
         if path.is_file():
-            return datasets.load_dataset(builder, data_files=str(path), split="train", **_csv_options(path))
+            return datasets.load_dataset(builder, data_files=str(path), split="train", **_csv_options(path, column))
         found = datasets.load_dataset(name, subset)
     except StopIteration:
         raise DataError(f"{name} is empty") from None
@@ -119,18 +122,43 @@ def _opened_by_datasets(path: Path, name: str, subset: str | None, split: str | 
     return found[split]
 
 
-def _csv_options(path: Path) -> dict[str, Any]:
-    """A first line with a sentence or a number in it is a row, not the names of columns."""
+def _csv_options(path: Path, column: str | None) -> dict[str, Any]:
     suffix = path.suffix.lower()
     if suffix not in (".csv", ".tsv"):
         return {}
-    delimiter = "\t" if suffix == ".tsv" else ","
-    with path.open(encoding="utf-8-sig") as file:
-        first = [cell.strip() for cell in file.readline().split(delimiter)]
-    options: dict[str, Any] = {"delimiter": delimiter} | ({"quoting": 3} if suffix == ".tsv" else {})
-    if len(first) == 2 and not all(cell.isidentifier() for cell in first):
+    options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {"delimiter": ","}
+    rows: list[list[str]] = []
+    with (
+        path.open(encoding="utf-8-sig", errors="replace", newline="") as file,
+        suppress(csv.Error),
+    ):  # a cell beyond its limits
+        for row in itertools.islice(csv.reader(file, **options), 1000):
+            rows += [row] if row else []
+    if rows and len(rows[0]) == 2 and not _are_names(rows[0], rows[1:], column):
         options["column_names"] = ["text", "label"]
     return options
+
+
+def _are_names(first: list[str], rows: list[list[str]], column: str | None) -> bool:
+    """Whether the first row of a table of sentences and classes has the names of its columns."""
+    if column in first:
+        return True
+    sentence, label = (cell.strip() for cell in first)
+    classes = [row[1].strip() for row in rows if len(row) == 2]
+    if _is_number(label) or label in classes:
+        return False
+    if sentence.isidentifier() and label.isidentifier():
+        return True
+    # "Review Text": the class of a row would be one of the others, which come again and again, or a number as they are.
+    return bool(classes) and (all(map(_is_number, classes)) or len(set(classes)) < len(classes))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def column_name(rows: Any, asked: str | None, usual: Sequence[str], kind: str) -> str:

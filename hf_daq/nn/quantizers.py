@@ -393,9 +393,10 @@ class ActivationQuantizer(BoundedQuantizer):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
     ) -> None:
-        """`smooth` is there afterwards, or not, as in the state dict: like bounds it is found by calibration."""
+        """`smooth` is there afterwards, or not, as in the state dict: like bounds it is found by calibration. Without metadata, as of
+        a dict of parameters alone, what is not there is a missing key."""
         found = state_dict.get(f"{prefix}smooth")
-        if found is not None or f"{prefix}upper" in state_dict:
+        if found is not None or "bits" in local_metadata:
             self.divide_by(None if found is None else found.shape)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 
