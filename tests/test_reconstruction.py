@@ -359,6 +359,31 @@ def test_bounds_of_inputs_are_those_that_serve_the_output(sign):
     assert (layer(x) - exact(x)).square().mean() < 0.7 * noise
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@torch.no_grad()
+def test_some_channels_of_a_wide_layer_stand_for_all(kind, monkeypatch):
+    torch.manual_seed(0)
+    if kind == "linear":
+        layer, x, taps = nn.Linear(40, 6), torch.randn(400, 40), 1
+    else:
+        layer, x, taps = nn.Conv2d(40, 6, 3), torch.randn(20, 40, 6, 6), 9
+    x.select(1, 17).mul_(30)  # the only outlier
+    layer = quantized_layer(layer, weight_bits=8, activation_bits=4)
+    layer.a_quant.lower.fill_(-100)
+    layer.a_quant.upper.fill_(100)
+    spans = []
+    for columns in (10**6, 8 * taps):
+        monkeypatch.setattr("hf_daq.nn.moments._SAMPLE_COLUMNS", columns)
+        tried = copy.deepcopy(layer)
+        sample = sampled(tried, x)
+        sample.join()
+        assert sample.columns == min(columns, 40 * taps)
+        assert sum(rows.x[..., ::taps].abs().amax() > 40 for part in sample._parts for rows in part) == 2
+        fit_input_bounds([tried], [sample])
+        spans.append(tried.a_quant.span.item())
+    assert spans[1] == pytest.approx(spans[0], rel=0.5)
+
+
 @torch.no_grad()
 def test_shared_bounds_of_inputs_are_those_that_serve_all_their_readers():
     """The first layer does not look at the column with the outliers, and would have them clipped; the other one needs it."""
