@@ -17,7 +17,7 @@ from .observers import all_reduce, depthwise_rows_at, grid, padded, rows_at
 from .rounding import NARROW, Centered, centered, refit
 
 _WIDE = 2048  # columns from which sums are float32, which is twice as fast and half as large
-_POSITIONS, _PER_COLUMN = 2**15, 16
+_POSITIONS, _PER_COLUMN = 2**15, 8
 _SIZE = 2**25  # numbers in the rows of a layer
 _SAMPLE, _SAMPLE_PER_COLUMN, _SAMPLE_SIZE = 2**12, 3, 2**23
 _SAMPLE_COLUMNS = 2**10  # of layers that have more than twice as many
