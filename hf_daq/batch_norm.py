@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .errors import ModelError
+from .errors import CalibrationError, ModelError
 from .model.batch import all_batches, run
 from .nn.layers import evaluating
 from .nn.memory import memory_reused
@@ -40,8 +40,8 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Module
         batches: each what the model takes, a tensor, a mapping or a tuple of arguments.
 
     Raises:
-        ModelError: no batches, or no batch normalization with running statistics. If anything raises, the statistics stay
-        as they were.
+        ModelError: no batches, or no batch normalization with running statistics. CalibrationError: inputs that are not finite. If
+        anything raises, the statistics stay as they were.
     """
     norms = {
         name: module
@@ -72,7 +72,11 @@ def _averaging(norms: dict[str, _BatchNorm]) -> Iterator[None]:
             norm.momentum = None
             norm.train()
         yield
-        reached = {name for name, norm in norms.items() if _reduce(norm) > 0}
+        found = {name for name, norm in norms.items() if _reduce(norm) > 0}
+        for name in sorted(found):
+            if not all(bool(value.isfinite().all()) for value in norms[name].buffers()):
+                raise CalibrationError(f"the inputs of batch normalization {name!r} have NaN or infinite values")
+        reached = found
         if left := [name for name in norms if name not in reached]:
             logger.warning("batch normalization that no batch reached keeps its statistics: %s", ", ".join(left))
     finally:

@@ -75,6 +75,13 @@ def calibrate(model: nn.Module, *, check: bool = True) -> Iterator[nn.Module]:
         CalibrationError: a layer was not reached, or its inputs or weights are not finite.
     """
     layers, config = _checked(model), cast(DaqConfig, model.daq_config)
+    if fitted := [name for name, layer in layers.items() if layer.fitted]:
+        logger.warning(
+            "calibrate takes the place of what reconstruct found, and starts from weights that are those of the float model no more, "
+            "in %d layers, such as %s; to do both again, start from the float model",
+            len(fitted),
+            fitted[0],
+        )
     recorder, readers = Recorder(model, keep_calls=check), Readers()
     observers = {
         name: (_ExpertsObserver if isinstance(layer, DaqExpertsLinear) else _Observer)(layer, recorder)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .errors import CalibrationError, ModelError
+from .errors import CalibrationError, ConfigError, ModelError
 from .model.batch import all_batches, resized, run, without_caches
 from .model.guards import ORDER, refuse_wrapped
 from .model.recording import Recorder
@@ -24,7 +24,7 @@ from .nn.base import check_calibrated, refuse_adapted_weights, weight_problem
 from .nn.bounds import fit_input_bounds
 from .nn.experts import DaqExpertsLinear, OneExpert
 from .nn.fitting import fit_layer, whole_or_not
-from .nn.layers import QuantizedLayer, evaluating, quantized_layers, replaced_forwards
+from .nn.layers import QuantizedLayer, evaluating, quantized_layers, replaced_forwards, sums_of
 from .nn.moments import Moments, Sample
 from .nn.observers import all_reduce
 from .nn.packed import packed_layers
@@ -62,6 +62,9 @@ def reconstruct(
     the middle: some hundred MB of text, 4 GB of 256 photographs.
     Under `torch.distributed` moments are reduced, and all ranks end with the same weights.
 
+    Layers that it fitted before, as when `max_minutes` were over, stay as they are, with a warning: it needs the weights of the
+    float model. After training it does so too, and does not know it.
+
     Ctrl-C is safe: the layer in work is finished or left alone, and what is done stays.
 
     Args:
@@ -74,8 +77,10 @@ def reconstruct(
 
     Raises:
         ModelError: not quantized, packed, wrapped or sharded; no batches. CalibrationError: not calibrated, or inputs or a weight
-        of a layer are not finite. Before the first layer is written the model is left as it was.
+        of a layer are not finite. ConfigError: max_minutes below 0. Before the first layer is written the model is left as it was.
     """
+    if max_minutes is not None and not max_minutes >= 0:
+        raise ConfigError(f"max_minutes={max_minutes}: write a number of minutes, or None")
     layers = _checked(model, "reconstruct")
     with evaluating(model), without_caches(model):
         _Sweep(model, layers, resized(all_batches(model, batches, "reconstruct"))).run(max_minutes, progress)
@@ -106,11 +111,13 @@ class _Sweep:
         self.todo: dict[nn.Module, int] = {}
         self.places: dict[nn.Module, int] = {}
         self.float_weights: dict[nn.Module, Tensor] = {}
+        self.few: list[str] = []
 
     def run(self, max_minutes: float | None, progress: bool | None) -> None:
         end = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
         self.todo = self._order()
         self.places = dict(self.todo)
+        self.fitted = {layer for layer in self.layers.values() if layer.fitted}
         self.recorder = Recorder(self.model, keep_calls=False)
         chunks = [Chunk(lambda batch=batch: run(self.model, batch), self.remembered) for batch in self.batches]  # type: ignore[misc]
         try:
@@ -125,6 +132,11 @@ class _Sweep:
                 walk.end()
             self.recorder.remove()
             torch.clear_autocast_cache()  # it may hold what was there before
+        if self.few:
+            logger.warning(
+                "layers that saw fewer positions than their weight has columns, and may be worse than calibrated: %s; give more inputs",
+                ", ".join(self.few),
+            )
         if self.todo:
             names = [name for name, layer in self.layers.items() if layer in self.todo]
             why = "were not reached in time" if self._over(end) else "never ran"
@@ -169,8 +181,15 @@ class _Sweep:
                 "layers that run more than once in a forward or share their weight stay as calibrated: %s",
                 ", ".join(skipped),
             )
+        fitted = [name for name in names if name not in skipped and self.layers[name].fitted]
+        if fitted:
+            logger.warning(
+                "layers that reconstruct fitted before stay as they are, since their float weights are those of the float model no "
+                "more: %s; to do it again, start from the float model",
+                ", ".join(fitted),
+            )
         order = [names[place] for place in first.argsort(stable=True).tolist()]
-        return {self.layers[name]: place for place, name in enumerate(order) if name not in skipped}
+        return {self.layers[name]: place for place, name in enumerate(order) if name not in (*skipped, *fitted)}
 
     def _tensor(self, values: Any) -> Tensor:
         return torch.tensor(values, device=next(self.model.parameters()).device)
@@ -183,7 +202,7 @@ class _Sweep:
             assert isinstance(walk, Walk)
             if layer in self.todo:
                 walk.stop(layer, x, self._kept(layer, x))
-            if not walk.in_float:
+            if not walk.in_float or layer in self.fitted:
                 return layer.quantized_forward(x)
             weight = self.float_weights.get(layer)
             return layer.in_float(x, weight)
@@ -231,6 +250,7 @@ class _Sweep:
                 parts = [self._fit(layer, [chunk.inputs for chunk in there])]
             if any(parts):
                 self.float_weights[layer] = before
+                layer._fitted = sums_of(layer.weight)
             if len(parts) > 1 and not all(parts):
                 logger.info(
                     "%d experts of %s had too few tokens and stay as calibrated", parts.count(False), layer.daq_name
@@ -265,6 +285,8 @@ class _Sweep:
         moments.reduce()
         if not bool(moments.quantized.isfinite().all() and moments.mixed.isfinite().all()):
             raise CalibrationError(f"the inputs of layer {layer.daq_name!r} have NaN or infinite values")
+        if 0 < int(moments.positions) < moments.columns and not isinstance(layer, OneExpert):
+            self.few.append(f"{layer.daq_name} ({int(moments.positions)} of {moments.columns})")
         enough = moments.count > 0 and not (isinstance(layer, OneExpert) and moments.lopsided)
         if enough:
             fit_layer(layer, moments)

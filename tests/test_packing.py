@@ -431,3 +431,27 @@ def test_codes_are_ordinary_tensors_wherever_a_model_is_packed(tmp_path):
         hf_daq.unpack(opened)
     with torch.no_grad():
         assert torch.equal(opened(x), before)
+
+
+def test_a_packed_state_of_another_grid_is_refused():
+    def packed(**config):
+        model = hf_daq.apply_daq(small_net(), bits=4, **config)
+        with hf_daq.calibrate(model, check=False):
+            model(images())
+        return hf_daq.pack(model)
+
+    model, other = packed(), packed(weight_grid="odd")
+    model.load_state_dict(packed().state_dict())
+    with pytest.raises(RuntimeError, match="is of a packed model with {'bits': 4, 'grid': 'odd'}"):
+        model.load_state_dict(other.state_dict())
+
+
+def test_weights_of_8_bits_in_bfloat16_keep_their_codes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 160), nn.ReLU(), nn.Linear(160, 160), nn.ReLU(), nn.Linear(160, 8))
+    hf_daq.apply_daq(model, bits=8)
+    with hf_daq.calibrate(model, check=False):
+        model(torch.randn(256, 64))
+    model.bfloat16()
+    codes = model[2].codes()
+    assert torch.equal(hf_daq.unpack(hf_daq.pack(model))[2].codes(), codes)

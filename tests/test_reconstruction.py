@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_daq
 from hf_daq import DaqConfig
-from hf_daq.errors import CalibrationError, ModelError
+from hf_daq.errors import CalibrationError, ConfigError, ModelError
 from hf_daq.model.batch import resized, run, without_caches
 from hf_daq.nn.bounds import fit_input_bounds
 from hf_daq.nn.fitting import fit_layer
@@ -809,6 +809,10 @@ def test_statistics_stay_after_an_error():
         hf_daq.reestimate_batch_norm(nn.Linear(2, 2), [torch.ones(1, 2)])
     model = nn.Sequential(nn.BatchNorm2d(3))
     before = copy.deepcopy(model.state_dict())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CalibrationError, match="inputs of batch normalization .* have NaN"):
+        hf_daq.reestimate_batch_norm(model, [images(), images() * torch.nan])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(ModelError, match="reestimate_batch_norm got no batches"):
         hf_daq.reestimate_batch_norm(model, [])
     with pytest.raises(ValueError, match="expected 4D input"):
@@ -976,3 +980,43 @@ def test_both_networks_draw_the_same_random_numbers():
     hf_daq.reconstruct(model, batches)
     assert error() < before  # with masks of their own it is 17 times as large
     torch.set_rng_state(state)
+
+
+def test_a_second_time_layers_stay(caplog):
+    model, x = (
+        nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2)),
+        torch.randn(64, 16),
+    )
+    calibrated(model, [x], DaqConfig(weight_bits=2, activation_bits=8, first_last_bits=8))
+    hf_daq.reconstruct(model, [x], max_minutes=0)
+    assert not any(layer.fitted for layer in quantized_layers(model).values())
+    hf_daq.reconstruct(model, [x])
+    assert all(layer.fitted for layer in quantized_layers(model).values())
+    before = copy.deepcopy(model.state_dict())
+    for other in (model, copy.deepcopy(model)):
+        caplog.clear()
+        hf_daq.reconstruct(other, [x])
+        assert "fitted before stay as they are" in caplog.text
+        assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    with hf_daq.calibrate(model):
+        model(x)
+    assert "calibrate takes the place of what reconstruct found" in caplog.text
+    with torch.no_grad():
+        model[2].weight.mul_(1.1)
+    assert [layer.fitted for layer in quantized_layers(model).values()] == [True, False, True]
+
+
+def test_fewer_positions_than_columns_are_told(caplog):
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
+    calibrated(model, [torch.randn(64, 16)], DaqConfig(bits=4))
+    other = copy.deepcopy(model)
+    hf_daq.reconstruct(model, [torch.randn(64, 16)])
+    assert "may be worse" not in caplog.text
+    hf_daq.reconstruct(other, [torch.randn(6, 16)])
+    assert "may be worse than calibrated: 2 (6 of 16); give more inputs" in caplog.text
+
+
+@pytest.mark.parametrize("minutes", [-1, float("nan")])
+def test_minutes_are_a_number(minutes):
+    with pytest.raises(ConfigError, match="max_minutes"):
+        hf_daq.reconstruct(nn.Linear(2, 2), [torch.ones(1, 2)], max_minutes=minutes)

@@ -274,6 +274,32 @@ def test_quantized_embeddings_do_not_grow():
         hf_daq.pack(model)
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"weight_grid": "odd"},
+        {"weight_normalization": "standardize"},
+        {"weight_granularity": "channel"},
+        {"weight_granularity": "group", "group_size": 4},
+        {"activation_scale": "token"},
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_layer_of_a_model_with_another_config_is_refused(other, packed, tmp_path):
+    def quantized(**config):
+        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        hf_daq.apply_daq(model, bits=4, **config)
+        with hf_daq.calibrate(model, check=False):
+            model(torch.randn(32, 8))
+        return hf_daq.pack(model) if packed else model
+
+    model = quantized()
+    hf_daq.save_pretrained(model, tmp_path / "same")
+    model[2] = quantized(**other)[2]
+    with pytest.raises(ModelError, match="layer '2' is not what model.daq_config says: it has"):
+        hf_daq.save_pretrained(model, tmp_path / "other")
+
+
 def test_a_weight_of_another_shape_is_refused():
     model = hf_daq.apply_daq(nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))), weight_bits=4)
     model[1].weight = nn.Parameter(torch.randn(3, 4))

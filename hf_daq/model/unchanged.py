@@ -12,7 +12,8 @@ from ..config import DaqConfig
 from ..errors import ConfigError, ModelError
 from ..nn.base import DaqLayer
 from ..nn.layers import QuantizedLayer
-from ..nn.packed import daq_layers
+from ..nn.packed import PACKED_TYPES, daq_layers
+from ..nn.token import TokenQuantizer
 from .roles import refuse_computed
 
 _AGAIN = "write hf_daq.remove_daq(model), then apply_daq and calibrate anew"
@@ -72,6 +73,8 @@ def check_unchanged(model: nn.Module, adapters: bool = False) -> None:
             raise ModelError(
                 f"layer {name!r} is not what model.daq_config says: {bits}, packed={config.packed}; {_AGAIN}"
             )
+        if other := _differences(layer, config):
+            raise ModelError(f"layer {name!r} is not what model.daq_config says: it has {other}; {_AGAIN}")
     for name, layer in layers.items():
         _check_place(name, layer, layers)
         if name not in entries:
@@ -81,6 +84,27 @@ def check_unchanged(model: nn.Module, adapters: bool = False) -> None:
             )
     refuse_computed(model)
     entries.update({name: layer.entry for name, layer in layers.items()})
+
+
+def _differences(layer: Any, config: DaqConfig) -> str:
+    """What the quantizers of a layer have that a model with this config would not have."""
+    if layer.owner is not None:
+        return ""
+    kind: Any = (
+        type(layer) if layer.w_quant is not None else next(k for k, v in PACKED_TYPES.items() if v is type(layer))
+    )
+    config = kind.config_of(config, layer)
+    options = vars(layer.w_quant) if layer.w_quant is not None else layer.quantizing | {"grid": layer.weight_grid}
+    wanted = {
+        "grid": config.grid(layer.weight_bits),
+        "granularity": config.weight_granularity,
+        "normalization": config.weight_normalization,
+    }
+    found = {key: options[key] for key, value in wanted.items() if options[key] != value}
+    if layer.a_quant is not None:
+        scale = "token" if isinstance(layer.a_quant, TokenQuantizer) else "static"
+        found |= {"activation_scale": scale} if scale != config.activation_scale else {}
+    return ", ".join(f"{key}={value!r}" for key, value in found.items())
 
 
 def _check_place(name: str, layer: DaqLayer, layers: Mapping[str, DaqLayer]) -> None:

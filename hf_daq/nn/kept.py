@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 _WHOLE = 2**13  # elements up to which all are compared
-_CHUNK = 251  # numbers in a sum; a prime, so that rows and columns do not end where sums do
+_CHUNK = 251  # numbers in a weighted sum; a prime, so that rows and columns do not end where sums do
 
 
 class Kept(NamedTuple):
@@ -50,7 +50,9 @@ def _sums(tensor: Tensor) -> Tensor:
     flat = _flat(tensor.detach())
     per_number = 8 // flat.itemsize
     count = flat.numel() // per_number // _CHUNK * _CHUNK
-    sums = flat[: count * per_number].view(torch.int64).view(-1, _CHUNK).sum(1)
+    numbers = flat[: count * per_number].view(torch.int64).view(-1, _CHUNK)
+    factors = torch.arange(1, 2 * _CHUNK, 2, device=flat.device)  # odd: the order counts, and no bit is lost
+    sums = numbers @ factors if numbers.is_cpu else (numbers * factors).sum(1)  # a GPU has no such products
     return torch.cat([sums, flat[count * per_number :].view(_BITS[flat.itemsize])])
 
 

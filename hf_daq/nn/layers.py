@@ -6,6 +6,7 @@ and its Parameter objects stay what they were.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -33,6 +34,12 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
+def sums_of(weight: Tensor) -> tuple[float, float]:
+    """Two, which tell whether a weight is still the same."""
+    weight = weight.detach()
+    return float(weight.sum(dtype=torch.float64)), float(torch.linalg.vector_norm(weight, dtype=torch.float64))
+
+
 class QuantizedLayer(DaqLayer):
     """Quantizes input and weight, then does what the float layer does.
 
@@ -48,7 +55,15 @@ class QuantizedLayer(DaqLayer):
     w_quant: WeightQuantizer
     low_memory: bool
     _kept: Kept | None = None
+    _fitted: tuple[float, float] | None = None
     _sharded = False
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the float weight is one that `reconstruct` wrote."""
+        return self._fitted is not None and all(
+            map(partial(math.isclose, rel_tol=1e-9), self._fitted, sums_of(self.weight))
+        )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """A float layer: adapters are built with the class of the layer beside them. Copies come without arguments."""
@@ -498,6 +513,7 @@ def restore_layer(layer: QuantizedLayer) -> None:
         "input_owners",
         "input_readers",
         "_kept",
+        "_fitted",
         "_shared_result",
         "_sharded",
     ):

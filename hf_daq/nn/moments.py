@@ -33,6 +33,7 @@ class Moments:
     quantized, mixed: shape (halves, groups, columns + 1, columns + 1); the last column is 1, so that means and the count are
         among the products. Columns are those of a row of `float_weight`, flattened.
     outputs: of convolutions, sums of the float output and of its squares, shape (2, groups, outputs).
+    positions: how many, shape ().
     """
 
     def __init__(self, layer: Any, shape: tuple[int, ...]) -> None:
@@ -44,6 +45,7 @@ class Moments:
         self.quantized = torch.zeros(2, self.groups, size, size, device=layer.weight.device, dtype=dtype)
         self.mixed = torch.zeros_like(self.quantized)
         self.in_float = torch.zeros(2, self.groups, self.columns, device=layer.weight.device, dtype=dtype)
+        self.positions = torch.zeros((), device=layer.weight.device, dtype=torch.float64)
         self.outputs: Tensor | None = None
         if isinstance(layer, CONVOLUTIONS + TRANSPOSED):
             self.weight = self.layer.float_weight().detach().float().reshape(self.groups, -1, self.columns)
@@ -53,6 +55,7 @@ class Moments:
     def add(self, half: int, quantized: Tensor, in_float: Tensor, limit: int) -> None:
         """At most `limit` positions of inputs: of images before padding, of tokens any shape that ends with the columns."""
         for q, f, root in _rows(self.layer, quantized, in_float, limit):
+            self.positions += q.shape[1]
             _add_products(self.quantized[half], self.mixed[half], self.in_float[half], q, f, root)
             if self.outputs is not None:
                 output = _output(f, self.weight)
@@ -86,6 +89,7 @@ class Moments:
         all_reduce(self.quantized, dist.ReduceOp.SUM)
         all_reduce(self.mixed, dist.ReduceOp.SUM)
         all_reduce(self.in_float, dist.ReduceOp.SUM)
+        all_reduce(self.positions, dist.ReduceOp.SUM)
         if self.outputs is not None:
             all_reduce(self.outputs, dist.ReduceOp.SUM)
 

@@ -122,16 +122,23 @@ class PackedLayer(DaqLayer):
 
     def float_weight(self) -> Tensor:
         """`weight`, of `weight_shape`, as it is quantized."""
-        return self._of_float(self.quantized_weight())
+        return self._of_float(self.quantized_weight(self._exact))
+
+    @property
+    def _exact(self) -> torch.dtype:
+        """Of weights that are divided: rounded twice to few bits, some of 8 bits would leave their cells."""
+        narrow = self.a_quant is not None and self.weight_dtype.itemsize < 4
+        return torch.float32 if narrow else self.weight_dtype
 
     def _of_float(self, weight: Tensor) -> Tensor:
         """Rows of the quantized weight in the units of the float layer; written over."""
         # The scale of a layer turns quantized inputs, which span one unit, into outputs.
-        return weight if self.a_quant is None else weight.div_(self.a_quant.span.to(weight.dtype))
+        weight = weight if self.a_quant is None else weight.div_(self.a_quant.span.to(weight.dtype))
+        return weight.to(self.weight_dtype)
 
     def _parts(self) -> Iterator[Tensor]:
         """`float_weight`, some rows after the other: adapters that are made between would lie in the place of whole ones."""
-        return map(self._of_float, self.coded().parts(self.weight_dtype))
+        return map(self._of_float, self.coded().parts(self._exact))
 
     @property
     def weight(self) -> Tensor:
@@ -152,9 +159,26 @@ class PackedLayer(DaqLayer):
         self._forget()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _meaning(self) -> dict[str, Any]:
+        """What the codes are for."""
+        return {"bits": self.weight_bits, "grid": self.weight_grid}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]] |= self._meaning()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
         self._forget()
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        given = {key: local_metadata.get(key, own) for key, own in self._meaning().items()}
+        if strict and given != self._meaning():
+            lists[-1].append(
+                f"{prefix[:-1]} is of a packed model with {given}, and here it has {self._meaning()}. Pack a model that was quantized "
+                "with the config of that model: hf_daq.apply_daq(model, saved.daq_config)"
+            )
 
     def _forget(self) -> None:
         for name in _MADE:
@@ -264,7 +288,7 @@ def pack_layer(layer: Any, values: bool = True) -> None:
         )  # else it is the one that it was
     layer.drop_parameters()
     layer._modules.pop("w_quant", None)
-    for name in ("low_memory", "_kept", "_shared_result", "_sharded"):
+    for name in ("low_memory", "_kept", "_fitted", "_shared_result", "_sharded"):
         layer.__dict__.pop(name, None)
     change_class(layer, PACKED_TYPES[type(layer)])
     if holds_bias:
