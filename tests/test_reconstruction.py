@@ -809,7 +809,6 @@ def test_statistics_stay_after_an_error():
         hf_daq.reestimate_batch_norm(nn.Linear(2, 2), [torch.ones(1, 2)])
     model = nn.Sequential(nn.BatchNorm2d(3))
     before = copy.deepcopy(model.state_dict())
-    before = copy.deepcopy(model.state_dict())
     with pytest.raises(CalibrationError, match="inputs of batch normalization .* have NaN"):
         hf_daq.reestimate_batch_norm(model, [images(), images() * torch.nan])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
