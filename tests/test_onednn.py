@@ -285,7 +285,7 @@ def test_summary_says_how_packed_layers_compute():
     assert "packed: " not in str(hf_daq.health(model, x))
     assert hf_daq.health(model, x).paths == {}
     hf_daq.pack(model)
-    model[0].weight_grid, model[0].group_size = "odd", 6  # one layer that cannot go this way
+    model[0].group_size = 6  # one layer that cannot go this way
     found = hf_daq.summary(model, x)
     assert [layer.path for layer in found.layers] == ["unpacked", "integers", "integers"]
     assert found.layers[0].path_error == 0

@@ -49,12 +49,14 @@ def header_metadata(
     facts: CardFacts | None = None,
     names: Mapping[str, str] | None = None,
     weights: Mapping[str, list[str]] | None = None,
+    tensors: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """What the header of a weights file says of the quantization, and what its card says beside it.
 
     Args:
         names: layer -> its name in the file, where that is another.
         weights: of `weights_elsewhere`, with the names in the file, where these are others than in the model.
+        tensors: the state dict, where it is gathered from shards.
     """
     content: dict[str, Any] = {"hf_daq_version": __version__, "quantization_config": model.daq_config.to_dict()}
     shapes = _shapes(model)
@@ -70,17 +72,26 @@ def header_metadata(
         content["names"] = dict(names)
     if facts is not None and facts.to_dict():
         content["card"] = facts.to_dict()
-    if known := fingerprint(model):
+    if known := fingerprint(model, tensors):
         content["fingerprint"] = known
     return {METADATA_KEY: json.dumps(content, sort_keys=True)}
 
 
-def fingerprint(model: nn.Module) -> str | None:
+def fingerprint(model: nn.Module, tensors: Mapping[str, Any] | None = None) -> str | None:
     """What tells exports of a model from those of another one: a digest of the scales of its weights, the same for a trainable and a packed
-    model. None for one that is sharded or on the meta device."""
+    model. None where these are sharded or on the meta device.
+
+    Args:
+        tensors: state dict, where it is not the model that holds them.
+    """
     digest = hashlib.sha256()
     for name, layer in sorted(daq_layers(model).items()):
+        if layer.owner is not None:
+            continue
+        found = (tensors or {}).get(f"{name}.weight_scale" if layer.w_quant is None else f"{name}.w_quant.scale")
         scale = layer.weight_scale
+        if found is not None:
+            scale = found if layer.w_quant is None else layer.w_quant.rounded_scale(found)
         if is_shard(scale) or scale.is_meta:
             return None
         digest.update(f"{name} {layer.weight_bits}".encode())
@@ -131,7 +142,7 @@ def write_weights(file: Path, tensors: Mapping[str, Tensor], model: nn.Module, f
         # A module that is in the model twice has two names; the file holds it under both.
         contents[name] = tensor.clone() if address in storages else tensor
         storages.add(address)
-    header = {"format": "pt", **header_metadata(model, facts)}
+    header = {"format": "pt", **header_metadata(model, facts, tensors=contents)}
     replace_file(file, lambda path: save_file(contents, path, metadata=header))
 
 

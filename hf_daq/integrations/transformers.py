@@ -158,7 +158,7 @@ class DaqHfQuantizer(HfQuantizer):
             state_dict = settled(model, state_dict)
         names = _names_in_file(model) if original_format else None
         weights = _weights_in_file(model) if original_format else None
-        return state_dict, header_metadata(model, facts, names, weights)
+        return state_dict, header_metadata(model, facts, names, weights, state_dict)
 
 
 def _names_in_file(model: Any) -> dict[str, str]:

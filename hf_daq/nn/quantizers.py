@@ -237,9 +237,12 @@ class WeightQuantizer(BoundedQuantizer):
     @property
     def output_scale(self) -> Tensor:
         """`scale` as the layer uses it: rounded for `scale_dtype`."""
+        return self.rounded_scale(self.scale)
+
+    def rounded_scale(self, scale: Tensor) -> Tensor:
         if self.scale_dtype is None:
-            return self.scale
-        return snap_scale(self.scale, bits=self.bits, grid=self.grid, dtype=self.scale_dtype)
+            return scale
+        return snap_scale(scale, bits=self.bits, grid=self.grid, dtype=self.scale_dtype)
 
     def _options(self, x: Tensor) -> dict[str, Any]:
         return super()._options(x) | {"grid": self.grid}
