@@ -45,7 +45,7 @@ def reconstruct(
         hf_daq.reconstruct(model, [images])
         hf_daq.save_pretrained(model, "out", packed=True)
 
-    Some hundred inputs without labels and a minute or two, instead of training or before it. Layers come one after the
+    Some hundred inputs without labels and some minutes, instead of training or before it. Layers come one after the
     other, as they run. Of each, the inputs in the network as it is quantized so far and in the float network give second
     moments, and these give, without a gradient: the bounds of the inputs that serve the output (those of 1 bit stay, for
     training), the weights that turn the quantized inputs into the float output (least squares, damped as held-out examples
