@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import images, small_timm
+from models import Masked, images, masked_error, small_timm
 from text_models import tiny_llama, tokens
 from torch import nn
 
@@ -269,19 +269,6 @@ def test_gradients_of_inputs_in_integers():
     assert torch.equal(x.grad, other.grad)
 
 
-class Masked(nn.Module):
-    """Another random mask in each forward."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.third = (nn.Linear(32, 32) for _ in range(3))
-
-    def forward(self, x):
-        x = self.first(x).relu()
-        x = self.second(x * (torch.rand(x.shape, device=x.device) < 0.5)).relu()
-        return self.third(x * (torch.rand(x.shape, device=x.device) < 0.5))
-
-
 def test_reconstruction_draws_the_same_random_numbers_in_both_networks():
     torch.manual_seed(0)
     batches = [torch.randn(256, 32, device="cuda") for _ in range(4)]
@@ -292,16 +279,6 @@ def test_reconstruction_draws_the_same_random_numbers_in_both_networks():
         for batch in batches:
             model(batch)
 
-    def error():
-        total = 0.0
-        for seed, batch in enumerate(batches):
-            outputs = []
-            for each in (model, exact):
-                torch.manual_seed(seed)
-                outputs.append(each(batch).detach())
-            total += (outputs[0] - outputs[1]).square().sum().item()
-        return total
-
-    before = error()
+    before = masked_error(model, exact, batches)
     hf_daq.reconstruct(model, batches)
-    assert error() < before
+    assert masked_error(model, exact, batches) < before

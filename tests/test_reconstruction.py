@@ -11,7 +11,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 import transformers
-from models import images, small_net, small_timm
+from models import Masked, images, masked_error, small_net, small_timm
 from text_models import tiny_bert, tiny_llama, tokens
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -945,19 +945,6 @@ def test_what_a_forward_keeps_outside_of_its_variables_stays_its_own(kept):
     assert net.stack == []
 
 
-class Masked(nn.Module):
-    """Another random mask in each forward, as in the pretraining of ViT-MAE."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.third = (nn.Linear(32, 32) for _ in range(3))
-
-    def forward(self, x):
-        x = self.first(x).relu()
-        x = self.second(x * (torch.rand(x.shape) < 0.5)).relu()
-        return self.third(x * (torch.rand(x.shape) < 0.5))
-
-
 def test_both_networks_draw_the_same_random_numbers():
     torch.manual_seed(0)
     batches = [torch.randn(256, 32) for _ in range(4)]
@@ -965,19 +952,9 @@ def test_both_networks_draw_the_same_random_numbers():
     exact = copy.deepcopy(model)
     hf_daq.remove_daq(exact)
 
-    def error():
-        total = 0.0
-        for seed, batch in enumerate(batches):
-            outputs = []
-            for each in (model, exact):
-                torch.manual_seed(seed)
-                outputs.append(each(batch).detach())
-            total += (outputs[0] - outputs[1]).square().sum().item()
-        return total
-
-    before, state = error(), torch.get_rng_state()
+    before, state = masked_error(model, exact, batches), torch.get_rng_state()
     hf_daq.reconstruct(model, batches)
-    assert error() < before  # with masks of their own it is 17 times as large
+    assert masked_error(model, exact, batches) < before  # with masks of their own it is 17 times as large
     torch.set_rng_state(state)
 
 

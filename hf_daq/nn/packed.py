@@ -23,7 +23,7 @@ from .layers import LAYER_TYPES, QuantizedLayer, quantize_layer
 from .onednn import Prepared
 from .parts import codes_in_parts
 from .paths import output, path_of
-from .quantizers import WeightQuantizer
+from .quantizers import WeightQuantizer, read_meaning, write_meaning
 from .recompute import without_weight
 from .siblings import once
 from .swap import change_class
@@ -165,15 +165,14 @@ class PackedLayer(DaqLayer):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]] |= self._meaning()
+        write_meaning(destination, prefix, self._meaning())
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
     ) -> None:
         self._forget()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
-        given = {key: local_metadata.get(key, own) for key, own in self._meaning().items()}
+        given = read_meaning(local_metadata, self._meaning())
         if strict and given != self._meaning():
             lists[-1].append(
                 f"{prefix[:-1]} is of a packed model with {given}, and here it has {self._meaning()}. Pack a model that was quantized "

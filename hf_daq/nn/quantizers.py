@@ -97,6 +97,17 @@ class Quantizer(nn.Module):
         return f"bits={self.bits}, rounding={self.rounding!r}{state}"
 
 
+def write_meaning(state_dict: Any, prefix: str, meaning: dict[str, Any]) -> None:
+    """Note in the metadata of a state dict what the values of a module are for."""
+    if hasattr(state_dict, "_metadata"):
+        state_dict._metadata[prefix[:-1]] |= meaning
+
+
+def read_meaning(metadata: Any, own: dict[str, Any]) -> dict[str, Any]:
+    """What the metadata of a module in a state dict say of it; the module's own where they say nothing."""
+    return {key: metadata.get(key, value) for key, value in own.items()}
+
+
 class BoundedQuantizer(Quantizer):
     """Bounds `lower` < `upper`, each of shape (size,). Not used by itself."""
 
@@ -135,15 +146,14 @@ class BoundedQuantizer(Quantizer):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]] |= self._meaning()
+        write_meaning(destination, prefix, self._meaning())
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         self.finish(loaded=f"{prefix}scale" in state_dict)
-        given = {key: local_metadata.get(key, own) for key, own in self._meaning().items()}
+        given = read_meaning(local_metadata, self._meaning())
         if strict and given != self._meaning():
             lists[-1].append(
                 f"{prefix[:-1]} is of a model with {given}, and here it has {self._meaning()}. Quantize with the config of that "

@@ -48,3 +48,28 @@ def quantized_timm(name="test_resnet", **kwargs):
     with hf_daq.calibrate(model):
         model(images(2, model.pretrained_cfg["input_size"][-1]))
     return model
+
+
+class Masked(nn.Module):
+    """Another random mask in each forward, as in the pretraining of ViT-MAE."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        x = self.second(x * (torch.rand(x.shape, device=x.device) < 0.5)).relu()
+        return self.third(x * (torch.rand(x.shape, device=x.device) < 0.5))
+
+
+def masked_error(model: nn.Module, exact: nn.Module, batches: list[Tensor]) -> float:
+    """The squared error of outputs with the same masks."""
+    total = 0.0
+    for seed, batch in enumerate(batches):
+        outputs = []
+        for each in (model, exact):
+            torch.manual_seed(seed)
+            outputs.append(each(batch).detach())
+        total += (outputs[0] - outputs[1]).square().sum().item()
+    return total
