@@ -17,6 +17,7 @@ from .model.batch import all_batches, run
 from .nn.layers import evaluating
 from .nn.memory import memory_reused
 from .nn.observers import all_reduce
+from .nn.sums import finite
 
 logger = logging.getLogger("hf_daq")
 
@@ -74,7 +75,7 @@ def _averaging(norms: dict[str, _BatchNorm]) -> Iterator[None]:
         yield
         found = {name for name, norm in norms.items() if _reduce(norm) > 0}
         for name in sorted(found):
-            if not all(bool(value.isfinite().all()) for value in norms[name].buffers()):
+            if not all(map(finite, norms[name].buffers())):
                 raise CalibrationError(f"the inputs of batch normalization {name!r} have NaN or infinite values")
         reached = found
         if left := [name for name in norms if name not in reached]:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..model.batch import examples_in, on_device_of
 from ..nn.memory import memory_reused
-from ..nn.sums import finite
+from ..nn.sums import finite, squares
 from ..text import COLUMNS, as_text, plain, progress_bar
-from .measure import left_as_it_was, measure
+from .measure import decibels, left_as_it_was, measure
 from .network import attended, calls, float_network, prediction
 
 _Output = tuple[Tensor, bool]  # the answer of a model, and whether it is logits
@@ -298,13 +298,13 @@ class _Sums:
             self.likelihood[place] += float(scores[known].gather(1, labels[:, None]).sum())
 
     def _add_error(self, y: Tensor, reference: Tensor) -> None:
-        self.signal += float(reference.double().square().sum())
-        self.noise += float((y.double() - reference).square().sum())
+        self.signal += squares(reference)
+        self.noise += squares(y.double() - reference)
 
     def comparison(self, alone: bool) -> Comparison:
         values: dict[str, Any] = {"examples": self.examples, "count": self.count, "unit": self.unit}
         if not alone and self.signal:
-            values["sqnr"] = 10 * math.log10(self.signal / self.noise) if self.noise else math.inf
+            values["sqnr"] = decibels(self.signal, self.noise)
         if not self.logits:
             return Comparison(**values, cosine=None if alone else self.cosine / max(1, self.count))
         if not alone:
