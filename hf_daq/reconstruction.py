@@ -283,7 +283,7 @@ class _Sweep:
                 q = x if layer.a_quant is None else layer.a_quant(x) * layer.a_quant.span.to(x.dtype)
                 moments.add(half, q, layer.smoothed(exact), moments.limit // (2 * len(there)) + 1)
         moments.reduce()
-        if not bool(moments.quantized.isfinite().all() and moments.mixed.isfinite().all()):
+        if not all(half.finite for half in moments.halves):
             raise CalibrationError(f"the inputs of layer {layer.daq_name!r} have NaN or infinite values")
         if 0 < int(moments.positions) < moments.columns and not isinstance(layer, OneExpert):
             self.few.append(f"{layer.daq_name} ({int(moments.positions)} of {moments.columns})")

@@ -24,8 +24,8 @@ from hf_daq.nn.bounds import fit_input_bounds
 from hf_daq.nn.fitting import fit_layer
 from hf_daq.nn.init import Grid
 from hf_daq.nn.layers import CONVOLUTIONS, TRANSPOSED, quantized_layers
-from hf_daq.nn.moments import Moments, Sample
-from hf_daq.nn.rounding import best_steps, centered, improve_codes, refit, round_columns
+from hf_daq.nn.moments import Moments, Sample, Sums
+from hf_daq.nn.rounding import best_steps, improve_codes, refit, round_columns
 from hf_daq.nn.siblings import share_input
 
 # ------------------------------------------------------------------------------------------------- the mathematics
@@ -39,12 +39,12 @@ def correlated(groups, columns, count, seed=0):
     return quantized, quantized + 0.3 * torch.randn(groups, count, columns, generator=generator, dtype=torch.float64)
 
 
-def moments_of(quantized, in_float, center=False):
-    def with_ones(x):
-        return torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
-
-    q, f = with_ones(quantized), with_ones(in_float)
-    return centered(q.mT @ q, f.mT @ q, in_float.square().sum(1), center)._replace(firmness=torch.ones(1))
+def moments_of(quantized, in_float, weight=None, center=False):
+    if weight is None:
+        weight = random_weight(len(quantized), 3, quantized.shape[2])
+    sums = Sums(weight, torch.float64)
+    sums.add(quantized, in_float, None)
+    return sums.centered(center)._replace(firmness=torch.ones(1))
 
 
 def random_weight(*shape, seed=1):
@@ -107,7 +107,7 @@ def test_another_look_at_the_columns_lowers_the_error_until_no_code_alone_does()
 def test_refit_is_damped_least_squares():
     quantized, in_float = correlated(2, 5, 40)
     weight, damping = random_weight(2, 3, 5), 0.3
-    moments = moments_of(quantized, in_float)
+    moments = moments_of(quantized, in_float, weight)
     found = refit(weight, moments, damping)
     for group in range(2):
         ridge = (damping * moments.quantized[group].diagonal().mean() * 40).sqrt()
@@ -116,13 +116,27 @@ def test_refit_is_damped_least_squares():
         torch.testing.assert_close(found[group].T, torch.linalg.lstsq(rows, wanted).solution)
 
 
-def test_centered_moments_are_covariances():
-    quantized, in_float = correlated(1, 4, 300)
-    found = moments_of(quantized, in_float, center=True)
-    wanted = torch.cov(torch.cat([in_float[0], quantized[0]], 1).T, correction=0)
-    torch.testing.assert_close(found.quantized[0], wanted[4:, 4:])
-    torch.testing.assert_close(found.mixed[0], wanted[:4, 4:])
-    torch.testing.assert_close(found.float_mean[0], in_float[0].mean(0))
+@pytest.mark.parametrize("columns", [3, 8, 9, 600])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_centered_moments_are_covariances(columns, weighted):
+    """Of weights that count positions, where there are fewer outputs than inputs and where not."""
+    quantized, in_float = correlated(1, columns, 300)
+    weight, weights = random_weight(1, 4, columns), torch.ones(300, dtype=torch.float64)
+    if weighted:
+        weights = torch.rand(300, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    sums = Sums(weight, torch.float64)
+    for part in (slice(0, 100), slice(100, 300)):
+        root = weights[part, None].sqrt() if weighted else None
+        sums.add(quantized[:, part], in_float[:, part], root)
+    away, found = in_float[0] - quantized[0], sums.centered(True)
+    missing = away @ weight[0].T
+    rows = torch.cat([missing, quantized[0], away], 1).T
+    wanted = torch.cov(rows, correction=0, aweights=weights)
+    torch.testing.assert_close(found.quantized[0], wanted[4 : 4 + columns, 4 : 4 + columns])
+    torch.testing.assert_close(found.missing[0], wanted[:4, 4 : 4 + columns])
+    torch.testing.assert_close(found.missing_mean[0], weights @ missing / weights.sum())
+    noise = wanted.diagonal()[4 + columns :] / wanted.diagonal()[4 : 4 + columns]
+    torch.testing.assert_close(found.firmness[0], (noise.median() / noise).clamp_max(1))
 
 
 GRANULARITY = {"tensor": {}, "channel": {"weight_granularity": "channel"}, "group": {"group_size": 5}}
@@ -204,7 +218,8 @@ def test_moments_give_the_mean_and_the_squares_of_the_output(kind):
     found = Moments(layer, layer.weight_shape())
     found.add(0, one[:4], other[:4], 10**6)
     found.add(1, one[4:], other[4:], 10**6)
-    got = centered(found.quantized.sum(0), found.mixed.sum(0), found.in_float.sum(0), False)
+    one_half, other_half = found.halves
+    got = (one_half + other_half).centered(False)
     weight = layer.float_weight().detach()
     rows = weight.double().reshape(found.groups, -1, found.columns)
     y_one, y_other = (
@@ -220,9 +235,9 @@ def test_moments_give_the_mean_and_the_squares_of_the_output(kind):
     weights = weights / weights.sum()
     close = {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close((rows @ got.quantized_mean[:, :, None]).flatten(), y_one @ weights, **close)
-    torch.testing.assert_close((rows @ got.float_mean[:, :, None]).flatten(), y_other @ weights, **close)
+    torch.testing.assert_close(got.missing_mean.flatten(), (y_other - y_one) @ weights, **close)
     torch.testing.assert_close(((rows @ got.quantized) * rows).sum(2).flatten(), y_one.square() @ weights, **close)
-    torch.testing.assert_close(((rows @ got.mixed) * rows).sum(2).flatten(), (y_one * y_other) @ weights, **close)
+    torch.testing.assert_close((got.missing * rows).sum(2).flatten(), (y_one * (y_other - y_one)) @ weights, **close)
 
 
 def test_no_more_positions_than_asked_for():
@@ -230,7 +245,7 @@ def test_no_more_positions_than_asked_for():
     found = Moments(layer, layer.weight_shape())
     found.add(1, inputs_of(layer), inputs_of(layer), 100)
     assert found.count == 100
-    assert not found.quantized[0].any()
+    assert not found.halves[0].quantized.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -437,7 +452,7 @@ def test_a_sample_has_the_error_that_the_definition_gives():
     for half, part in enumerate((slice(0, 3), slice(3, 6))):
         sample.add(half, one[part], other[part], 10**6)
         moments.add(half, one[part], other[part], 10**6)
-    halves = [centered(*sums, True) for sums in zip(moments.quantized, moments.mixed, moments.in_float, strict=True)]
+    halves = [sums.centered(True) for sums in moments.halves]
     wanted = 0.0
     for fit, part in ((halves[0], slice(3, 6)), (halves[1], slice(0, 3))):
         found = refit(weight.double(), fit, 0.3).float().reshape(layer.weight.shape)
@@ -729,12 +744,13 @@ def test_a_limit_of_time_leaves_the_rest_as_calibrated(caplog):
 
 
 def test_autocast_and_bf16():
-    batches = [images(8)]
+    torch.manual_seed(0)
+    batches = [images(8) + 2 * torch.randn(8, 3, 1, 1)]  # outputs that differ by more than bfloat16 rounds
     model = calibrated(small_net(), batches, DaqConfig(weight_bits=3, activation_bits=8))
     before = error(model, small_net(), batches)
     with torch.autocast("cpu", torch.bfloat16):
         hf_daq.reconstruct(model, batches)
-    assert error(model, small_net(), batches) < before
+    assert error(model, small_net(), batches) < 0.3 * before
     model = calibrated(tiny_llama().bfloat16(), [text(1)], DaqConfig(weight_bits=3, activation_bits=8))
     before = error(model, tiny_llama().bfloat16(), [text(1)])
     hf_daq.reconstruct(model, [text(1)])

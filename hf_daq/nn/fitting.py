@@ -19,7 +19,6 @@ from .rounding import (
     Centered,
     best_damping,
     best_steps,
-    centered,
     improve_codes,
     refit,
     round_columns,
@@ -53,7 +52,8 @@ def fit_layer(layer: QuantizedLayer | OneExpert, moments: Moments) -> None:
     """Write to the layer what gives the float output with the least squared error."""
     quantizer = layer.w_quant
     center = quantizer.shift is not None
-    both = centered(moments.quantized.sum(0), moments.mixed.sum(0), moments.in_float.sum(0), center)
+    one, other = moments.halves
+    both = (one + other).centered(center)
     if moments.columns >= _WIDE:
         both = Centered(*(value.float() for value in both))
     weight = wide(layer.float_weight().detach()).to(both.quantized.dtype)
@@ -63,10 +63,7 @@ def fit_layer(layer: QuantizedLayer | OneExpert, moments: Moments) -> None:
     spread = moments.spread(center)
     output = _output(quantizer, target, kept, both, spread)
     if not layer.standardizes:
-        one, other = (
-            centered(*sums, center) for sums in zip(moments.quantized, moments.mixed, moments.in_float, strict=True)
-        )
-        wanted = refit(target, both, best_damping(target, (one, other)))
+        wanted = refit(target, both, best_damping((one.centered(center), other.centered(center))))
         grid = Grid(quantizer.levels, quantizer.center)
         steps = best_steps(wanted, both, quantizer)
         ends = _of_each_weight(quantizer, steps, target)
@@ -97,7 +94,7 @@ class _Output(NamedTuple):
 def _output(
     quantizer: WeightQuantizer, target: Tensor, weight: Tensor, moments: Centered, spread: Tensor | None
 ) -> _Output:
-    mixed = ((target @ moments.mixed) * weight).sum(2)
+    mixed = ((target @ moments.quantized + moments.missing) * weight).sum(2)
     energy = ((weight @ moments.quantized) * weight).sum(2)
     if quantizer.granularity == "tensor":
         mixed, energy = mixed.sum().view(1, 1), energy.sum().view(1, 1)
@@ -108,8 +105,8 @@ def _output(
     error = (ratio**2 * energy - 2 * ratio * mixed).sum()
     if spread is not None:
         ratio = torch.where(usable, (spread.to(energy.dtype) * inverse).sqrt(), 1.0).clamp(0.25, 4)
-    means = (weight * moments.quantized_mean[:, None]).sum(2)
-    shift = (target * moments.float_mean[:, None]).sum(2) - ratio * means
+    away = target - ratio[..., None] * weight
+    shift = moments.missing_mean + (away * moments.quantized_mean[:, None]).sum(2)
     return _Output(ratio, shift, error)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -14,24 +15,98 @@ from .init import spread
 from .layers import CONVOLUTIONS, TRANSPOSED
 from .matching import usual_weights
 from .observers import all_reduce, depthwise_rows_at, grid, padded, rows_at
-from .rounding import NARROW, Centered, centered, refit
+from .rounding import NARROW, Centered, refit
 
 _WIDE = 2048  # columns from which sums are float32, which is twice as fast and half as large
 _POSITIONS, _PER_COLUMN = 2**15, 8
 _SIZE = 2**25  # numbers in the rows of a layer
 _SAMPLE, _SAMPLE_PER_COLUMN, _SAMPLE_SIZE = 2**12, 3, 2**23
 _SAMPLE_COLUMNS = 2**10  # of layers that have more than twice as many
+_WHOLE = 256  # columns of products that are not split
 _CHUNK = (
     2**21
 )  # numbers that are unfolded at once: memory of this size is used again, larger blocks come from the system anew
 
 
-class Moments:
-    """Sums over positions of products of a layer's inputs: of the quantized ones with one another, and of the float ones
-    with the quantized ones, at the same positions. There are two halves, of different examples.
+class Sums:
+    """Sums over positions of products of a layer's inputs: of the quantized ones with one another, and of what the float weight misses
+    with them, its output of the float inputs less that of the quantized ones.
 
-    quantized, mixed: shape (halves, groups, columns + 1, columns + 1); the last column is 1, so that means and the count are
-        among the products. Columns are those of a row of `float_weight`, flattened.
+    weight: of the float layer, shape (groups, outputs, columns). Columns are those of a row of `float_weight`, flattened.
+    quantized: shape (groups, columns + 1, columns + 1); the last column is 1, so that means and the count are among the products.
+    missing: of missing outputs, or, where these are not many fewer than inputs, of missing inputs, with the quantized ones and 1, shape
+        (groups, outputs or columns, columns + 1).
+    away: of missing inputs and of their squares, shape (2, groups, columns).
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        groups, outputs, columns = weight.shape
+        self.weight = weight
+        self.by_output = 2 * outputs < columns
+        self.quantized = torch.zeros(groups, columns + 1, columns + 1, device=weight.device, dtype=dtype)
+        self.missing = self.quantized.new_zeros(groups, outputs if self.by_output else columns, columns + 1)
+        self.away = self.quantized.new_zeros(2, groups, columns)
+
+    def add(self, q: Tensor, f: Tensor, root: Tensor | None) -> None:
+        """Rows of shape (groups, positions, columns) of the quantized and of the float network, and the roots of the positions'
+        weights, shape (positions, 1), None where all count alike."""
+        away = f - q
+        if root is not None:
+            q, away = q * root, away.mul_(root)
+        missing = _output(away, self.weight) if self.by_output else away
+        self.quantized[:, :-1, :-1] += _gram(q)
+        sums = _sums(q, root)
+        self.quantized[:, :-1, -1] += sums
+        self.quantized[:, -1, :-1] += sums
+        self.quantized[:, -1, -1] += q.shape[1] if root is None else root.square().sum()
+        self.missing[..., :-1] += missing.mT @ q
+        self.missing[..., -1] += _sums(missing, root)
+        self.away[0] += _sums(away, root)
+        self.away[1] += away.square_().sum(1)
+
+    def __add__(self, other: Sums) -> Sums:
+        found = copy(self)
+        found.quantized, found.missing, found.away = (a + b for a, b in zip(self._all(), other._all(), strict=True))
+        return found
+
+    def _all(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.quantized, self.missing, self.away
+
+    def reduce(self) -> None:
+        """Join the sums of all ranks."""
+        for total in self._all():
+            all_reduce(total, dist.ReduceOp.SUM)
+
+    @property
+    def count(self) -> float:
+        """Of positions, or their weights together."""
+        return float(self.quantized[0, -1, -1])
+
+    @property
+    def finite(self) -> bool:
+        return all(bool(total.isfinite().all()) for total in self._all())
+
+    def centered(self, center: bool) -> Centered:
+        """Covariances, or products around zero."""
+        count = self.quantized[:1, -1:, -1:].clamp_min(1)
+        quantized, missing, (away, noise) = self.quantized / count, self.missing / count, self.away / count[0]
+        if not self.by_output:
+            missing = self.weight.to(missing.dtype) @ missing
+        q_mean, mean = quantized[:, :-1, -1], missing[..., -1]
+        quantized, missing = quantized[:, :-1, :-1], missing[..., :-1]
+        if center:
+            quantized = quantized - q_mean[:, :, None] * q_mean[:, None]
+            missing = missing - mean[:, :, None] * q_mean[:, None]
+            noise = noise - away.square()
+        noise = (noise / quantized.diagonal(dim1=1, dim2=2).clamp_min(1e-20)).clamp(1e-8, 1e8)
+        usual = noise.median(1, keepdim=True).values
+        return Centered(quantized, missing, q_mean, mean, (usual / noise).clamp_max(1.0))
+
+
+class Moments:
+    """What positions of a layer's inputs say of its best weight.
+
+    halves: sums of different examples.
     outputs: of convolutions, sums of the float output and of its squares, shape (2, groups, outputs).
     positions: how many, shape ().
     """
@@ -40,25 +115,23 @@ class Moments:
         self.layer = layer
         self.groups = layer.groups if isinstance(layer, CONVOLUTIONS + TRANSPOSED) else 1
         self.columns = math.prod(shape[1:])
+        weight = layer.float_weight().detach().float().reshape(self.groups, -1, self.columns)
         dtype = torch.float64 if self.columns < _WIDE else torch.float32
-        size = self.columns + 1
-        self.quantized = torch.zeros(2, self.groups, size, size, device=layer.weight.device, dtype=dtype)
-        self.mixed = torch.zeros_like(self.quantized)
-        self.in_float = torch.zeros(2, self.groups, self.columns, device=layer.weight.device, dtype=dtype)
-        self.positions = torch.zeros((), device=layer.weight.device, dtype=torch.float64)
+        self.halves = Sums(weight, dtype), Sums(weight, dtype)
+        self.positions = torch.zeros((), device=weight.device, dtype=torch.float64)
         self.outputs: Tensor | None = None
         if isinstance(layer, CONVOLUTIONS + TRANSPOSED):
-            self.weight = self.layer.float_weight().detach().float().reshape(self.groups, -1, self.columns)
-            self.outputs = torch.zeros(2, *self.weight.shape[:2], device=layer.weight.device, dtype=torch.float64)
+            self.outputs = torch.zeros(2, *weight.shape[:2], device=weight.device, dtype=torch.float64)
 
     @torch.no_grad()
     def add(self, half: int, quantized: Tensor, in_float: Tensor, limit: int) -> None:
         """At most `limit` positions of inputs: of images before padding, of tokens any shape that ends with the columns."""
+        sums = self.halves[half]
         for q, f, root in _rows(self.layer, quantized, in_float, limit):
             self.positions += q.shape[1]
-            _add_products(self.quantized[half], self.mixed[half], self.in_float[half], q, f, root)
+            sums.add(q, f, root)
             if self.outputs is not None:
-                output = _output(f, self.weight)
+                output = _output(f, sums.weight)
                 self.outputs += torch.stack([output.sum(1), output.square().sum(1)])
 
     def spread(self, center: bool) -> Tensor | None:
@@ -77,18 +150,17 @@ class Moments:
     @property
     def count(self) -> float:
         """Of positions, or their weights together."""
-        return float(self.quantized[:, 0, -1, -1].sum())
+        return sum(half.count for half in self.halves)
 
     @property
     def lopsided(self) -> bool:
         """Whether a half is empty."""
-        return bool((self.quantized[:, 0, -1, -1] == 0).any())
+        return any(half.count == 0 for half in self.halves)
 
     def reduce(self) -> None:
         """Join the sums of all ranks."""
-        all_reduce(self.quantized, dist.ReduceOp.SUM)
-        all_reduce(self.mixed, dist.ReduceOp.SUM)
-        all_reduce(self.in_float, dist.ReduceOp.SUM)
+        for half in self.halves:
+            half.reduce()
         all_reduce(self.positions, dist.ReduceOp.SUM)
         if self.outputs is not None:
             all_reduce(self.outputs, dist.ReduceOp.SUM)
@@ -193,14 +265,11 @@ class Sample:
         return float(sums[0] / sums[1] - (means.square().sum() if self.center else 0))
 
     def _centered(self, part: list[_Rows]) -> Centered:
-        size = self.columns + 1
-        quantized = torch.zeros(self.groups, size, size, device=self.weight.device, dtype=torch.float32)
-        mixed, in_float = torch.zeros_like(quantized), quantized.new_zeros(self.groups, self.columns)
+        sums = Sums(self.weight, torch.float32)
         for q, f, root, _ in part:
-            _add_products(quantized, mixed, in_float, q, f, root)
-        for total in (quantized, mixed, in_float):
-            all_reduce(total, dist.ReduceOp.SUM)
-        return centered(quantized, mixed, in_float, self.center)
+            sums.add(q, f, root)
+        sums.reduce()
+        return sums.centered(self.center)
 
 
 class _Rows(NamedTuple):
@@ -223,23 +292,19 @@ def _joined(part: list[_Rows]) -> _Rows:
     )
 
 
-def _add_products(
-    quantized: Tensor, mixed: Tensor, in_float: Tensor, q: Tensor, f: Tensor, root: Tensor | None
-) -> None:
-    """Add the products of these rows to sums as `Moments` has them, as if the rows ended with a 1."""
-    if root is None:
-        q_sums, f_sums, count = q.sum(1), f.sum(1), q.new_tensor(q.shape[1])
-    else:
-        q, f, count = q * root, f * root, root.square().sum()
-        q_sums, f_sums = ((x.mT @ root)[..., 0] for x in (q, f))
-    quantized[:, :-1, :-1] += q.mT @ q
-    quantized[:, :-1, -1] += q_sums
-    mixed[:, :-1, :-1] += f.mT @ q
-    mixed[:, :-1, -1] += f_sums
-    for total in (quantized, mixed):
-        total[:, -1, :-1] += q_sums
-        total[:, -1, -1] += count
-    in_float += f.square().sum(1)
+def _sums(rows: Tensor, root: Tensor | None) -> Tensor:
+    """Over positions, of rows that were multiplied with the roots of their weights, shape (groups, columns)."""
+    found: Tensor = rows.sum(1) if root is None else (rows.mT @ root)[..., 0]
+    return found
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """`rows.mT @ rows`, whose two halves are the same: blocks beside the diagonal are multiplied once."""
+    if rows.shape[2] < _WHOLE:
+        return rows.mT @ rows
+    one, other = rows.tensor_split(2, 2)
+    beside = one.mT @ other
+    return torch.cat([torch.cat([_gram(one), beside], 2), torch.cat([beside.mT, _gram(other)], 2)], 1)
 
 
 def _output(rows: Tensor, weight: Tensor) -> Tensor:

@@ -23,33 +23,19 @@ _CANDIDATES = 40
 
 
 class Centered(NamedTuple):
-    """Covariances of the quantized inputs, and of float with quantized ones, around the means; or products around zero.
+    """Covariances of the quantized inputs, and with them of what the float weight misses of the float output, around the means; or
+    products around zero.
 
+    missing: shape (groups, outputs, columns). missing_mean: of the outputs, shape (groups, outputs).
     firmness: how firmly the weights of each column stay where they are when the others are fitted, 0 to 1, shape (groups,
         columns): less where inputs are further from the float ones than usual, as those that the bounds clip.
     """
 
     quantized: Tensor
-    mixed: Tensor
+    missing: Tensor
     quantized_mean: Tensor
-    float_mean: Tensor
+    missing_mean: Tensor
     firmness: Tensor
-
-
-def centered(quantized: Tensor, mixed: Tensor, in_float: Tensor, center: bool) -> Centered:
-    """Of sums as in `Moments`, shape (groups, columns + 1, columns + 1)."""
-    count = quantized[:1, -1:, -1:].clamp_min(1)
-    quantized, mixed, in_float = quantized / count, mixed / count, in_float / count[:, 0]
-    q_mean, f_mean = quantized[:, :-1, -1], mixed[:, :-1, -1]
-    quantized, mixed = quantized[:, :-1, :-1], mixed[:, :-1, :-1]
-    if center:
-        quantized = quantized - q_mean[:, :, None] * q_mean[:, None]
-        mixed = mixed - f_mean[:, :, None] * q_mean[:, None]
-        in_float = in_float - f_mean.square()
-    energy, crossed = (value.diagonal(dim1=1, dim2=2) for value in (quantized, mixed))
-    noise = ((in_float - 2 * crossed + energy) / energy.clamp_min(1e-20)).clamp(1e-8, 1e8)
-    usual = noise.median(1, keepdim=True).values
-    return Centered(quantized, mixed, q_mean, f_mean, (usual / noise).clamp_max(1.0))
 
 
 def _ridge(moments: Centered, damping: float) -> Tensor:
@@ -72,28 +58,29 @@ def _factor(matrix: Tensor) -> Tensor:
 
 
 def refit(weight: Tensor, moments: Centered, damping: float) -> Tensor:
-    """The weight that gives the float output from quantized inputs with the least squared error: `W (C + D) (H + D)^-1`."""
-    ridge = _ridge(moments, damping) * moments.firmness
-    factor = _factor(moments.quantized + ridge.diag_embed())
-    right = weight @ moments.mixed + weight * ridge[:, None]
-    return torch.cholesky_solve(right.mT, factor).mT
+    """The weight that gives the float output from quantized inputs with the least squared error, `W + E (H + D)^-1`: E is what the float
+    weight W misses, and D the damping."""
+    return weight + _correction(moments, damping)
 
 
-def best_damping(weight: Tensor, halves: tuple[Centered, Centered]) -> float:
+def _correction(moments: Centered, damping: float) -> Tensor:
+    factor = _factor(moments.quantized + (_ridge(moments, damping) * moments.firmness).diag_embed())
+    return torch.cholesky_solve(moments.missing.mT, factor).mT
+
+
+def best_damping(halves: tuple[Centered, Centered]) -> float:
     """The damping whose refit to one half has the least error on the other; a strong one where one half is empty."""
     if not all(bool(half.quantized.any()) for half in halves):
         return 1.0
-    weight = weight.float()
     one, other = (Centered(*(value.float() for value in half)) for half in halves)
-    pairs = ((one, other), (other, one)) if weight.shape[2] <= NARROW else ((one, other),)
-    targets = [weight @ rest.mixed for _, rest in pairs]
+    pairs = ((one, other), (other, one)) if one.quantized.shape[2] <= NARROW else ((one, other),)
 
     @cache
     def error(place: int) -> float:
         total = 0.0
-        for (fit, rest), target in zip(pairs, targets, strict=True):
-            found = refit(weight, fit, DAMPINGS[place])
-            total += float(((found @ rest.quantized - 2 * target) * found).sum())
+        for fit, rest in pairs:
+            found = _correction(fit, DAMPINGS[place])
+            total += float(((found @ rest.quantized - 2 * rest.missing) * found).sum())
         return total
 
     place = DAMPINGS.index(0.3)
