@@ -97,7 +97,7 @@ class Kernels:
                 graph = make_fx(function, tracing_mode="symbolic")(*examples)
                 # Precompiled headers cost more than they save a handful of kernels.
                 options = {"config_patches": {"cpp_cache_precompile_headers": False}}
-                compiled = torch._inductor.standalone_compile(graph, examples, options=options)
+                compiled: Callable[..., Any] = torch._inductor.standalone_compile(graph, examples, options=options)
             compiled(*tensors)
         except torch.OutOfMemoryError:
             raise
