@@ -783,6 +783,13 @@ def test_errors_say_what_to_do_and_change_nothing():
     with hf_daq.calibrate(model):
         model(x)
     before = copy.deepcopy(model.state_dict())
+    pair = (images(8), torch.zeros(8))
+    with pytest.raises(
+        ModelError, match=r"not take batches of 2 values, too many .*; labels do not go into the model: \[images for"
+    ):
+        hf_daq.reconstruct(model, [pair])
+    with pytest.raises(ModelError, match=r"batch is a list; .*; labels do not go into the model"):
+        hf_daq.reconstruct(model, [list(pair)])
     with pytest.raises(ModelError, match="reconstruct got no batches"):
         hf_daq.reconstruct(model, [])
     with pytest.raises(ModelError, match=r"batches is one Tensor; write hf_daq.reconstruct\(model, \[batch\]\)"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -83,12 +84,15 @@ def on_device_of(model: nn.Module, batch: Any) -> Any:
     return pytree.tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, batch)
 
 
+_WITHOUT_LABELS = "; labels do not go into the model: [images for images, labels in loader]"
+
+
 def examples_in(batch: Any) -> int:
     """Length of the first tensor."""
     if not isinstance(batch, Tensor | Mapping | tuple):
         raise ModelError(
             f"batch is a {type(batch).__name__}; pass a tensor, a mapping of tensors as tokenizers give it, or a tuple of "
-            "positional arguments"
+            f"positional arguments{_WITHOUT_LABELS if isinstance(batch, list) else ''}"
         )
     if isinstance(batch, Calls):
         return max(examples_in((*call.args, *call.kwargs.values())) for call in batch)
@@ -182,11 +186,23 @@ def all_batches(model: nn.Module, batches: Iterable[Any], what: str) -> list[Any
     if isinstance(batches, Tensor | Mapping):
         raise ModelError(f"batches is one {type(batches).__name__}; write hf_daq.{what}(model, [batch])")
     found = [batch for batch in batches if examples_in(batch) > 0]
+    for batch in found[:1]:
+        _check_taken(model, batch)
     total = torch.tensor(len(found), device=next(model.parameters()).device)
     all_reduce(total, dist.ReduceOp.SUM)
     if int(total) == 0:
         raise ModelError(f"{what} got no batches; pass a list of a few hundred inputs in batches, as for calibrate")
     return found
+
+
+def _check_taken(model: nn.Module, batch: Any) -> None:
+    if isinstance(batch, tuple) and not isinstance(batch, Calls):
+        try:
+            inspect.signature(model.forward).bind(*batch)
+        except TypeError as error:
+            raise ModelError(
+                f"the model does not take batches of {len(batch)} values, {error}{_WITHOUT_LABELS}"
+            ) from None
 
 
 def resized(batches: list[Any]) -> list[Any]:
