@@ -24,7 +24,7 @@ SETTINGS = [
 
 def network(name, kwargs):
     model = quantized_timm(name, **kwargs)
-    return model, images(2, model.pretrained_cfg["input_size"][-1], seed=3)
+    return model, images(2, model.pretrained_cfg["input_size"][-1] if name == "test_vit" else 64, seed=3)
 
 
 def run(model, *args):

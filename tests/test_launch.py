@@ -145,13 +145,8 @@ def test_one_process_continues_a_killed_run_of_two(one_process, tmp_path):
     close(weights(tmp_path), weights(one_process))
 
 
-@pytest.mark.parametrize(
-    "when",
-    [
-        "checkpoints/.00000008.writing",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("checkpoints/00000004", ".quantized.writing")),
-    ],
-)
+@pytest.mark.slow  # a shorter one is in test_recipes
+@pytest.mark.parametrize("when", ["checkpoints/.00000008.writing", "checkpoints/00000004", ".quantized.writing"])
 def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(when, one_process, tmp_path):
     """Killed while it writes a checkpoint or its best network, and while it computes."""
     args = [*VIT.split(), "--accumulation", 2, "--calibration_batches", 8, "--output_dir", tmp_path]

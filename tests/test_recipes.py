@@ -475,6 +475,7 @@ def test_cifar_mobilenet_is_itself_when_it_is_opened(tmp_path):
     assert torch.equal(hf_daq.from_pretrained(tmp_path / "daq").eval()(x), model.eval()(x))
 
 
+@pytest.mark.slow
 def test_an_image_run_ends_with_its_exports(parquet, float_folder, tmp_path, capsys):
     run(
         *(
