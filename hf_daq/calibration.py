@@ -15,16 +15,17 @@ from torch import Tensor, nn
 
 from .apply import tell_transformers
 from .config import DaqConfig
-from .errors import ModelError
+from .errors import CalibrationError, ModelError
 from .model.batch import Calls
 from .model.guards import ORDER, refuse_wrapped
+from .model.patch import set_config
 from .model.recording import Recorder
 from .model.roles import refuse_computed
 from .model.siblings import Readers, find_siblings
 from .nn.base import layer_input, refuse_adapted_weights
 from .nn.experts import DaqExpertsLinear
 from .nn.initial_values import Values, initial_values, values_of_table
-from .nn.layers import QuantizedLayer, evaluating, quantized_layers
+from .nn.layers import CONVOLUTIONS, TRANSPOSED, QuantizedLayer, evaluating, quantized_layers
 from .nn.leaf import ONLOAD
 from .nn.memory import memory_reused
 from .nn.observers import ExpertsInputs, LayerInputs, all_reduce, limit_together
@@ -101,6 +102,7 @@ def calibrate(model: nn.Module, *, check: bool = True) -> Iterator[nn.Module]:
             hook.remove()
         recorder.remove()
     with torch.no_grad():
+        _refuse_unreached(observers)
         own = {name: layer for name, layer in layers.items() if layer.owner is None}
         values = {name: values_of_table(name, layer, config) for name, layer in own.items() if name not in observers}
         groups = find_siblings(model, dense, readers)
@@ -133,6 +135,24 @@ def _checked(model: nn.Module) -> dict[str, QuantizedLayer]:
     return layers
 
 
+def _refuse_unreached(observers: Mapping[str, LayerInputs]) -> None:
+    """Layers that no rank has seen."""
+    if not observers:
+        return
+    sums = [observer.statistics.sums for observer in observers.values()]
+    counts = torch.stack([of_layer[0].to(sums[0].device) for of_layer in sums])
+    all_reduce(counts, dist.ReduceOp.SUM)
+    missing = [name for name, count in zip(observers, counts.tolist(), strict=True) if count == 0]
+    if missing:
+        more = f" and {len(missing) - 1} more ({', '.join(missing[1:4])}{', ...' * (len(missing) > 4)})"
+        raise CalibrationError(
+            f"calibration never reached layer {missing[0]!r}{more if missing[1:] else ''}; run the model inside "
+            "`with hf_daq.calibrate(model):` on inputs that use it, and call the layer, not its `.forward`; heads that run in training "
+            "alone need a call of their own there, as model.aux(features); or keep it in full precision: "
+            f"DaqConfig(..., modules_to_not_convert={missing[:4]}{' + ...' * (len(missing) > 4)})"
+        )
+
+
 class _Observer(LayerInputs):
     """A hook before the forward of a layer."""
 
@@ -140,8 +160,10 @@ class _Observer(LayerInputs):
         super().__init__(layer)
         self.recorder, self.lock = recorder, Lock()
 
-    def __call__(self, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+    def __call__(self, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         x = layer_input(args, kwargs).detach().to(self.statistics.sums.device)
+        if isinstance(layer, CONVOLUTIONS + TRANSPOSED) and x.ndim - len(layer.kernel_size) not in (1, 2):
+            return  # the layer says what is wrong with it
         x = self.recorder.attended(x)
         if x.numel() > 0:
             with self.lock:
@@ -211,7 +233,7 @@ def _share(
     regroup(layers, groups, quantizers)
     root: Any = next(module for module in model.modules() if "daq_config" in vars(module))
     entries = root.daq_config.layers | {layer.daq_name: layer.entry for layer in layers.values()}
-    root.daq_config = root.daq_config.replace(layers=entries)
+    set_config(root, root.daq_config.replace(layers=entries))
     tell_transformers(root)
 
 

@@ -67,7 +67,8 @@ def save_pretrained(
     A timm model is opened again by `timm.create_model("local-dir:...", pretrained=True)` after `import hf_daq`, a
     transformers model by `AutoModel....from_pretrained`, any model by `hf_daq.from_pretrained`. An interrupted save
     leaves the files that were there. A timm model that was changed since timm built it (fused, another head) is saved as one
-    of your own class, and a warning says so.
+    of your own class, and a warning says so. Float weights within rounding error of a threshold between two codes move off it, in
+    the model too, so that it equals its file.
 
     Args:
         model: a quantized, calibrated model, not wrapped (`accelerator.unwrap_model(model)`), or a packed one.

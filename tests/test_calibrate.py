@@ -123,10 +123,15 @@ def test_mistakes_are_named():
         pass
     model = hf_daq.apply_daq(small_net(), bits=3)
     with (
-        pytest.raises(CalibrationError, match="never reached layer 'conv'.*modules_to_not_convert"),
+        pytest.raises(
+            CalibrationError,
+            match=r"never reached layer 'conv' and 3 more \(depthwise, grouped, hidden\); .*modules_to_not_convert=\['conv', 'dep",
+        ),
         hf_daq.calibrate(model),
     ):
         pass
+    with pytest.raises(RuntimeError, match="Expected 3D .unbatched. or 4D .batched. input"), hf_daq.calibrate(model):
+        model.conv(torch.zeros(4, 8))
     with pytest.raises(CalibrationError, match="inputs of layer 'conv' have NaN or infinite"), hf_daq.calibrate(model):
         model(torch.full((1, 3, 8, 8), math.nan))
     with torch.no_grad():

@@ -1,5 +1,7 @@
 """Other tools see a quantized or packed layer as one leaf."""
 
+import copy
+
 import accelerate
 import pytest
 import torch
@@ -32,6 +34,26 @@ def test_a_feature_extractor_gives_what_the_model_computes(kind, options):
     graph = torch.fx.symbolic_trace(model)
     assert torch.equal(graph(images(2, 64)), want)
     assert "layer1.0.conv1" in {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+
+
+def test_a_traced_network_that_is_quantized_is_copied_packed_and_saved(tmp_path):
+    def traced():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 5))
+        return torch.fx.symbolic_trace(net.eval())
+
+    x, model = images(4, 8), hf_daq.apply_daq(traced(), bits=4)
+    with hf_daq.calibrate(model):
+        model(x)
+    assert copy.deepcopy(model).daq_config == model.daq_config
+    hf_daq.save_pretrained(copy.deepcopy(model), tmp_path / "trainable")
+    hf_daq.save_pretrained(model, tmp_path / "packed", packed=True, probe=x)
+    assert not model.daq_config.packed
+    assert torch.equal(hf_daq.from_pretrained(tmp_path / "trainable", model=traced())(x), model(x))
+    packed = copy.deepcopy(hf_daq.from_pretrained(tmp_path / "packed", model=traced()))
+    assert packed.daq_config.packed
+    torch.testing.assert_close(packed(x), model(x), rtol=1e-4, atol=1e-5)
+    assert not hasattr(copy.deepcopy(hf_daq.remove_daq(model)), "daq_config")
 
 
 @pytest.mark.parametrize("limit", range(300, 1400, 100))

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from models import images, quantized_timm, small_net, small_timm
 from rich.console import Console
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_daq
 from hf_daq.errors import CalibrationError, ModelError
+from hf_daq.model.roles import saved_tensors
 from hf_daq.nn.layers import quantized_layers
 from hf_daq.report.summary import LayerSummary, summary
 
@@ -230,6 +232,35 @@ def test_totals_are_the_bytes_and_weights_of_the_float_and_of_the_packed_model(n
         assert other.path_error < 1e-6
         path = {"path": other.path, "path_error": other.path_error}
         assert dataclasses.replace(one, **dict.fromkeys(missing), **path) == other
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])  # without and with biases
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"bits": 8},
+        {"weight_bits": 4, "weight_granularity": "channel"},
+        {"weight_bits": 4, "activation_bits": 8, "rules": [{"pattern": "*.experts.down", "skip": True}]},
+    ],
+)
+def test_experts_count_once(name, config):
+    float_model, model = tiny.build(name), tiny.build(name)
+    inputs = tiny.inputs(name)
+    hf_daq.apply_daq(model, **config)
+    with hf_daq.calibrate(model, check=False):
+        model(**inputs)
+    before = summary(model, inputs).totals
+    hf_daq.pack(model)
+    after = summary(model, inputs).totals
+    for totals in (before, after):
+        parameters = sum(value.numel() for value in float_model.parameters())
+        assert sum(totals["weights"].values()) + totals["other_parameters"] == parameters
+        assert totals["bytes_before"] == sum(map(nbytes, saved_tensors(float_model)))
+        assert totals["bytes_after"] == sum(map(nbytes, saved_tensors(model)))
+
+
+def nbytes(value):
+    return value.numel() * value.itemsize
 
 
 def test_groups_bf16_and_transformers_models():

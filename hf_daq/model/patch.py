@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from ..config import DaqConfig, pattern_matches
 from ..errors import CalibrationError, ModelError
@@ -79,7 +80,7 @@ def patch(model: nn.Module, config: DaqConfig) -> None:
         }
         for name, row in planned.quantized.items()
     }
-    model.daq_config = config.replace(layers=bits)  # type: ignore[assignment]
+    set_config(model, config.replace(layers=bits))
     watch(model)
     if config.layers is None:
         _warn(planned)
@@ -166,7 +167,20 @@ def quantize_replaced(model: nn.Module, before: dict[str, DaqLayer]) -> None:
     for layer in replaced:
         if not layer.weight.is_meta:
             start_layer(layer, config)
-    model.daq_config = config.replace(layers=bits | {name: layer.entry for name, layer in left.items()})  # type: ignore[assignment]
+    set_config(model, config.replace(layers=bits | {name: layer.entry for name, layer in left.items()}))
+
+
+def set_config(model: nn.Module, config: DaqConfig | None) -> None:
+    """Write `daq_config`, or take it away."""
+    if config is None:
+        vars(model).pop("daq_config", None)
+    else:
+        model.daq_config = config  # type: ignore[assignment]
+    if isinstance(model, GraphModule):  # a copy of one has no other attributes
+        kept = model.meta.setdefault("_user_preserved_attributes", {})
+        kept.pop("daq_config", None)
+        if config is not None:
+            kept["daq_config"] = config
 
 
 def unpatch(model: nn.Module, quantized: bool = False) -> None:
@@ -209,8 +223,7 @@ def unpatch(model: nn.Module, quantized: bool = False) -> None:
         if hasattr(module, "daq_qkv_bias_separate"):
             module.qkv_bias_separate = module.daq_qkv_bias_separate
             del module.daq_qkv_bias_separate
-    if hasattr(model, "daq_config"):
-        del model.daq_config
+    set_config(model, None)
 
 
 def pack_layers(model: nn.Module) -> None:
@@ -231,7 +244,7 @@ def pack_layers(model: nn.Module) -> None:
     for layer in _tied_first(layers):
         pack_layer(layer)
     release(model)
-    model.daq_config = config.replace(packed=True)
+    set_config(model, config.replace(packed=True))
 
 
 def unpack_layers(model: nn.Module) -> None:
@@ -250,7 +263,8 @@ def unpack_layers(model: nn.Module) -> None:
                 f"layer {name!r} standardizes its weight in every forward, so its codes are no weights to train; "
                 "keep the checkpoint from before packing to train on"
             )
-    model.daq_config = config = config.replace(packed=False)
+    config = config.replace(packed=False)
+    set_config(model, config)
     allocate(model)
     for layer in reversed(_tied_first(layers)):
         if layer.owner is None:

@@ -142,12 +142,6 @@ def _match(
 
 
 def _check(name: str, found: Statistics) -> None:
-    if found.count == 0:
-        raise CalibrationError(
-            f"calibration never reached layer {name!r}; run the model inside `with hf_daq.calibrate(model):` on inputs "
-            "that use it, and call the layer, not its `.forward`; or keep it in full precision: "
-            f"DaqConfig(..., modules_to_not_convert=[{name!r}])"
-        )
     if not math.isfinite(found.squares):
         raise CalibrationError(
             f"the inputs of layer {name!r} have NaN or infinite values (from {found.low} to {found.high})"

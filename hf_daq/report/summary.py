@@ -11,12 +11,13 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import CalibrationError, ModelError
 from ..model.roles import largest_weight, saved_tensors
 from ..model.unchanged import check_unchanged
 from ..nn.attention import parameters_of_attention
+from ..nn.experts import ExpertsLinear
 from ..nn.layers import LAYER_TYPES
 from ..nn.packed import daq_layers
 from ..nn.quantizers import wide
@@ -201,7 +202,7 @@ def _row(found: Measurement) -> LayerSummary:
 
 
 def _kept(name: str, module: nn.Module, macs: int | None) -> KeptLayer:
-    weights = [value for value in module.parameters(recurse=False) if value.ndim >= 2]
+    weights = [value for value in _own(module) if value.ndim >= 2]
     shape = LAYER_TYPES[type(module)].weight_shape(module) if type(module) in LAYER_TYPES else None  # type: ignore[arg-type]
     count = sum(value.numel() for value in weights)
     return KeptLayer(
@@ -224,13 +225,14 @@ def _totals(
     quantized = sum(macs.values())
     macs["float"] = sum(layer.macs or 0 for layer in kept)
     modules = kept_modules(model).values()
-    in_float = {id(value): value for module in modules for value in module.parameters(recurse=False) if value.ndim >= 2}
+    in_float = {id(value): value for module in modules for value in _own(module) if value.ndim >= 2}
     weights["float"] = sum(value.numel() for value in in_float.values())
     inside = {id(value) for found in measured for value in saved_tensors(found.layer)}
     inside |= {id(value) for found in measured for value in parameters_of_attention(found.layer)}
+    inside |= {id(value) for found in measured if found.w_quant is not None for value in _own(found.layer)}
     outside = [value for value in saved_tensors(model) if id(value) not in inside]
     other = sum(value.numel() for value in model.parameters() if id(value) not in inside | in_float.keys())
-    other += sum(found.shape[0] for found in measured if found.layer.has_bias)
+    other += sum(map(_bias, measured))
     sizes = [_sizes(found) for found in measured]
     before, after = (_size(outside) + sum(side) for side in zip(*sizes, strict=True))
     return {
@@ -244,20 +246,30 @@ def _totals(
     }
 
 
+def _own(module: Any) -> list[Tensor]:
+    """The parameters of a module that is not packed, without its children; of a layer of experts its weight, which the module around it
+    holds."""
+    return [module.weight] if isinstance(module, ExpertsLinear) else list(module.parameters(recurse=False))
+
+
+def _bias(found: Measurement) -> int:
+    """The numbers in the bias that a layer holds; that of experts is a parameter beside them."""
+    return found.shape[0] if found.layer.has_bias and not isinstance(found.layer, ExpertsLinear) else 0
+
+
 def _sizes(found: Measurement) -> tuple[int, int]:
     """Bytes of all that a layer holds, in float and packed."""
     layer = found.layer
     if layer.owner is not None:
-        bias = found.shape[0] * found.dtype.itemsize if layer.has_bias else 0
+        bias = _bias(found) * found.dtype.itemsize
         return bias, bias
     if found.w_quant is None:
-        before = (found.parameters + (found.shape[0] if layer.has_bias else 0)) * found.dtype.itemsize
+        before = (found.parameters + _bias(found)) * found.dtype.itemsize
         return before, _size(saved_tensors(layer))
-    corrected = layer.bias is not None or layer.w_quant.shift is not None
-    bias = found.shape[0] * found.dtype.itemsize if corrected else 0
+    bias = (found.shape[0] if layer.w_quant.shift is not None else _bias(found)) * found.dtype.itemsize
     own = found.a_quant is not None and layer.input_owner is None
     bounds = _size(saved_tensors(found.a_quant)) if own else 0
-    values = layer.float_values() if hasattr(layer, "float_values") else layer.parameters(recurse=False)
+    values = layer.float_values() if hasattr(layer, "float_values") else _own(layer)
     return _size(values), found.bytes + bias + bounds
 
 
