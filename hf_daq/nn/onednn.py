@@ -405,6 +405,6 @@ def _padded(layer: Any, codes: Tensor, zero_point: int) -> tuple[Tensor, list[in
 def _say_inexact() -> None:
     logger.warning(
         "this processor or build of torch does not add products of whole numbers exactly (VNNI instructions are missing): "
-        "packed layers whose largest sums come out wrong compute in float, slower and right; with a compiler of C++ (g++) there is "
-        "another way"
+        "packed layers whose largest sums come out wrong compute in float, slower and right; with a compiler of C++ (g++), and "
+        "without HF_DAQ_COMPILE=0, there is another way"
     )
