@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .apply import apply_daq
-from .config import DaqConfig
+from .config import DaqConfig, stored_bits, stored_bytes
 from .errors import ConfigError, ModelError
 from .model.batch import all_batches, examples_in
 from .model.patch import check_float_model
-from .model.plan import config_from, plan
+from .model.plan import Plan, PlannedLayer, config_from, plan
 from .nn.init import start_from_weight
 from .nn.layers import QuantizedLayer, evaluating, quantized_layers, replaced_forwards
 from .nn.memory import memory_reused
@@ -137,8 +138,10 @@ def allocate(
         kwargs["weight_bits"] = _FINE
     config = config_from(config, kwargs)
     found = all_batches(model, batches, "allocate")
-    sizes = _sizes(model, config)
-    budget = _budget(model, config, sizes, average_bits, packed_bytes)
+    plans = [plan(model, _with_bits(config, bits)) for bits in (_WIDTHS[0], _WIDTHS[-1])]
+    sizes = _sizes(*plans)
+    cost = _bits if packed_bytes is None else partial(_bits_in_file, config)
+    budget = _budget(cost, sizes, average_bits, packed_bytes, plans)
     copied = copy.deepcopy(model)
     apply_daq(copied, config)
     layers = {name: layer for name, layer in quantized_layers(copied).items() if name in sizes}
@@ -146,15 +149,16 @@ def allocate(
         trials = _Trials(copied, layers, config, _first(found))
         with progress_bar(progress, len(layers)) as show:
             losses = {name: trials.losses(name, show) for name in layers}
-        uniform_bits = int(budget // sum(sizes.values()))
+        uniform_bits = max(bits for bits in _WIDTHS if _together(cost, sizes, bits) <= budget)
         uniform = dict.fromkeys(sizes, uniform_bits)
-        tried = [uniform, *(_solve(sizes, losses, budget, least) for least in range(2, uniform_bits + 1))]
+        tried = [uniform, *(_solve(cost, sizes, losses, budget, least) for least in range(2, uniform_bits + 1))]
         measured = [trials.loss(bits) for bits in tried]
     best = min(range(len(tried)), key=measured.__getitem__)
     bits = tried[best]
     usual = Counter(bits.values()).most_common(1)[0][0]
-    rules = tuple({"pattern": name, "weight_bits": own} for name, own in bits.items() if own != usual)
-    chosen = _with_bits(config, usual).replace(rules=(*config.rules, *rules))
+    planned = plans[0].quantized
+    rules = tuple(_rule(planned[name], own) for name, own in bits.items() if own != usual)
+    chosen = _with_bits(config, usual, rules)
     return Allocation(
         config=chosen,
         layers=tuple(AllocatedLayer(name, size, bits[name], losses[name]) for name, size in sizes.items()),
@@ -168,14 +172,32 @@ def allocate(
     )
 
 
-def _with_bits(config: DaqConfig, bits: int) -> DaqConfig:
-    return config.replace(weight_bits=bits)
+def _with_bits(config: DaqConfig, bits: int, rules: tuple[Mapping[str, Any], ...] = ()) -> DaqConfig:
+    """These rules first."""
+    values: dict[str, Any] = {"weight_bits": bits, "rules": (*rules, *config.rules)}
+    try:
+        return config.replace(**values)
+    except ConfigError:
+        if config.weight_grid != "ternary":
+            raise
+        return config.replace(**values, weight_grid="auto")  # no layer has 2 bits
 
 
-def _sizes(model: nn.Module, config: DaqConfig) -> dict[str, int]:
+def _rule(row: PlannedLayer, bits: int) -> dict[str, Any]:
+    """For one layer; the bits of its inputs too, if another rule gave them."""
+    own = {"activation_bits": row.activation_bits} if row.reason else {}
+    name = row.name if set(row.name).isdisjoint("*?[") else f"re:{re.escape(row.name)}"
+    return {"pattern": name, "weight_bits": bits, **own}
+
+
+def _sizes(least: Plan, most: Plan) -> dict[str, int]:
     """How many weights each layer has whose bits are not decided."""
-    rows = plan(model, config).quantized.values()
-    sizes = {row.name: math.prod(row.shape) for row in rows if not row.reason and row.tied_to is None}
+    others = most.quantized
+    sizes = {
+        row.name: math.prod(row.shape)
+        for row in least.quantized.values()
+        if row.tied_to is None and (row.weight_bits, others[row.name].weight_bits) == (_WIDTHS[0], _WIDTHS[-1])
+    }
     if not sizes:
         raise ModelError(
             "allocate has no layer whose bits are free: rules, first_last_bits or layers decide over all of them"
@@ -183,24 +205,39 @@ def _sizes(model: nn.Module, config: DaqConfig) -> dict[str, int]:
     return sizes
 
 
+def _bits(weights: int, bits: int) -> float:
+    return weights * bits
+
+
+def _bits_in_file(config: DaqConfig, weights: int, bits: int) -> float:
+    return 8 * stored_bytes(weights, stored_bits(bits, config.grid(bits)))
+
+
+def _together(cost: Callable[[int, int], float], sizes: Mapping[str, int], bits: int) -> float:
+    return sum(cost(size, bits) for size in sizes.values())
+
+
 def _budget(
-    model: nn.Module, config: DaqConfig, sizes: Mapping[str, int], average_bits: float | None, packed_bytes: int | None
+    cost: Callable[[int, int], float],
+    sizes: Mapping[str, int],
+    average_bits: float | None,
+    packed_bytes: int | None,
+    plans: Sequence[Plan],
 ) -> float:
     """Bits of all these weights together."""
-    weights = sum(sizes.values())
-    least, most = (plan(model, _with_bits(config, bits)).packed_bytes for bits in (_WIDTHS[0], _WIDTHS[-1]))
     if average_bits is not None:
         number = isinstance(average_bits, int | float) and not isinstance(average_bits, bool)
         if not number or not _WIDTHS[0] <= average_bits <= _WIDTHS[-1]:
             raise ConfigError(f"average_bits={average_bits!r} must be a number from {_WIDTHS[0]} to {_WIDTHS[-1]}")
-        return average_bits * weights
+        return average_bits * sum(sizes.values())
     assert packed_bytes is not None
+    least, most = (found.packed_bytes for found in plans)
     if not isinstance(packed_bytes, int) or packed_bytes < least:
         raise ConfigError(
             f"packed_bytes={packed_bytes!r} is out of reach: with {_WIDTHS[0]} bits everywhere the model has {least:,} bytes, with "
             f"{_WIDTHS[-1]} bits {most:,}"
         )
-    return min(_WIDTHS[0] * weights + 8 * (packed_bytes - least), _WIDTHS[-1] * weights)
+    return _together(cost, sizes, _WIDTHS[0]) + 8 * (packed_bytes - least)
 
 
 def _first(batches: list[Any]) -> list[Any]:
@@ -301,21 +338,25 @@ def _quantizer(like: WeightQuantizer, shape: tuple[int, ...], bits: int, config:
 
 
 def _solve(
-    sizes: Mapping[str, int], losses: Mapping[str, Mapping[int, float]], budget: float, least: int
+    cost: Callable[[int, int], float],
+    sizes: Mapping[str, int],
+    losses: Mapping[str, Mapping[int, float]],
+    budget: float,
+    least: int,
 ) -> dict[str, int]:
     """Bits of at least `least`: steps of the most loss for their size first, as long as there is room."""
     bits = dict.fromkeys(sizes, least)
-    left = budget - least * sum(sizes.values())
+    left = budget - _together(cost, sizes, least)
     while True:
         steps = [
-            ((losses[name][own] - losses[name][more]) / (size * (more - own)), name, more)
+            ((losses[name][own] - losses[name][more]) / max(price, 1), name, more, price)
             for name, size in sizes.items()
             for own in (bits[name],)
             for more in range(own + 1, _WIDTHS[-1] + 1)
-            if size * (more - own) <= left
+            if (price := cost(size, more) - cost(size, own)) <= left
         ]
         if not steps or max(steps)[0] <= 0:
             return bits
-        _, name, more = max(steps)
-        left -= sizes[name] * (more - bits[name])
+        _, name, more, price = max(steps)
+        left -= price
         bits[name] = more

@@ -96,6 +96,57 @@ def test_a_budget_in_bytes_is_kept() -> None:
         assert found.packed_bytes > size - 64 * 64 // 8 or size > most
 
 
+def test_a_rule_for_inputs_alone_leaves_the_weights_free() -> None:
+    model, x = network(), torch.randn(32, 8)
+    config = hf_daq.DaqConfig(weight_bits=4, activation_bits=8, rules=({"pattern": "l*d", "activation_bits": 4},))
+    least, most = (hf_daq.plan(model, config.replace(weight_bits=bits)).packed_bytes for bits in (2, 8))
+    for size in range(least, most, (most - least) // 6):
+        found = hf_daq.allocate(model, [x], config, packed_bytes=size)
+        rows = hf_daq.plan(model, found.config).quantized
+        assert {layer.name: layer.bits for layer in found.layers} == {
+            name: row.weight_bits for name, row in rows.items()
+        }
+        assert (rows["loud"].activation_bits, rows["quiet"].activation_bits) == (4, 8)
+        assert hf_daq.plan(model, found.config).packed_bytes == found.packed_bytes <= size
+
+
+def test_ternary_weights_count_as_they_are_stored() -> None:
+    model, x = network(), torch.randn(32, 8)
+    least = hf_daq.plan(model, weight_bits=2, weight_grid="ternary").packed_bytes
+    for more in (0, 300, 4000, 10**5):
+        found = hf_daq.allocate(model, [x], weight_bits=2, weight_grid="ternary", packed_bytes=least + more)
+        twos = [layer for layer in found.layers if layer.bits == 2]
+        assert (found.config.weight_grid == "ternary") == bool(twos)
+        assert hf_daq.plan(model, found.config).packed_bytes == found.packed_bytes <= least + more
+        assert bool(twos) == (more < 4000)
+
+
+def test_names_are_no_patterns() -> None:
+    torch.manual_seed(0)
+    names = ("a[0]", "a0", "b*", "bx")
+    inside = nn.ModuleDict({name: nn.Linear(16, 16) for name in names})
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.inside, self.last = nn.Linear(8, 16), copy.deepcopy(inside), nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            for weight, name in enumerate(names):
+                x = x + weight**2 * self.inside[name](x).relu()
+            y: torch.Tensor = self.last(x)
+            return y
+
+    model, x = Network(), torch.randn(32, 8)
+    for average in (2.3, 2.6, 3.3):
+        found = hf_daq.allocate(model, [x], average_bits=average)
+        rows = hf_daq.plan(model, found.config).quantized
+        assert {layer.name: layer.bits for layer in found.layers} == {
+            name: row.weight_bits for name, row in rows.items()
+        }
+
+
 def test_one_example_is_enough() -> None:
     model, x = network(), torch.randn(1, 8)
     found = hf_daq.allocate(model, [x], average_bits=4)

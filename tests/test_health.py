@@ -181,7 +181,7 @@ def test_json_and_text():
     assert {"layer": HIDDEN, "problem": "unquantized-outputs", "value": "inf"}.items() <= plain["findings"][0].items()
     lines = str(found).splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[0].startswith("network: SQNR of its outputs ")
+    assert lines[0].startswith("network: SQNR of its outputs around their mean ")
     assert lines[lines.index("") + 1] == f"{HIDDEN}: unquantized-outputs"
     assert lines[lines.index("") + 2].startswith("  its output is that of the float layer")
     text = str(found)

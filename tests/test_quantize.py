@@ -179,6 +179,27 @@ def test_classes_of_the_data_are_numbered_as_the_model_does(root, tmp_path, capl
     assert class_names(net(3)) is None
 
 
+def test_names_of_classes_are_not_guessed_where_the_model_has_its_own(root, caplog):
+    def labels(names, of_model, feature=None):
+        known = dict(enumerate(of_model)) if of_model else None
+        kwargs = {"id2label": known, "label2id": {name: number for number, name in known.items()}} if known else {}
+        rows = {"text": sentences(4), "label": names}
+        features = feature and datasets.Features({"text": datasets.Value("string"), "label": feature})
+        rows = datasets.Dataset.from_dict(rows, features=features)
+        model = tiny_bert(num_labels=len(of_model) or 2, **kwargs)
+        found = read_examples(model, rows, (4,), processor=root / "bert")[0]
+        at = {text: place for place, text in enumerate(rows["text"])}
+        return found.labels if found.labels is None else [int(found.labels[found.shown.index(text)]) for text in at]
+
+    positive = ["POSITIVE", "NEGATIVE"]
+    assert labels(["positive", "negative", "negative", "positive"], positive) == [0, 1, 1, 0]
+    assert labels(["pos", "neg", "neg", "pos"], positive) is None
+    assert "such as 'pos', are not those of the model, which has 2, such as 'POSITIVE': accuracy is not" in caplog.text
+    assert labels(["pos", "neg", "neg", "pos"], []) == [1, 0, 0, 1]
+    assert labels([0, 1, 1, 0], positive, datasets.ClassLabel(names=["no", "yes"])) == [0, 1, 1, 0]
+    assert labels([[0, 1], [1, 0], [1, 0], [0, 1]], []) is None  # several classes a row
+
+
 @pytest.mark.parametrize("first", [1, 1.0, 0.0])
 def test_classes_that_are_numbers_keep_their_order(first, root):
     """pandas writes numbers of a column with gaps as floats."""
@@ -355,6 +376,18 @@ def test_the_first_line_of_a_table_has_names_or_is_a_row(text, column, names, tm
     assert len(found) == len(text.splitlines()) - (names is not None)
 
 
+def test_cells_are_what_is_written(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\nNone,1\nNA,0\n,1\n")
+    assert list(rows_of(tmp_path / "rows.csv", None, None)["text"]) == ["None", "NA", None]
+    (tmp_path / "rows.csv").write_text("text,label\nGood film, but long,1\n")
+    with pytest.raises(
+        DataError, match="a row of 3 cells, and its first one has 2: .*write a text with commas in quotes"
+    ):
+        rows_of(tmp_path / "rows.csv", None, None)
+    (tmp_path / "rows.txt").write_text("one\x0cpage\u2028of it\r\ntwo\n", encoding="utf-8")
+    assert rows_of(tmp_path / "rows.txt", None, None)["text"] == ["one\x0cpage\u2028of it", "two"]
+
+
 def test_marks_of_editors_are_no_text(root, tmp_path):
     rows = "text,label\r\n" + "".join(f'"{text}",{index % 2}\r\n' for index, text in enumerate(sentences(4)))
     for name, text in (("rows.csv", rows), ("rows.txt", "\r\n".join(sentences(4)))):
@@ -371,6 +404,23 @@ def test_images_of_16_bits_keep_their_range(tmp_path):
             Image.fromarray(pixels).save(tmp_path / name / file)
     narrow, wide = (read_examples(net(3), tmp_path / name, (2,))[0].batches[0] for name in ("narrow", "wide"))
     assert torch.equal(narrow, wide)
+
+
+def test_images_come_the_right_side_up_and_others_are_refused(tmp_path):
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    for name in ("turned", "upright"):
+        (tmp_path / name).mkdir()
+        for file in ("a.png", "b.png"):
+            exif = Image.Exif()
+            exif[274] = 6 if name == "turned" else 1  # to be shown turned to the right
+            image = Image.fromarray(np.rot90(pixels) if name == "turned" else pixels)
+            image.save(tmp_path / name / file, exif=exif)
+    turned, upright = (read_examples(net(3), tmp_path / name, (2,))[0].batches[0] for name in ("turned", "upright"))
+    assert torch.equal(turned, upright)
+    for kind, message in ((np.float32, "floating-point numbers"), (np.int32, "more than 16 bits")):
+        Image.fromarray(pixels.astype(kind) * 1000).save(tmp_path / "upright" / "c.tiff")
+        with pytest.raises(DataError, match=f"c.tiff is no image that can be read: its pixels .*{message}"):
+            read_examples(net(3), tmp_path / "upright", (3,))
 
 
 # ------------------------------------------------------------------------------------------------------- the command

@@ -69,7 +69,7 @@ class Inspection:
     """What a checkpoint says of itself.
 
     library: "timm", "transformers", or "torch" for a model of neither. packed_bytes: the size of all tensors with packed
-    weights, float_bytes: in float, tensor_bytes: in this file.
+    weights, float_bytes: in float (of a packed file with the biases that its layers gained), tensor_bytes: in this file.
     """
 
     source: str

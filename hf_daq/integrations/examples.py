@@ -215,11 +215,16 @@ def _image(image: Any, mode: str) -> Any:
 
 
 def _converted(image: Any, mode: str) -> Any:
-    """Pixels of 16 bits get 8, where Pillow would cut them off at 255."""
-    from PIL import Image
+    """The right side up. Pixels of 16 bits get 8, where Pillow would cut them off at 255."""
+    from PIL import Image, ImageOps
 
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; write them with 8 bits")
     if image.mode.startswith("I"):
         pixels = np.asarray(image)
+        if pixels.max() > 65535 or pixels.min() < 0:
+            raise ValueError("its pixels have more than 16 bits; write them with 8")
         image = Image.fromarray((pixels >> 8 if pixels.max() > 255 else pixels).astype(np.uint8))
     return image.convert(mode)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import timm.data
@@ -11,6 +12,9 @@ from .timm import is_timm_model
 
 logger = logging.getLogger("hf_daq")
 _COLUMNS = "label", "labels", "class"
+_IN_ORDER = re.compile(
+    r"n\d{8}|[\d.]+"
+)  # ImageNet's classes, and numbers: these are numbered in their order everywhere
 
 
 def class_numbers(model: Any, rows: Any) -> list[int] | None:
@@ -28,23 +32,35 @@ def class_numbers(model: Any, rows: Any) -> list[int] | None:
     if names is not None:
         given = [names[index] for index in given]
     given = [int(value) if isinstance(value, float) and value.is_integer() else value for value in given]
-    numbers = _numbered(given, _class_names(model), names, classes)
+    plain = all(isinstance(value, str | int | float) for value in given)  # else several classes a row
+    known = _class_names(model)
+    numbers = _numbered(given, known, names, classes) if plain else None
     if numbers is None:
         logger.warning(
-            "classes of the data, such as %r, are not those of the model, which has %d: accuracy is not measured",
+            "classes of the data, such as %r, are not those of the model, which has %d%s: accuracy is not measured",
             given[0],
             classes,
+            f", such as {next(iter(known))!r}" if known else "",
         )
     return numbers
 
 
 def _numbered(given: list[Any], known: dict[str, int], names: list[str] | None, classes: int) -> list[int] | None:
-    if all(str(value) in known for value in given):
-        return [known[str(value)] for value in given]
+    folded = {name.casefold(): number for name, number in known.items()}
+    for numbers, texts in ((known, list(map(str, given))), (folded, [str(value).casefold() for value in given])):
+        if len(numbers) == len(known) and all(text in numbers for text in texts):
+            return [numbers[text] for text in texts]
     if all(str(value).isdecimal() and int(value) < classes for value in given):
         return [int(value) for value in given]
+    if names is None and any(map(_is_chosen, known)) and not all(map(_IN_ORDER.fullmatch, map(str, given))):
+        return None  # the model's names are others
     order = {str(name): index for index, name in enumerate(names or _in_order(given))}
     return [order[str(value)] for value in given] if len(order) == classes else None
+
+
+def _is_chosen(name: str) -> bool:
+    """Whether a name is not one that transformers makes up."""
+    return not re.fullmatch(r"LABEL_\d+", name)
 
 
 def _is_missing(value: Any) -> bool:

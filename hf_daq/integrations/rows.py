@@ -52,7 +52,7 @@ def rows_of(data: Any, subset: str | None, split: str | None, column: str | None
             classes = _classes(path, files)
             return Table({"image": files} | ({} if classes is None else {"label": classes}))
     elif path.suffix.lower() == ".txt" and path.is_file():
-        lines = _text(path).splitlines()
+        lines = _text(path).split("\n")
         return Table(text=[line for line in lines if line.strip()])
     return _opened_by_datasets(path, str(data), subset, split, column)
 
@@ -108,6 +108,8 @@ def _opened_by_datasets(path: Path, name: str, subset: str | None, split: str | 
         if path.is_file():
             return datasets.load_dataset(builder, data_files=str(path), split="train", **_csv_options(path, column))
         found = datasets.load_dataset(name, subset)
+    except DataError:
+        raise
     except StopIteration:
         raise DataError(f"{name} is empty") from None
     except (FileNotFoundError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -134,6 +136,12 @@ def _csv_options(path: Path, column: str | None) -> dict[str, Any]:
     ):  # a cell beyond its limits
         for row in itertools.islice(csv.reader(file, **options), 1000):
             rows += [row] if row else []
+    for row in rows:
+        if len(row) > len(rows[0]):  # the first cell would be taken for the number of the row
+            raise DataError(
+                f"{path} has a row of {len(row)} cells, and its first one has {len(rows[0])}: {row}; write a text with commas in quotes"
+            )
+    options |= {"keep_default_na": False, "na_values": [""]}  # "None" is a text
     if rows and len(rows[0]) == 2 and not _are_names(rows[0], rows[1:], column):
         options["column_names"] = ["text", "label"]
     return options

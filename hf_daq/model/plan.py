@@ -58,7 +58,8 @@ class Plan:
 
     layers: all modules with weights. parameters: how many numbers the model has. in_float: those that stay in float, by what
     holds them, the largest part first. float_bytes, packed_bytes: size of all parameters and persistent buffers, as they
-    are and after `pack`; layers that calibration finds to read one input save another 8 bytes each.
+    are and after `pack`; layers that calibration finds to read one input save another 8 bytes each, and those whose channels it
+    divides take 4 more a channel.
     """
 
     layers: tuple[PlannedLayer, ...]

@@ -105,7 +105,7 @@ class Health:
                 "not compared with float: packed, without usable bounds, with one output for all examples, or with outputs that "
                 "are not finite or whose number changes, as boxes do"
             )
-        text = f"SQNR of its outputs {self.network_sqnr:.1f} dB against its own float weights"
+        text = f"SQNR of its outputs around their mean {self.network_sqnr:.1f} dB against its own float weights"
         if self.fine:
             return f"{text}, fine" + ("; findings about noise do no harm" if self.findings else "")
         tries = "; ".join([*self.settings, "hf_daq.reconstruct(model, batches)", "training"])
