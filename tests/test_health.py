@@ -187,9 +187,7 @@ def test_json_and_text():
     text = str(found)
     assert "2 findings in 4 quantized layers" in text
     well = health(network(), images())
-    assert re.fullmatch(
-        r"network: SQNR .* dB against its own .*\nno findings in 4 quantized layers", str(well), re.S
-    )
+    assert re.fullmatch(r"network: SQNR .* dB against its own .*\nno findings in 4 quantized layers", str(well), re.S)
     assert well.to_dict().items() >= {"ok": True, "findings": [], "layers": 4}.items()
     assert well.to_dict()["network_sqnr"] == well.network_sqnr
 
