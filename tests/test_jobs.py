@@ -1,6 +1,7 @@
 """The jobs of recipes/jobs run from the data to the answer, small."""
 
 import re
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def _here(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm's reader leaves it to the collector
 def test_a_folder_of_jpegs_becomes_an_onnx_file_that_answers(tmp_path, capsys):
-    for pixels, label in zip(*load_digits(return_X_y=True, n_class=2), strict=True):
+    for pixels, label in islice(zip(*load_digits(return_X_y=True, n_class=2), strict=True), 160):
         folder = tmp_path / "photos" / f"digit{label}"
         folder.mkdir(parents=True, exist_ok=True)
         picture = Image.fromarray((pixels.reshape(8, 8) * 15).astype("uint8")).resize((40, 40))

@@ -458,7 +458,9 @@ def test_the_command_quantizes_images(root, tmp_path):
     assert "kl" not in alone
 
 
-@pytest.mark.parametrize(("to", "file"), [("trainable", "model.safetensors"), ("onnx", "model.onnx")])
+@pytest.mark.parametrize(
+    ("to", "file"), [("trainable", "model.safetensors"), pytest.param("onnx", "model.onnx", marks=pytest.mark.slow)]
+)
 def test_the_command_quantizes_a_text_classifier(root, tmp_path, to, file):
     data = ("--data", root / "reviews.tsv", "--examples", 12)
     text, _ = run("quantize", root / "bert", *data, "--bits", 8, "--to", to, "--reconstruct", "1m", "-o", tmp_path)
