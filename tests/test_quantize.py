@@ -198,6 +198,12 @@ def test_names_of_classes_are_not_guessed_where_the_model_has_its_own(root, capl
     assert labels(["pos", "neg", "neg", "pos"], []) == [1, 0, 0, 1]
     assert labels([0, 1, 1, 0], positive, datasets.ClassLabel(names=["no", "yes"])) == [0, 1, 1, 0]
     assert labels([[0, 1], [1, 0], [1, 0], [0, 1]], []) is None  # several classes a row
+    rows = datasets.Dataset.from_dict({"text": sentences(4), "label": [1, 0, 0, 1]})
+    found = [
+        read_examples(tiny_bert(), rows.with_format(kind), (4,), processor=root / "bert")[0].labels
+        for kind in (None, "numpy", "torch")
+    ]
+    assert all(torch.equal(found[0], one) for one in found[1:])
 
 
 @pytest.mark.parametrize("first", [1, 1.0, 0.0])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -218,7 +219,8 @@ def _converted(image: Any, mode: str) -> Any:
     """The right side up. Pixels of 16 bits get 8, where Pillow would cut them off at 255."""
     from PIL import Image, ImageOps
 
-    image = ImageOps.exif_transpose(image)
+    with suppress(Exception):  # what cannot be read of the camera says nothing of the image
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; write them with 8 bits")
     if image.mode.startswith("I"):

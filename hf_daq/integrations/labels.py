@@ -12,9 +12,8 @@ from .timm import is_timm_model
 
 logger = logging.getLogger("hf_daq")
 _COLUMNS = "label", "labels", "class"
-_IN_ORDER = re.compile(
-    r"n\d{8}|[\d.]+"
-)  # ImageNet's classes, and numbers: these are numbered in their order everywhere
+# ImageNet's classes, and numbers: everywhere in their order
+_IN_ORDER = re.compile(r"n\d{8}|[\d.]+")
 
 
 def class_numbers(model: Any, rows: Any) -> list[int] | None:
@@ -24,7 +23,7 @@ def class_numbers(model: Any, rows: Any) -> list[int] | None:
     if name is None or classes is None:
         return None
     feature = getattr(rows, "features", {}).get(name)
-    given = list(rows[name])
+    given = [value.item() if getattr(value, "ndim", None) == 0 else value for value in rows[name]]  # of numpy and torch
     names = getattr(feature, "names", None)
     if missing := sum(map(_is_missing, given)):
         logger.warning("%d of %d rows have no class: accuracy is not measured", missing, len(given))
