@@ -402,6 +402,24 @@ def scaled_transformer(kind):
     return tf.BartForConditionalGeneration(tf.BartConfig(**MARIAN, scale_embedding=True))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_packed_model_in_bfloat16_is_written_and_opened_as_such(tied, tmp_path):
+    """Its first parameter is a bound, in float32."""
+    torch.manual_seed(0)
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**LLAMA | {"tie_word_embeddings": tied})).bfloat16().eval()
+    hf_daq.apply_daq(model, weight_bits=4, activation_bits=8, embedding_bits=4)
+    with hf_daq.calibrate(model, check=False):
+        model(IDS)
+    want = logits(hf_daq.pack(model))
+    assert model.dtype == model.model.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path)
+    opened = type(model).from_pretrained(tmp_path)
+    assert opened.dtype == opened.model.norm.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        logits(opened), want, rtol=0, atol=0.02
+    )  # `to` rounds the frequencies of rotary embeddings
+
+
 @pytest.mark.parametrize("kind", ["gemma3", "bart"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_embeddings_that_multiply(kind, dtype, tmp_path):

@@ -67,9 +67,24 @@ def guard_transformers() -> None:
         return save_pretrained(self, *args, **kwargs)
 
     modeling_utils.PreTrainedModel.save_pretrained = save  # type: ignore[method-assign]
+    modeling_utils.PreTrainedModel.dtype = property(_dtype_of(modeling_utils.PreTrainedModel.dtype.fget))
     load: Any = getattr(modeling_utils.PreTrainedModel, "_load_pretrained_model", None)
     if load is not None:
         modeling_utils.PreTrainedModel._load_pretrained_model = staticmethod(_refuse_quantized_files(load))
+
+
+def _dtype_of(first: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`model.dtype`, which is written to the config and opened with, is that of the first parameter: of a packed model it may be a
+    bound, which is float32 in any model."""
+
+    @wraps(first)
+    def dtype(self: Any) -> Any:
+        for name, value in self.named_parameters():
+            if value.is_floating_point() and not name.endswith(_BOUNDS):
+                return value.dtype
+        return first(self)
+
+    return dtype
 
 
 def _refuse_quantized_files(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -101,6 +116,7 @@ def _refuse_float_model(model: Any, files: Iterable[Any], remedy: str) -> None:
             _refuse_quantizers(opened.keys(), file, remedy)
 
 
+_BOUNDS = "a_quant.lower", "a_quant.upper"
 _PAIRS = ("w_quant.lower", "w_quant.upper"), ("weight_codes", "weight_scale")
 """Tensors of a quantized layer and of a packed one."""
 
