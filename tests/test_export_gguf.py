@@ -411,6 +411,11 @@ def test_columns_that_a_type_cannot_hold(tmp_path):
             "query_pre_attn_scalar=64 where llama.cpp computes with 256",
         ),
         (lambda: DECODERS["gemma3"](use_bidirectional_attention=True), "attends in both directions"),
+        (lambda: DECODERS["gemma"](attention_bias=True), "reads no biases of attention for GEMMA"),
+        (
+            lambda: DECODERS["gemma3"](layer_types=["full_attention", "sliding_attention"]),
+            "full attention in every layer of number 6 for GEMMA3",
+        ),
     ],
 )
 def test_models_that_llama_cpp_computes_in_another_way(build, match, tmp_path):

@@ -21,6 +21,7 @@ class Family:
         head apart as in transformers.
     norm_shift: what transformers adds to the weight of a norm.
     ties: whether llama.cpp has no output embedding but the embedding.
+    biases: whether it reads those of attention.
     """
 
     architecture: str
@@ -28,6 +29,7 @@ class Family:
     interleaves: bool = False
     norm_shift: float = 0.0
     ties: bool = False
+    biases: bool = False
 
     def order(self, name: str, rows: int, config: Any) -> Tensor | None:
         """Which row of a tensor of the model each row in the file is; None for all as they are."""
@@ -52,17 +54,18 @@ class Family:
         return {"rope_freqs.weight": 1 / rope["rope_theta"] ** steps / slowed}
 
 
-_LLAMA = Family("LLAMA", interleaves=True)
+_LLAMA = Family("LLAMA", interleaves=True, biases=True)
 _TANH = "gelu_pytorch_tanh"
 FAMILIES = {
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": _LLAMA,
-    "Qwen2ForCausalLM": Family("QWEN2"),
+    "Qwen2ForCausalLM": Family("QWEN2", biases=True),
     "Qwen3ForCausalLM": Family("QWEN3"),
     "GemmaForCausalLM": Family("GEMMA", _TANH, norm_shift=1.0, ties=True),
     "Gemma2ForCausalLM": Family("GEMMA2", _TANH, norm_shift=1.0, ties=True),
     "Gemma3ForCausalLM": Family("GEMMA3", _TANH, norm_shift=1.0),
 }
+_FULL_ATTENTION = {"GEMMA2": 2, "GEMMA3": 6}  # in every layer of this number
 _SCALED_BY_WIDTH = {"GEMMA2": 46, "GEMMA3": 62}  # models of 27B, which llama.cpp knows by their number of layers
 
 
@@ -106,6 +109,17 @@ def check_config(config: Any, family: Family) -> None:
         raise ExportError(
             f"llama.cpp has no output embedding of its own for {family.architecture}; tie_word_embeddings must be True"
         )
+    if getattr(config, "attention_bias", False) and not family.biases:
+        raise ExportError(f"llama.cpp reads no biases of attention for {family.architecture}, and the model has them")
+    if family.architecture in _FULL_ATTENTION:
+        every = _FULL_ATTENTION[family.architecture]
+        if any(
+            (kind == "full_attention") != (number % every == 0) for number, kind in enumerate(config.layer_types, 1)
+        ):
+            raise ExportError(
+                f"layer_types={config.layer_types} where llama.cpp has full attention in every layer of number {every} for "
+                f"{family.architecture}"
+            )
     if family.architecture in _SCALED_BY_WIDTH:
         by_width = config.num_hidden_layers == _SCALED_BY_WIDTH[family.architecture]
         known = config.hidden_size // config.num_attention_heads if by_width else _head_size(config)
