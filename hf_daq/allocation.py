@@ -6,7 +6,7 @@ import copy
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,6 +35,7 @@ from .text import COLUMNS, add_row, as_text, cell, plain_table, progress_bar
 _WIDTHS = range(2, 9)
 _FINE = 4  # bits from which the loss follows the error of the weight
 _EXAMPLES = 32
+_Prices = Mapping[str, Mapping[int, float]]  # of each layer at each width, in bits
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,9 @@ def allocate(
     found = all_batches(model, batches, "allocate")
     plans = [plan(model, _with_bits(config, bits)) for bits in (_WIDTHS[0], _WIDTHS[-1])]
     sizes = _sizes(*plans)
-    cost = _bits if packed_bytes is None else partial(_bits_in_file, config)
-    budget = _budget(cost, sizes, average_bits, packed_bytes, plans)
+    price = _bits if packed_bytes is None else partial(_bits_in_file, config)
+    prices = {name: {bits: price(size, bits) for bits in _WIDTHS} for name, size in sizes.items()}
+    budget = _budget(sizes, prices, average_bits, packed_bytes, plans)
     copied = copy.deepcopy(model)
     apply_daq(copied, config)
     layers = {name: layer for name, layer in quantized_layers(copied).items() if name in sizes}
@@ -149,9 +151,9 @@ def allocate(
         trials = _Trials(copied, layers, config, _first(found))
         with progress_bar(progress, len(layers)) as show:
             losses = {name: trials.losses(name, show) for name in layers}
-        uniform_bits = max(bits for bits in _WIDTHS if _together(cost, sizes, bits) <= budget)
+        uniform_bits = max(bits for bits in _WIDTHS if _together(prices, bits) <= budget)
         uniform = dict.fromkeys(sizes, uniform_bits)
-        tried = [uniform, *(_solve(cost, sizes, losses, budget, least) for least in range(2, uniform_bits + 1))]
+        tried = [uniform, *(_solve(prices, losses, budget, least) for least in range(2, uniform_bits + 1))]
         measured = [trials.loss(bits) for bits in tried]
     best = min(range(len(tried)), key=measured.__getitem__)
     bits = tried[best]
@@ -213,13 +215,13 @@ def _bits_in_file(config: DaqConfig, weights: int, bits: int) -> float:
     return 8 * stored_bytes(weights, stored_bits(bits, config.grid(bits)))
 
 
-def _together(cost: Callable[[int, int], float], sizes: Mapping[str, int], bits: int) -> float:
-    return sum(cost(size, bits) for size in sizes.values())
+def _together(prices: _Prices, bits: int) -> float:
+    return sum(of_layer[bits] for of_layer in prices.values())
 
 
 def _budget(
-    cost: Callable[[int, int], float],
     sizes: Mapping[str, int],
+    prices: _Prices,
     average_bits: float | None,
     packed_bytes: int | None,
     plans: Sequence[Plan],
@@ -237,7 +239,7 @@ def _budget(
             f"packed_bytes={packed_bytes!r} is out of reach: with {_WIDTHS[0]} bits everywhere the model has {least:,} bytes, with "
             f"{_WIDTHS[-1]} bits {most:,}"
         )
-    return _together(cost, sizes, _WIDTHS[0]) + 8 * (packed_bytes - least)
+    return _together(prices, _WIDTHS[0]) + 8 * (packed_bytes - least)
 
 
 def _first(batches: list[Any]) -> list[Any]:
@@ -337,23 +339,17 @@ def _quantizer(like: WeightQuantizer, shape: tuple[int, ...], bits: int, config:
     )
 
 
-def _solve(
-    cost: Callable[[int, int], float],
-    sizes: Mapping[str, int],
-    losses: Mapping[str, Mapping[int, float]],
-    budget: float,
-    least: int,
-) -> dict[str, int]:
+def _solve(prices: _Prices, losses: Mapping[str, Mapping[int, float]], budget: float, least: int) -> dict[str, int]:
     """Bits of at least `least`: steps of the most loss for their size first, as long as there is room."""
-    bits = dict.fromkeys(sizes, least)
-    left = budget - _together(cost, sizes, least)
+    bits = dict.fromkeys(prices, least)
+    left = budget - _together(prices, least)
     while True:
         steps = [
             ((losses[name][own] - losses[name][more]) / max(price, 1), name, more, price)
-            for name, size in sizes.items()
+            for name, of_layer in prices.items()
             for own in (bits[name],)
             for more in range(own + 1, _WIDTHS[-1] + 1)
-            if (price := cost(size, more) - cost(size, own)) <= left
+            if (price := of_layer[more] - of_layer[own]) <= left
         ]
         if not steps or max(steps)[0] <= 0:
             return bits

@@ -16,6 +16,7 @@ from .layers import CONVOLUTIONS, TRANSPOSED
 from .matching import usual_weights
 from .observers import all_reduce, depthwise_rows_at, grid, padded, rows_at
 from .rounding import NARROW, Centered, refit
+from .sums import finite
 
 _WIDE = 2048  # columns from which sums are float32, which is twice as fast and half as large
 _POSITIONS, _PER_COLUMN = 2**15, 8
@@ -84,7 +85,7 @@ class Sums:
 
     @property
     def finite(self) -> bool:
-        return all(bool(total.isfinite().all()) for total in self._all())
+        return all(map(finite, self._all()))
 
     def centered(self, center: bool) -> Centered:
         """Covariances, or products around zero."""
