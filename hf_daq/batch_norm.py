@@ -41,7 +41,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Module
         batches: each what the model takes, a tensor, a mapping or a tuple of arguments.
 
     Raises:
-        ModelError: no batches, or no batch normalization with running statistics. CalibrationError: inputs that are not finite. If
+        ModelError: no batches, one with one value a channel, or no batch normalization with running statistics. CalibrationError: inputs that are not finite. If
         anything raises, the statistics stay as they were.
     """
     norms = {
@@ -54,7 +54,15 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Module
     found = all_batches(model, batches, "reestimate_batch_norm")
     with evaluating(model), _averaging(norms):
         for batch in found:
-            run(model, batch)
+            try:
+                run(model, batch)
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise ModelError(
+                    "a batch has one value a channel, which has no variance: leave out the last batch where it is that short, "
+                    "DataLoader(..., drop_last=True)"
+                ) from error
     return model
 
 

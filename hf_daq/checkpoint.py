@@ -18,12 +18,11 @@ from .apply import packed_copy
 from .config import DaqConfig
 from .errors import CheckpointError, ConfigError, DaqError, ModelError
 from .files import hub
-from .files.atomic import temporary_folder
+from .files.atomic import PROBE_NAME, temporary_folder
 from .files.card import write_card
 from .files.facts import CardFacts
 from .files.header import (
     CONFIG_NAME,
-    PROBE_NAME,
     WEIGHTS_NAME,
     described_config,
     describes_timm_model,
@@ -102,7 +101,6 @@ def save_pretrained(
     saved = packed_copy(model) if packed and not packed_layers(model) else model
     if probe is None:
         _write(saved, directory, state_dict, card, kwargs)
-        (directory / PROBE_NAME).unlink(missing_ok=True)
     else:
         outputs = _outputs(model, probe)
         with temporary_folder(directory) as temporary:

@@ -18,7 +18,7 @@ from .model.batch import all_batches, resized, run, without_caches
 from .model.guards import ORDER, refuse_wrapped
 from .model.recording import Recorder
 from .model.remembered import Remembered
-from .model.roles import tied_layers
+from .model.roles import refuse_computed, tied_layers
 from .model.walk import Chunk, Rows, Walk
 from .nn.base import check_calibrated, refuse_adapted_weights, weight_problem
 from .nn.bounds import fit_input_bounds
@@ -93,6 +93,7 @@ def _checked(model: nn.Module, what: str) -> dict[str, QuantizedLayer]:
         state = "packed: hf_daq.unpack(model) comes first" if packed_layers(model) else "not quantized, or wrapped"
         raise ModelError(f"{what} needs the model that apply_daq returned; this one is {state}")
     refuse_wrapped(model)
+    refuse_computed(model)
     if any(is_shard(layer.first_parameter) for layer in layers.values()):
         raise ModelError(f"{what} needs whole weights, and the model is sharded; the order is: {ORDER}")
     check_calibrated(layers, what)

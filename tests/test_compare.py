@@ -162,6 +162,10 @@ def test_what_cannot_be_compared_is_refused():
         hf_daq.compare(model, reference, x)
     with pytest.raises(hf_daq.DaqError, match=r"labels have the shape \(3,\), and there are 4 examples"):
         hf_daq.compare(model, reference, [x], labels=torch.zeros(3, dtype=torch.long))
+    with pytest.raises(hf_daq.DaqError, match=r"labels is a list of tensors: write labels=torch.cat"):
+        hf_daq.compare(model, reference, [x], labels=[torch.zeros(4, dtype=torch.long)])
+    with pytest.raises(hf_daq.DaqError, match=r"does not take batches of 2 values"):
+        hf_daq.compare(model, reference, [(x, torch.zeros(4))])
     with pytest.raises(hf_daq.DaqError, match=r"pass the float model, hf_daq.compare\(model, float_model"):
         hf_daq.compare(hf_daq.pack(copy.deepcopy(model)), None, [x])
     with pytest.raises(hf_daq.DaqError, match=r"outputs of the two models have shapes"):

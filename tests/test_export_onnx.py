@@ -723,6 +723,7 @@ def test_errors(tmp_path, monkeypatch):
     for options, words in (
         ({"weights": "int2"}, "int4"),
         ({"opset": 17}, "21 or higher"),
+        ({"opset": 99}, "opset=99: torch.onnx and the installed onnx write .* instead"),
         ({"runtime": "tvm"}, "onnxruntime"),
         ({"runtimes": ["tvm"]}, "tvm"),
         ({"dynamic_size": True}, 'for runtime="openvino"'),

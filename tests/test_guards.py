@@ -134,3 +134,14 @@ def test_a_model_of_other_bits_does_not_take_them(loader, tmp_path):
     model = hf_daq.apply_daq(net(), bits=4)
     with pytest.raises(CheckpointError, match="'2' with 2-bit weights and 2 inputs, the model with 4 and 4"):
         LOADERS[loader](model, tmp_path)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("loader", LOADERS)
+def test_nor_does_a_packed_one_take_trainable_ones_and_the_other_way(loader, packed, tmp_path):
+    hf_daq.save_pretrained(quantized(), tmp_path, packed=packed)
+    model = quantized() if packed else hf_daq.pack(quantized())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match="is packed and .* is not: hf_daq.from_pretrained opens both"):
+        LOADERS[loader](model, tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

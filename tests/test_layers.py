@@ -473,6 +473,9 @@ def test_a_weight_that_is_computed_later_is_noticed(how):
     found = model(x)
     assert not torch.equal(found, before)
     assert torch.equal(found, model.eval()(x))
+    with pytest.raises(ModelError, match="layer '1' computes its weight"):
+        hf_daq.remove_daq(model, weights="quantized")
+    assert torch.equal(found, model(x))
 
 
 def test_ctrl_c_waits_for_the_end_of_restart(monkeypatch):

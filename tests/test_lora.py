@@ -476,6 +476,24 @@ def test_shards_are_not_merged(group):
         model.merge_and_unload()
 
 
+def test_parameters_of_experts_are_adapted_inside_their_quantizers():
+    torch.manual_seed(0)
+    model = tiny_moe().eval()
+    hf_daq.apply_daq(model, weight_bits=4, activation_bits=None)
+    before = model(TEXT).logits
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_parameters=names))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    adapted(TEXT).logits.square().sum().backward()
+    assert all(value.grad is not None for value in adapted.parameters() if value.requires_grad)
+    with torch.no_grad():
+        found = adapted.eval()(TEXT).logits
+        assert not torch.allclose(found, before, atol=1e-3)
+        assert torch.equal(adapted.merge_and_unload()(TEXT).logits, found)
+
+
 def test_what_would_look_past_the_adapter_is_refused(tmp_path):
     adapted = peft.get_peft_model(quantized(), lora())
     model = adapted.get_base_model()

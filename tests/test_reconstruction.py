@@ -14,6 +14,7 @@ import transformers
 from models import Masked, images, masked_error, small_net, small_timm
 from text_models import tiny_bert, tiny_llama, tokens
 from torch import nn
+from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
 import hf_daq
@@ -835,6 +836,9 @@ def test_statistics_stay_after_an_error():
     with pytest.raises(CalibrationError, match="inputs of batch normalization .* have NaN"):
         hf_daq.reestimate_batch_norm(model, [images(), images() * torch.nan])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    deep = timm.create_model("test_resnet", num_classes=5)
+    with pytest.raises(ModelError, match=r"one value a channel.*drop_last=True"):
+        hf_daq.reestimate_batch_norm(deep, [images(8, 32), images(1, 8)])
     with pytest.raises(ModelError, match="reestimate_batch_norm got no batches"):
         hf_daq.reestimate_batch_norm(model, [])
     with pytest.raises(ValueError, match="expected 4D input"):
@@ -1019,3 +1023,22 @@ def test_fewer_positions_than_columns_are_told(caplog):
 def test_minutes_are_a_number(minutes):
     with pytest.raises(ConfigError, match="max_minutes"):
         hf_daq.reconstruct(nn.Linear(2, 2), [torch.ones(1, 2)], max_minutes=minutes)
+
+
+def test_weights_that_are_computed_by_now_are_refused():
+    model = calibrated(small_net(), [images(8)], DaqConfig(weight_bits=3))
+    layer = next(iter(quantized_layers(model).values()))
+    prune.l1_unstructured(layer, "weight", 0.5)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ModelError, match=r"computes its weight or bias.*prune.remove"):
+        hf_daq.reconstruct(model, [images()])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_models_that_became_float64_later():
+    model = calibrated(small_net(), [images(8)], DaqConfig(weight_bits=3))
+    other = copy.deepcopy(model).double()
+    x = images(8)
+    hf_daq.reconstruct(model, [x])
+    hf_daq.reconstruct(other, [x.double()])
+    assert (other(x.double()) - model(x)).norm() < 0.2 * model(x).norm()

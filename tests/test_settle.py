@@ -6,6 +6,8 @@ from models import images, small_timm
 from safetensors.torch import load_file
 from text_models import tiny_llama, tokens
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 import hf_daq
@@ -211,3 +213,27 @@ def test_a_gain_of_zero_keeps_the_parameter_under_it(tmp_path):
     hf_daq.save_pretrained(model, tmp_path)
     assert layers
     assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True))
+
+
+def test_layers_that_fsdp2_shards_one_by_one_are_saved_from_a_gathered_state(group, tmp_path):
+    x = torch.randn(40, 8)
+    torch.manual_seed(0)
+    model = hf_daq.apply_daq(
+        nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)), bits=3
+    )
+    with hf_daq.calibrate(model, check=False):
+        model(x)
+    expected = model.eval()(x)
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    whole = {
+        name: getattr(value, "full_tensor", lambda value=value: value)() for name, value in model.state_dict().items()
+    }
+    hf_daq.save_pretrained(model, tmp_path, state_dict=whole)
+    opened = hf_daq.from_pretrained(
+        tmp_path, model=nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    )
+    assert torch.allclose(opened(x), expected, atol=1e-5)

@@ -408,6 +408,16 @@ def test_every_shard_carries_the_quantization(saved, tmp_path):
     assert torch.equal(logits(AutoModelForSequenceClassification.from_pretrained(tmp_path)), logits(model))
 
 
+def test_outputs_of_other_weights_do_not_stay_beside_them(tmp_path):
+    model = calibrated(tiny_bert())
+    hf_daq.save_pretrained(model, tmp_path, probe={"input_ids": tokens()})
+    assert (tmp_path / "probe.safetensors").exists()
+    model.save_pretrained(tmp_path, variant="other")  # the probe is of the file without a variant
+    assert (tmp_path / "probe.safetensors").exists()
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "probe.safetensors").exists()
+
+
 def test_what_could_not_be_loaded_is_not_saved(tmp_path):
     model = hf_daq.apply_daq(tiny_bert(), CONFIG)
     with pytest.raises(CalibrationError, match="is not calibrated; run hf_daq.calibrate"):

@@ -14,7 +14,8 @@ from torch import nn
 
 from ..checkpoint import from_pretrained
 from ..errors import CheckpointError, ModelError
-from ..files.header import CARD_NAME, CONFIG_NAME, PROBE_NAME, read_description
+from ..files.atomic import PROBE_NAME
+from ..files.header import CARD_NAME, CONFIG_NAME, read_description
 from ..files.hub import is_repository
 from ..files.inspect import inspect
 from ..integrations.build import downloaded, is_quantized, pretrained

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import CheckpointError, ExportError, ModelError
-from ..files.header import PROBE_NAME
+from ..files.atomic import PROBE_NAME
 from ..files.inspect import every_layer
 from ..text import plain, printable
 from .console import show, show_json, show_warnings, working

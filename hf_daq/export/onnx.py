@@ -252,6 +252,11 @@ def _exported(
                 )
                 break
     assert program is not None
+    written = next(entry.version for entry in program.model_proto.opset_import if entry.domain == "")
+    if written != opset:  # where it does not know the one that was asked for, torch keeps its own
+        raise ExportError(
+            f"opset={opset}: torch.onnx and the installed onnx write {written} instead; 21 is the default"
+        )
     for name, shape in input_shapes(program.model_proto).items():
         if isinstance(shape[0], int):
             raise ExportError(

@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import CheckpointError
 
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")  # without a variant
+PROBE_NAME = "probe.safetensors"  # inputs, and what the model beside them gives for these
 
 
 def replace_file(target: Path, write_to: Callable[[Path], Any]) -> None:
@@ -55,8 +56,10 @@ def temporary_folder(directory: Path) -> Iterator[Path]:
 
 
 def outdated(directory: Path, written: Iterable[str]) -> list[Path]:
-    """Weights files in `directory` that those with these names replace: shards of a larger model, or what shards replace."""
+    """Files in `directory` that weights files with these names replace: shards of a larger model, or what shards replace, and outputs
+    of other weights."""
     names = set(written)
     if not any(map(_WEIGHTS.fullmatch, names)):
         return []
-    return [path for path in directory.iterdir() if path.name not in names and _WEIGHTS.fullmatch(path.name)]
+    others = (path for path in directory.iterdir() if path.name not in names)
+    return [path for path in others if _WEIGHTS.fullmatch(path.name) or path.name == PROBE_NAME]

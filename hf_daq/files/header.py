@@ -215,4 +215,3 @@ def write_facts(path: Path, facts: CardFacts) -> None:
 
 
 CARD_NAME = "README.md"
-PROBE_NAME = "probe.safetensors"

@@ -186,7 +186,7 @@ def _quantized_models_alone(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _prepare(model: Any, files: Iterable[Any]) -> None:
-    """Refuse files for other bits than the model's, and let its quantizers divide inputs where those of the files do."""
+    """Refuse files for other bits than the model's, or packed ones for one that is not, and let its quantizers divide inputs where those of the files do."""
     from safetensors import safe_open
 
     from ..errors import CheckpointError
@@ -200,11 +200,20 @@ def _prepare(model: Any, files: Iterable[Any]) -> None:
             metadata = opened.metadata() or {}
             names = [name for name in opened.keys() if ".a_quant." in name]  # noqa: SIM118
             shapes |= {name: opened.get_slice(name).get_shape() for name in names}
-        layers = parse_header(file, metadata, {}).config.layers if METADATA_KEY in metadata else None
-        for name, entry in (layers or {}).items():
+        if METADATA_KEY not in metadata:
+            continue
+        config = parse_header(file, metadata, {}).config
+        for name, entry in (config.layers or {}).items():
             bits = entry["weight_bits"], entry["activation_bits"]
             layer = modules.get(name)
-            if layer is not None and hasattr(layer, "daq_name") and bits != (layer.weight_bits, layer.input_bits):
+            if not hasattr(layer, "daq_name"):
+                continue
+            if config.packed != hasattr(layer, "weight_codes"):
+                is_packed, other = (file, "the model") if config.packed else ("the model", file)
+                raise CheckpointError(
+                    f"{is_packed} is packed and {other} is not: hf_daq.from_pretrained opens both kinds"
+                )
+            if bits != (layer.weight_bits, layer.input_bits):
                 raise CheckpointError(
                     f"{file} has {name!r} with {bits[0]}-bit weights and {bits[1] or 'float'} inputs, the model with "
                     f"{layer.weight_bits} and {layer.input_bits or 'float'}: apply_daq(model, ...) as it was quantized, or "

@@ -187,7 +187,7 @@ def all_batches(model: nn.Module, batches: Iterable[Any], what: str) -> list[Any
         raise ModelError(f"batches is one {type(batches).__name__}; write hf_daq.{what}(model, [batch])")
     found = [batch for batch in batches if examples_in(batch) > 0]
     for batch in found[:1]:
-        _check_taken(model, batch)
+        check_taken(model, batch)
     total = torch.tensor(len(found), device=next(model.parameters()).device)
     all_reduce(total, dist.ReduceOp.SUM)
     if int(total) == 0:
@@ -195,7 +195,8 @@ def all_batches(model: nn.Module, batches: Iterable[Any], what: str) -> list[Any
     return found
 
 
-def _check_taken(model: nn.Module, batch: Any) -> None:
+def check_taken(model: nn.Module, batch: Any) -> None:
+    """Refuse a tuple of another number of values than the model takes, as images with their labels."""
     if isinstance(batch, tuple) and not isinstance(batch, Calls):
         try:
             inspect.signature(model.forward).bind(*batch)

@@ -195,7 +195,7 @@ def unpatch(model: nn.Module, quantized: bool = False) -> None:
             else "the model is not quantized: there is nothing to remove"
         )
     _refuse_part(model, "remove_daq")
-    refuse_computed(model, "parametrize")
+    refuse_computed(model, "" if quantized else "parametrize")
     if quantized:
         _refuse_offloaded(model)
         values = {name: layer.as_parameter(_dequantized_weight(name, layer)) for name, layer in layers.items()}

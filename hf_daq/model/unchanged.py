@@ -66,7 +66,8 @@ def check_unchanged(model: nn.Module, adapters: bool = False) -> None:
             if _is_adapter(modules.get(name)):
                 raise ModelError(
                     f"layer {name!r} has an adapter: model.save_pretrained of PEFT writes the adapter alone; to save the whole "
-                    "model, write model = model.merge_and_unload(), or model.unload(), first"
+                    "model, write model = model.merge_and_unload(), or model.unload(), first, or, after add_adapter of transformers, "
+                    "open it once more"
                 )
             raise ModelError(f"the model has changed since apply_daq: layer {name!r} {now}; {_AGAIN}")
         if _chosen(layer.entry) != _chosen(bits) or (layer.w_quant is None) is not config.packed:

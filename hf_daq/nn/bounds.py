@@ -50,7 +50,7 @@ def fit_input_bounds(layers: Sequence[QuantizedLayer], samples: Sequence[Sample]
         quantizer.lower.fill_(below)
         quantizer.upper.fill_(above)
         return [
-            sample.errors(lambda x: quantizer.rounded(x) * quantizer.span, of_layer)
+            sample.errors(lambda x: quantizer.rounded(x) * quantizer.span.to(x.dtype), of_layer)
             for sample, of_layer in zip(samples, dampings, strict=True)
         ]
 

@@ -98,7 +98,7 @@ class ExpertsLinear(nn.Module):
         """As the experts have it: shape (experts, out, in), or (experts, in, out)."""
         module, name = self.place
         own = self._parameters.get("weight")  # of a copy that computes with another weight
-        return module._parameters[name] if own is None else own
+        return getattr(module, name) if own is None else own
 
     @property
     def bias(self) -> Any:

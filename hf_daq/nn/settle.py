@@ -6,7 +6,6 @@ depends on codes and scale alone: a weight a little further away on its own side
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -55,7 +54,8 @@ def _with_tensors(layer: QuantizedLayer, name: str, tensors: Mapping[str, Tensor
 
 
 def _part_with(part: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> Any:
-    copied: Any = copy.copy(part)
+    copied: Any = object.__new__(type(part))  # FSDP2 gives modules a `__new__` of its own
+    copied.__dict__.update(vars(part))
     copied._parameters = {key: tensors.get(f"{name}.{key}") for key in part._parameters}
     children = part._modules.items()
     copied._modules = {key: child and _part_with(child, f"{name}.{key}", tensors) for key, child in children}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..model.batch import examples_in, on_device_of
+from ..model.batch import check_taken, examples_in, on_device_of
 from ..nn.memory import memory_reused
 from ..nn.sums import finite, squares
 from ..text import COLUMNS, as_text, plain, progress_bar
@@ -131,6 +131,10 @@ def compare(
     if isinstance(batches, Tensor | Mapping) or not kept:
         raise ModelError("compare needs a list of batches: hf_daq.compare(model, reference, [batch])")
     examples = sum(map(examples_in, kept))
+    for batch in kept[:1]:
+        check_taken(model, batch)
+    if isinstance(labels, Sequence) and any(isinstance(value, Tensor) and value.ndim for value in labels):
+        raise ModelError("labels is a list of tensors: write labels=torch.cat(labels)")
     labels = None if labels is None else torch.as_tensor(labels)
     if labels is not None and labels.shape != (examples,):
         raise ModelError(f"labels have the shape {tuple(labels.shape)}, and there are {examples} examples")
