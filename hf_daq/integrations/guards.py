@@ -206,7 +206,7 @@ def _prepare(model: Any, files: Iterable[Any]) -> None:
         for name, entry in (config.layers or {}).items():
             bits = entry["weight_bits"], entry["activation_bits"]
             layer = modules.get(name)
-            if not hasattr(layer, "daq_name"):
+            if layer is None or not hasattr(layer, "daq_name"):
                 continue
             if config.packed != hasattr(layer, "weight_codes"):
                 is_packed, other = (file, "the model") if config.packed else ("the model", file)
