@@ -17,8 +17,9 @@ from .errors import CalibrationError, ConfigError, ModelError
 from .model.batch import all_batches, resized, run, without_caches
 from .model.guards import ORDER, refuse_wrapped
 from .model.recording import Recorder
-from .model.remembered import Remembered
+from .model.remembered import Remembered, left_as_before
 from .model.roles import refuse_computed, tied_layers
+from .model.sensitivity import Sensitivity, Weights
 from .model.walk import Chunk, Rows, Walk
 from .nn.base import check_calibrated, refuse_adapted_weights, weight_problem
 from .nn.bounds import fit_input_bounds
@@ -47,7 +48,8 @@ def reconstruct(
 
     Some hundred inputs without labels and some minutes, instead of training or before it. Layers come one after the
     other, as they run. Of each, the inputs in the network as it is quantized so far and in the float network give second
-    moments, and these give, without a gradient: the bounds of the inputs that serve the output (those of 1 bit stay, for
+    moments, in which positions of a convolution count by how much the outputs of the float network depend on them (one backward of
+    each batch), and these give: the bounds of the inputs that serve the output (those of 1 bit stay, for
     training), the weights that turn the quantized inputs into the float output (least squares, damped as held-out examples
     want it), the distance of their codes, the codes, column by column, where the error of each is made good by those that
     follow (GPTQ, Frantar et al. 2023), and the scale and the shift of the output; that of convolutions varies as in float.
@@ -119,8 +121,12 @@ class _Sweep:
         self.todo = self._order()
         self.places = dict(self.todo)
         self.fitted = {layer for layer in self.layers.values() if layer.fitted}
+        weights = [{} for _ in self.batches] if self._over(end) else self._weights(progress)
         self.recorder = Recorder(self.model, keep_calls=False)
-        chunks = [Chunk(lambda batch=batch: run(self.model, batch), self.remembered) for batch in self.batches]  # type: ignore[misc]
+        chunks = [
+            Chunk(lambda batch=batch: run(self.model, batch), self.remembered, of_batch)  # type: ignore[misc]
+            for batch, of_batch in zip(self.batches, weights, strict=True)
+        ]
         try:
             forwards: dict[nn.Module, Any] = {layer: self._forward(layer) for layer in self.layers.values()}
             with replaced_forwards(forwards), progress_bar(progress, len(self.todo)) as show:
@@ -142,6 +148,24 @@ class _Sweep:
             names = [name for name, layer in self.layers.items() if layer in self.todo]
             why = "were not reached in time" if self._over(end) else "never ran"
             logger.warning("layers that %s stay as calibrated: %s", why, ", ".join(names))
+
+    def _weights(self, progress: bool | None) -> list[Weights]:
+        """How much the outputs of the float network depend on the positions of each layer, for each batch."""
+        sensitivity = Sensitivity(self.todo)
+        if not sensitivity.layers:
+            return [{} for _ in self.batches]
+
+        def in_float(layer: QuantizedLayer) -> Callable[[Tensor], Tensor]:
+            forward = layer.quantized_forward if layer in self.fitted else layer.in_float
+            return lambda x: sensitivity.watched(layer, forward(x))
+
+        forwards: dict[nn.Module, Any] = {layer: in_float(layer) for layer in self.layers.values()}
+        with (
+            left_as_before(self.model),
+            replaced_forwards(forwards),
+            progress_bar(progress, len(self.batches)) as show,
+        ):
+            return sensitivity.weights(self.model, self.batches, show)
 
     def _over(self, end: float) -> bool:
         """Whether time is over, on any rank."""
@@ -270,9 +294,9 @@ class _Sweep:
         """Of the inputs of a layer, for another one that reads the same."""
         sample = Sample(reader, reader.weight_shape())
         for number, chunk in enumerate(there):
-            for half, x, exact in chunk.inputs(number % 2):
+            for half, x, exact, weights in chunk.inputs(number % 2, reader):
                 x, exact = reader.smoothed(x), reader.smoothed(exact)
-                sample.add(half, x, exact, sample.limit // (2 * len(there)) + 1)
+                sample.add(half, x, exact, sample.limit // (2 * len(there)) + 1, weights)
         sample.join()
         return sample
 
@@ -280,9 +304,9 @@ class _Sweep:
         """Fit one layer, or one expert, to rows that have been seen; False without any in one of the halves."""
         moments = Moments(layer, layer.weight_shape())
         for number, inputs in enumerate(there):
-            for half, x, exact in inputs(number % 2):
+            for half, x, exact, weights in inputs(number % 2):
                 q = x if layer.a_quant is None else layer.a_quant(x) * layer.a_quant.span.to(x.dtype)
-                moments.add(half, q, layer.smoothed(exact), moments.limit // (2 * len(there)) + 1)
+                moments.add(half, q, layer.smoothed(exact), moments.limit // (2 * len(there)) + 1, weights)
         moments.reduce()
         if not all(half.finite for half in moments.halves):
             raise CalibrationError(f"the inputs of layer {layer.daq_name!r} have NaN or infinite values")

@@ -21,10 +21,11 @@ import hf_daq
 from hf_daq import DaqConfig
 from hf_daq.errors import CalibrationError, ConfigError, ModelError
 from hf_daq.model.batch import resized, run, without_caches
+from hf_daq.model.sensitivity import Sensitivity
 from hf_daq.nn.bounds import fit_input_bounds
 from hf_daq.nn.fitting import fit_layer
 from hf_daq.nn.init import Grid
-from hf_daq.nn.layers import CONVOLUTIONS, TRANSPOSED, quantized_layers
+from hf_daq.nn.layers import CONVOLUTIONS, TRANSPOSED, quantized_layers, replaced_forwards
 from hf_daq.nn.moments import Moments, Sample, Sums
 from hf_daq.nn.rounding import best_steps, improve_codes, refit, round_columns
 from hf_daq.nn.siblings import share_input
@@ -239,6 +240,32 @@ def test_moments_give_the_mean_and_the_squares_of_the_output(kind):
     torch.testing.assert_close(got.missing_mean.flatten(), (y_other - y_one) @ weights, **close)
     torch.testing.assert_close(((rows @ got.quantized) * rows).sum(2).flatten(), y_one.square() @ weights, **close)
     torch.testing.assert_close((got.missing * rows).sum(2).flatten(), (y_one * (y_other - y_one)) @ weights, **close)
+
+
+def test_positions_of_a_convolution_count_by_their_weights():
+    """As if each were there that many times."""
+    layer = quantized_layer(LAYERS["strided"](), weight_bits=4)
+    one, other = inputs_of(layer), inputs_of(layer, seed=1)
+    weights = torch.randint(0, 3, (6, 25), generator=torch.Generator().manual_seed(2)).float()
+    found = Moments(layer, layer.weight_shape())
+    found.add(0, one[:3], other[:3], 10**6, weights[:3])
+    found.add(1, one[3:], other[3:], 10**6, weights[3:])
+    first, second = found.halves
+    got = (first + second).centered(True)
+    times = weights.flatten().long()
+    weight = layer.float_weight().detach()
+    y_one, y_other = (
+        layer.compute(x, weight, None).detach().double().movedim(1, 0).flatten(1).repeat_interleave(times, 1)
+        for x in (one, other)
+    )
+    rows, away = weight.double().reshape(1, -1, found.columns), y_other - y_one
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    assert found.count == times.sum()
+    torch.testing.assert_close(got.missing_mean.flatten(), away.mean(1), **close)
+    torch.testing.assert_close(((rows @ got.quantized) * rows).sum(2).flatten(), y_one.var(1, correction=0), **close)
+    centered = away - away.mean(1, keepdim=True)
+    torch.testing.assert_close((got.missing * rows).sum(2).flatten(), (y_one * centered).mean(1), **close)
+    torch.testing.assert_close(found.spread(True).flatten(), y_other.var(1, correction=0), **close)
 
 
 def test_no_more_positions_than_asked_for():
@@ -581,6 +608,91 @@ def test_layers_are_fitted_in_the_quantized_prefix_one_after_the_other(family):
             fit_layer(layer, moments)
     for name, value in slow.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value, msg=name)
+
+
+class Stage(nn.Module):
+    """Two outputs, an activation that writes over what it gets, and convolutions side by side."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.third, self.beside, self.last = nn.Conv2d(6, 8, 1), nn.Conv2d(6, 8, 3, stride=2), nn.Linear(8, 5)
+        self.relu = nn.ReLU6(inplace=True)
+
+    def forward(self, x):
+        x = self.relu(self.second(self.relu(self.first(x))))
+        deep = self.relu(self.third(x))
+        return {"features": self.beside(x), "logits": self.last(deep.mean((2, 3))), "index": deep.argmax(1)}
+
+
+def weights_of(model, batches):
+    forwards = {}
+    sensitivity = Sensitivity(quantized_layers(model).values())
+    for layer in quantized_layers(model).values():
+        forwards[layer] = lambda x, layer=layer: sensitivity.watched(layer, layer.in_float(x))
+    with replaced_forwards(forwards):
+        return sensitivity.weights(model.eval(), batches, lambda _: None)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_positions_weigh_as_much_as_outputs_depend_on_them(frozen):
+    model, exact = Stage(), Stage().eval()
+    hf_daq.apply_daq(model, weight_bits=3, activation_bits=8, first_last_bits=3)
+    model.requires_grad_(not frozen)
+    batches = [images(4, 9), images(3, 9, seed=2)]
+    found = weights_of(model, batches)
+    assert all(value.grad is None for value in model.parameters())
+    names = {name for name, layer in quantized_layers(model).items() if any(layer in weights for weights in found)}
+    assert names == {"first", "third", "beside"}  # a depthwise convolution and a linear layer have none
+    for name in names:
+        expected = []
+        for batch in batches:
+            kept = []
+            hook = exact.get_submodule(name).register_forward_hook(lambda _, args, y, kept=kept: kept.append(y))
+            with torch.enable_grad():
+                exact.relu.inplace = False
+                outputs = [value for value in exact(batch).values() if value.is_floating_point()]
+                generator = torch.Generator().manual_seed(0)
+                loss = sum((value * torch.randn(value.shape, generator=generator)).sum() for value in outputs)
+                (gradient,) = torch.autograd.grad(loss, kept)
+            hook.remove()
+            expected.append(gradient.square().sum(1).sqrt().flatten(1))
+        mean = torch.cat([value.flatten() for value in expected]).mean()
+        layer = model.get_submodule(name)
+        for value, weights in zip(expected, found, strict=True):
+            torch.testing.assert_close(weights[layer], (value / mean + 0.1) / 1.1)
+
+
+class WithoutGradient(Stage):
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+class NotDifferentiable(Stage):
+    def forward(self, x):
+        self.seen = x
+        return {"logits": super().forward(x)["logits"].detach()}
+
+
+@pytest.mark.parametrize("kind", [WithoutGradient, NotDifferentiable])
+def test_networks_without_a_gradient_are_reconstructed_with_all_positions_alike(kind):
+    model = calibrated(kind(), [images(16, 9)], DaqConfig(weight_bits=3))
+    assert weights_of(model, [images(4, 9)]) == [{}]
+    exact, x = kind().eval(), images(16, 9)
+    before = (model(x)["logits"] - exact(x)["logits"]).norm()
+    hf_daq.reconstruct(model, [x])
+    assert (model(x)["logits"] - exact(x)["logits"]).norm() < before
+
+
+def test_reconstruction_is_the_same_in_inference_mode():
+    models = [calibrated(Stage(), [images(16, 9)], DaqConfig(weight_bits=3)) for _ in range(2)]
+    hf_daq.reconstruct(models[0], [images(16, 9)])
+    with torch.inference_mode():
+        hf_daq.reconstruct(models[1], [images(16, 9)])
+    for name, value in models[0].state_dict().items():
+        assert torch.equal(value, models[1].state_dict()[name]), name
 
 
 def test_padding_does_not_count():

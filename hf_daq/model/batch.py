@@ -31,15 +31,15 @@ class Calls(tuple[Call, ...]):
     """Calls of a model or of its parts, one after the other."""
 
 
-def run(model: nn.Module, batch: Any) -> None:
-    """A forward of a tensor, a mapping or a tuple, or recorded calls."""
+def run(model: nn.Module, batch: Any) -> Any:
+    """A forward of a tensor, a mapping or a tuple, whose output is returned, or recorded calls."""
     if isinstance(batch, Calls):
         for call in batch:
             call.module(*copied(call.args), **copied(call.kwargs))
-    elif isinstance(batch, Mapping):
-        model(**batch)
-    else:
-        model(*(batch if isinstance(batch, tuple) else (batch,)))
+        return None
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*(batch if isinstance(batch, tuple) else (batch,)))
 
 
 def copied(values: Any) -> Any:

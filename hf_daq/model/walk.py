@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from ..nn.experts import Routing
 from .remembered import Remembered
+from .sensitivity import Weights
 
-Rows = Iterator[tuple[int, Tensor, Tensor]]
-"""A half, 0 or 1, and rows of inputs in the quantized and in the float network."""
+Rows = Iterator[tuple[int, Tensor, Tensor, Tensor | None]]
+"""A half, 0 or 1, rows of inputs in the quantized and in the float network, and how much each position of the output counts, shape
+(examples, positions); None where all count alike."""
 
 
 class _Ended(BaseException):
@@ -118,9 +120,12 @@ def _accelerator() -> str:
 
 
 class Chunk:
-    """A batch on its way through the quantized network and through the float one."""
+    """A batch on its way through the quantized network and through the float one. weights: how much positions count."""
 
-    def __init__(self, forward: Callable[[], Any], remembered: Remembered | None = None) -> None:
+    def __init__(
+        self, forward: Callable[[], Any], remembered: Remembered | None = None, weights: Weights | None = None
+    ) -> None:
+        self.weights = weights or {}
         self.quantized, self.in_float = (Walk(forward, in_float, remembered) for in_float in (False, True))
         self.walks = self.quantized, self.in_float
 
@@ -141,20 +146,21 @@ class Chunk:
     def size(self) -> int:
         return sum(walk.x.nbytes for walk in self.walks if walk.x is not None)
 
-    def inputs(self, odd: int) -> Rows:
-        """Which half, and the inputs in the quantized and in the float network of the layer where it stands: the first and the
-        last examples, as neighbours may be of one image. Where the float network is elsewhere, in a mixture of experts, the
+    def inputs(self, odd: int, reader: nn.Module | None = None) -> Rows:
+        """Which half, and the inputs in the quantized and in the float network of the layer where it stands, for it or for another one
+        that reads the same: the first and the last examples, as neighbours may be of one image. Where the float network is elsewhere, in a mixture of experts, the
         inputs of the quantized one stand in."""
         x, kept, f = self.quantized.x, self.quantized.kept, self.in_float.x
         assert x is not None
         if f is None or self.in_float.layer is not self.quantized.layer or f.shape != x.shape:
             f = x
+        weights = self.weights.get(reader or self.quantized.layer)  # type: ignore[arg-type]
         middle = (len(x) + odd) // 2
         for half, part in enumerate((slice(0, middle), slice(middle, None))):
             mask = slice(None) if kept is None else kept[part]
             q, exact = x[part][mask], f[part][mask]
             if q.numel() > 0:
-                yield half, q, exact
+                yield half, q, exact, None if weights is None else weights[part]
 
     def of_expert(self, expert: int) -> Callable[[int], Rows]:
         """As `inputs`, of the tokens that go to one expert. Where the float network sends one elsewhere, the input in the
@@ -172,7 +178,7 @@ class Chunk:
             there = torch.ones_like(later) if kept is None else kept[tokens]
             for half, part in enumerate((there & ~later, there & later)):
                 if bool(part.any()):
-                    yield half, q[part], exact[part]
+                    yield half, q[part], exact[part], None
 
         return inputs
 

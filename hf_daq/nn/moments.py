@@ -125,15 +125,20 @@ class Moments:
             self.outputs = torch.zeros(2, *weight.shape[:2], device=weight.device, dtype=torch.float64)
 
     @torch.no_grad()
-    def add(self, half: int, quantized: Tensor, in_float: Tensor, limit: int) -> None:
-        """At most `limit` positions of inputs: of images before padding, of tokens any shape that ends with the columns."""
+    def add(self, half: int, quantized: Tensor, in_float: Tensor, limit: int, weights: Tensor | None = None) -> None:
+        """At most `limit` positions of inputs: of images before padding, of tokens any shape that ends with the columns.
+
+        Args:
+            weights: of a convolution, of each position of its output, shape (examples, positions).
+        """
         sums = self.halves[half]
-        for q, f, root in _rows(self.layer, quantized, in_float, limit):
+        for q, f, root in _rows(self.layer, quantized, in_float, limit, weights):
             self.positions += q.shape[1]
             sums.add(q, f, root)
             if self.outputs is not None:
                 output = _output(f, sums.weight)
-                self.outputs += torch.stack([output.sum(1), output.square().sum(1)])
+                output = output if root is None else output * root
+                self.outputs += torch.stack([_sums(output, root), output.square().sum(1)])
 
     def spread(self, center: bool) -> Tensor | None:
         """Of convolutions, the mean square of each float output around its mean, or around zero, shape (groups, outputs)."""
@@ -184,10 +189,10 @@ class Sample:
     def wide(self) -> bool:
         return self.columns > 2 * _SAMPLE_COLUMNS and self.groups == 1
 
-    def add(self, half: int, x: Tensor, in_float: Tensor, limit: int) -> None:
+    def add(self, half: int, x: Tensor, in_float: Tensor, limit: int, weights: Tensor | None = None) -> None:
         """Arguments as of `Moments`, but smoothed and not quantized yet."""
         self._parts[half].extend(
-            _Rows(x, f, root, _output(f, self.weight)) for x, f, root in _rows(self.layer, x, in_float, limit)
+            _Rows(x, f, root, _output(f, self.weight)) for x, f, root in _rows(self.layer, x, in_float, limit, weights)
         )
 
     def join(self) -> None:
@@ -315,7 +320,7 @@ def _output(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def _rows(
-    layer: Any, quantized: Tensor, in_float: Tensor, limit: int
+    layer: Any, quantized: Tensor, in_float: Tensor, limit: int, weights: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Rows at no more than `limit` positions, each of shape (groups, positions, columns), and the roots of their weights.
     Tokens are weighted by about the inverse energy of the float output. What comes after makes tokens alike by a
@@ -329,6 +334,8 @@ def _rows(
     groups = layer.groups if convolution else 1
     chosen = spread(count, min(limit, count), quantized.device)
     roots = None if convolution else _roots(layer, in_float, chosen)
+    if weights is not None:
+        roots = weights.flatten()[chosen].sqrt()[:, None]
     size = max(1, _CHUNK // (columns * groups))
     for place, part in enumerate(torch.split(chosen, size)):
         if convolution and groups == layer.in_channels > 1:
