@@ -43,7 +43,7 @@ class Sensitivity:
         return output
 
     def _note(self, layer: nn.Module, gradient: Tensor) -> None:
-        self._found[layer] = torch.linalg.vector_norm(gradient.detach(), dim=1, dtype=torch.float32).flatten(1)
+        self._found[layer] = torch.linalg.vector_norm(gradient.detach().float(), dim=1).flatten(1)
 
     def weights(self, model: nn.Module, batches: Sequence[Any], show: Callable[[str], Any]) -> list[Weights]:
         """For each batch; without layers whose gradient is missing or not finite on any rank."""
@@ -60,7 +60,7 @@ class Sensitivity:
                         )
         except (RuntimeError, NotImplementedError) as error:
             logger.info("all positions count alike, as the network has no gradient: %s", str(error).partition("\n")[0])
-            sums.fill_(torch.nan)
+            found, sums = [{} for _ in batches], sums.fill_(torch.nan)
         all_reduce(sums, dist.ReduceOp.SUM)
         means = {layer: float(total / count) for layer, (total, count) in zip(self.layers, sums, strict=True)}
         return [
