@@ -492,7 +492,8 @@ def test_inputs_of_an_expert_are_those_of_the_same_tokens_in_the_float_network()
     (early, late) = chunk.of_expert(0)(0)
     assert (early[0], early[1][:, 0].tolist(), early[2][:, 0].tolist()) == (0, [0.0], [100.0])
     assert (late[0], late[1][:, 0].tolist(), late[2][:, 0].tolist()) == (1, [3.0, 5.0], [103.0, 5.0])
-    ((half, x, exact),) = chunk.of_expert(1)(0)
+    ((half, x, exact, weights),) = chunk.of_expert(1)(0)
+    assert weights is None
     assert (half, x[:, 0].tolist(), exact[:, 0].tolist()) == (0, [1.0, 2.0], [1.0, 102.0])
     assert tokens == chunk.quantized.routing.token_count
 

@@ -631,6 +631,22 @@ class Stage(nn.Module):
         return {"features": self.beside(x), "logits": self.last(deep.mean((2, 3))), "index": deep.argmax(1)}
 
 
+class Viewed(Stage):
+    """Takes no other order of dimensions in memory than the usual one."""
+
+    def forward(self, x):
+        return super().forward(x.view(len(x), -1).view(x.shape) if x.is_contiguous() else x.view(len(x), -1))
+
+
+def test_a_network_that_needs_the_usual_order_in_memory_has_a_gradient():
+    config = DaqConfig(weight_bits=3, first_last_bits=3)
+    model, other = (calibrated(kind(), [images(4, 9)], config) for kind in (Viewed, Stage))
+    (found,), (expected,) = (weights_of(network, [images(4, 9)]) for network in (model, other))
+    assert len(found) == len(expected) == 3
+    for one, same in zip(found.values(), expected.values(), strict=True):
+        torch.testing.assert_close(one, same)
+
+
 def weights_of(model, batches):
     forwards = {}
     sensitivity = Sensitivity(quantized_layers(model).values())

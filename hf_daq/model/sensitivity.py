@@ -52,7 +52,10 @@ class Sensitivity:
         try:
             for batch in batches:
                 show("sensitivity of positions")
-                found.append(self._of_batch(model, batch))
+                try:  # CPUs have faster gradients in this order, and some networks do not take it
+                    found.append(self._of_batch(model, batch, torch.channels_last))
+                except RuntimeError:
+                    found.append(self._of_batch(model, batch, torch.contiguous_format))
                 for total, layer in zip(sums, self.layers, strict=True):
                     if layer in found[-1]:
                         total += torch.stack(
@@ -74,14 +77,15 @@ class Sensitivity:
 
     @torch.inference_mode(False)
     @torch.enable_grad()
-    def _of_batch(self, model: nn.Module, batch: Any) -> Weights:
+    def _of_batch(self, model: nn.Module, batch: Any, order: torch.memory_format) -> Weights:
         self._found = {}
         leaves: list[Tensor] = []
 
         def with_gradient(value: Any) -> Any:
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 return value
-            leaves.append(value.detach().clone().requires_grad_())
+            form = order if value.ndim == 4 else torch.contiguous_format
+            leaves.append(value.detach().clone(memory_format=form).requires_grad_())
             return leaves[-1].clone()  # a model may write to its inputs
 
         if isinstance(batch, Calls):
