@@ -41,8 +41,8 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Module
         batches: each what the model takes, a tensor, a mapping or a tuple of arguments.
 
     Raises:
-        ModelError: no batches, one with one value a channel, or no batch normalization with running statistics. CalibrationError: inputs that are not finite. If
-        anything raises, the statistics stay as they were.
+        ModelError: no batches, one with one value a channel, or no batch normalization with running statistics. CalibrationError:
+        inputs that are not finite. If anything raises, the statistics stay as they were.
     """
     norms = {
         name: module

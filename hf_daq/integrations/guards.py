@@ -186,7 +186,8 @@ def _quantized_models_alone(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _prepare(model: Any, files: Iterable[Any]) -> None:
-    """Refuse files for other bits than the model's, or packed ones for one that is not, and let its quantizers divide inputs where those of the files do."""
+    """Refuse files for other bits than the model's, or packed ones for one that is not, and let its quantizers divide inputs where those
+    of the files do."""
     from safetensors import safe_open
 
     from ..errors import CheckpointError

@@ -30,7 +30,7 @@ def weighs_positions(layer: nn.Module) -> bool:
 
 
 class Sensitivity:
-    """Gradients of a random projection of the outputs, in the network that `forwards` make."""
+    """Gradients of a random projection of the outputs, with respect to the outputs of these layers, which give them to `watched`."""
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         self.layers = [layer for layer in layers if weighs_positions(layer)]

@@ -148,8 +148,8 @@ class Chunk:
 
     def inputs(self, odd: int, reader: nn.Module | None = None) -> Rows:
         """Which half, and the inputs in the quantized and in the float network of the layer where it stands, for it or for another one
-        that reads the same: the first and the last examples, as neighbours may be of one image. Where the float network is elsewhere, in a mixture of experts, the
-        inputs of the quantized one stand in."""
+        that reads the same: the first and the last examples, as neighbours may be of one image. Where the float network is elsewhere, in
+        a mixture of experts, the inputs of the quantized one stand in."""
         x, kept, f = self.quantized.x, self.quantized.kept, self.in_float.x
         assert x is not None
         if f is None or self.in_float.layer is not self.quantized.layer or f.shape != x.shape:
