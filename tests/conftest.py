@@ -33,6 +33,13 @@ def _one_table_of_onnx_operators():
     ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """A test draws the same numbers alone and after others."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
 @pytest.fixture
 def bit_for_bit():
     """Packed models compute as the quantized ones they were."""
