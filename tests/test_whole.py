@@ -175,9 +175,13 @@ def test_nan_gives_what_the_quantized_layer_gives(name):
 
 
 def test_inputs_of_other_sizes_are_refused_as_by_the_float_layer():
-    model = packed(nn.Linear(37, 11), torch.randn(4, 37))
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        model(torch.randn(4, 36))
+    even = torch.randn(64, 37)
+    for x in even, even * torch.linspace(-4, 4, 37).exp():  # channels of these are divided
+        model = packed(nn.Linear(37, 11), x)
+        for columns in 36, 1:
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                model(torch.randn(4, columns))
+    assert model[0].smooth is not None
     model = packed(nn.Conv2d(4, 6, 3), torch.randn(2, 4, 6, 6))
     with pytest.raises(RuntimeError, match="expected input"):
         model(torch.randn(2, 5, 6, 6))

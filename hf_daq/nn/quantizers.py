@@ -401,7 +401,13 @@ class ActivationQuantizer(BoundedQuantizer):
     def smoothed(self, x: Tensor) -> Tensor:
         """The input as it is rounded."""
         smooth = self.smooth
-        return x if smooth is None else x / smooth.to(x.device, x.dtype)
+        if smooth is None:
+            return x
+        if x.shape[-1] != len(smooth):  # a single column would be taken for all
+            raise RuntimeError(
+                f"an input of shape {tuple(x.shape)} and a weight of {len(smooth)} columns: their shapes cannot be multiplied"
+            )
+        return x / smooth.to(x.device, x.dtype)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
