@@ -345,8 +345,10 @@ def test_data_that_does_not_fit_says_what_to_do(root, tmp_path):
     with pytest.raises(DataError, match="timm has no processor"):
         read_examples(image_model, root / "digits", (2,), processor=root / "bert")
     (tmp_path / "latin.txt").write_bytes("caf\u00e9\n".encode("latin1") * 2)
-    with pytest.raises(DataError, match=r"latin.txt is no text in UTF-8 .* iconv"):
-        read_examples(bert, tmp_path / "latin.txt", (2,), processor=root / "bert")
+    (tmp_path / "utf16.txt").write_text("one\ntwo\n", encoding="utf-16")
+    for name, code in (("latin.txt", "latin1"), ("utf16.txt", "utf-16")):
+        with pytest.raises(DataError, match=rf"{name} is no text in UTF-8 .* iconv -f {code} "):
+            read_examples(bert, tmp_path / name, (2,), processor=root / "bert")
 
 
 def test_data_that_is_empty_or_streamed_says_so(root, tmp_path):
@@ -500,6 +502,21 @@ def test_an_export_that_fails_leaves_the_folder_as_it_was(root, tmp_path, monkey
     monkeypatch.setattr(hf_daq, "export_onnx", fails)
     assert "it differs" in run(*command, "--bits", 4, code=1)[1]
     assert contents() == before
+
+
+def test_exports_of_an_earlier_model_do_not_stay_in_the_folder(root, tmp_path):
+    data = ("--data", root / "story.txt", "--length", 16, "--examples", 8, "--reconstruct", 0)
+    command = ("quantize", root / "llama", *data, "-o", tmp_path, "--weight-bits")
+    exports = [tmp_path / name for name in ("model.gguf", "model.onnx", "model.onnx.data")]
+    for to, weight_bits in (("packed", 4), ("compressed-tensors", 8)):
+        for file in exports:
+            file.write_bytes(b"")
+        run(*command, weight_bits, "--to", to)
+        assert not any(file.exists() for file in exports)
+        assert (tmp_path / "README.md").exists() == (to == "packed")
+    (tmp_path / "README.md").write_text("Mine.")
+    assert "README.md stays as it is" in run(*command, 8, "--to", "compressed-tensors")[1]
+    assert (tmp_path / "README.md").read_text() == "Mine."
 
 
 def test_models_that_take_other_inputs_cannot_be_compared(root, tmp_path):

@@ -189,6 +189,14 @@ def test_inputs_of_other_sizes_are_refused_as_by_the_float_layer():
         model(torch.randn(2, 4, 2, 6))
 
 
+@pytest.mark.parametrize("dilation", [4, 30])
+def test_dilated_convolutions_without_padding(dilation):
+    x = torch.randn(2, 8, 64, 65)
+    model = packed(nn.Conv2d(8, 5, 3, 2, 0, dilation), x)
+    assert in_machine(model[0])
+    assert close(model(x), plain(model, x))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("last", [False, True])
 def test_graphs_have_the_layer_as_one_operator(last, monkeypatch):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,6 +42,8 @@ from .options import (
     refuse_same,
     refuse_unwritable,
 )
+
+logger = logging.getLogger("hf_daq")
 
 
 def quantize_command(
@@ -270,12 +273,19 @@ def _write(model: Any, result: Any, output: Path, to: Output, runtime: Runtime |
     import hf_daq
 
     from ..files.atomic import temporary_folder
-    from ..files.card import write_card
+    from ..files.card import CARD_NAME, has_edited_card, write_card
 
     if to == "compressed-tensors":
         report: Any = hf_daq.export_compressed_tensors(model, output, result.inputs)
         if result.processor is not None:
             result.processor.save_pretrained(output)
+        _remove_earlier(output)
+        if has_edited_card(output):
+            logger.warning(
+                "%s stays as it is: edit it, if it says something of what was here before", output / CARD_NAME
+            )
+        else:
+            (output / CARD_NAME).unlink(missing_ok=True)  # of a checkpoint, which this is not
         return report
     with temporary_folder(output) as folder:  # if the export fails, what was there stays
         report = None
@@ -286,8 +296,15 @@ def _write(model: Any, result: Any, output: Path, to: Output, runtime: Runtime |
         hf_daq.save_pretrained(model, output, packed=to != "trainable", card=facts)
         if result.processor is not None:
             result.processor.save_pretrained(output)
+    _remove_earlier(output, () if report is None else (report.path.name, f"{report.path.name}.data"))
     if report is not None:
         report = replace(report, path=output / report.path.name)
     if to == "onnx":
         write_card(output)  # says how the file is fed
     return report
+
+
+def _remove_earlier(output: Path, written: Collection[str] = ()) -> None:
+    """Exports of the model that was in the folder before."""
+    for name in {"model.onnx", "model.onnx.data", "model.gguf"} - {*written}:
+        (output / name).unlink(missing_ok=True)

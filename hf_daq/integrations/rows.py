@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import itertools
 import os
@@ -75,8 +76,10 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")  # editors on Windows put a mark in front
     except UnicodeDecodeError as error:
+        wide = path.read_bytes()[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         raise DataError(
-            f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}); write it as such: iconv -f latin1 -t utf-8"
+            f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}); write it as such: "
+            f"iconv -f {'utf-16' if wide else 'latin1'} -t utf-8"
         ) from None
 
 

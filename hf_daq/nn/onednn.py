@@ -244,7 +244,9 @@ def _adds(layer: Any, whole: Tensor, int8: gpu.Int8) -> bool:
 def _largest_codes(layer: Any, weight: Tensor) -> Tensor:
     """Inputs of the largest codes: everywhere, and in places chosen at random, so that what is cut off of positive and of
     negative sums does not cancel out."""
-    shape = (2, weight.shape[1] * getattr(layer, "groups", 1), *(2 * size + 1 for size in weight.shape[2:]))
+    steps = zip(getattr(layer, "dilation", ()), weight.shape[2:], strict=True)
+    image = (max(2 * size + 1, step * (size - 1) + 2) for step, size in steps)
+    shape = (2, weight.shape[1] * getattr(layer, "groups", 1), *image)
     codes = torch.full(shape, layer.a_quant.levels, dtype=torch.uint8, device="cpu")
     codes[1] *= torch.rand(shape[1:], generator=torch.Generator().manual_seed(0), device="cpu") < 0.75
     return codes.to(weight.device)
