@@ -273,7 +273,8 @@ def _write(model: Any, result: Any, output: Path, to: Output, runtime: Runtime |
     import hf_daq
 
     from ..files.atomic import temporary_folder
-    from ..files.card import CARD_NAME, has_edited_card, write_card
+    from ..files.card import has_edited_card, write_card
+    from ..files.header import CARD_NAME
 
     if to == "compressed-tensors":
         report: Any = hf_daq.export_compressed_tensors(model, output, result.inputs)
