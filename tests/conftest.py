@@ -50,6 +50,16 @@ def bit_for_bit():
 
 
 @pytest.fixture
+def ctrl_c():
+    """Python's own answer to it, which a process in the background does not have."""
+    import signal
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture
 def one_thread():
     """Recipes set the number of threads of this process."""
     import torch

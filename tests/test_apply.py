@@ -466,7 +466,7 @@ def test_param_groups():
         ("hf_daq.calibration._share", lambda: quantized(), lambda model: calibrated_again(model)),
     ],
 )
-def test_ctrl_c_leaves_no_model_between_two_kinds(where, ready, change, monkeypatch):
+def test_ctrl_c_leaves_no_model_between_two_kinds(where, ready, change, ctrl_c, monkeypatch):
     module, _, name = where.rpartition(".")
     original = getattr(sys.modules[module], name)
 
@@ -477,13 +477,9 @@ def test_ctrl_c_leaves_no_model_between_two_kinds(where, ready, change, monkeypa
     model, done = ready(), change(ready())
     before = model(images()), sorted(model.state_dict())
     monkeypatch.setattr(where, pressed)
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # none in a process in the background
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            change(model)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    with pytest.raises(KeyboardInterrupt):
+        change(model)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     monkeypatch.undo()
     if sorted(model.state_dict()) == before[1]:
         torch.testing.assert_close(model(images()), before[0])

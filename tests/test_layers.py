@@ -478,7 +478,7 @@ def test_a_weight_that_is_computed_later_is_noticed(how):
     assert torch.equal(found, model(x))
 
 
-def test_ctrl_c_waits_for_the_end_of_restart(monkeypatch):
+def test_ctrl_c_waits_for_the_end_of_restart(ctrl_c, monkeypatch):
     model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(5)]).eval()
     hf_daq.apply_daq(model, weight_bits=4)
     for layer in model:
