@@ -35,6 +35,7 @@ import transformers
 from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -124,6 +125,8 @@ def parse(argv: list[str]) -> Config:
         )
     if cfg.float_epochs and not cfg.model:
         raise SystemExit("pass --model, a folder or Hub id of a transformers checkpoint, e.g. bert-base-uncased")
+    if cfg.float_epochs and cfg.checkpoint:
+        raise SystemExit("--checkpoint takes the place of a float phase: set --float_epochs 0, or leave it out")
     if not (cfg.float_epochs or cfg.checkpoint):
         raise SystemExit("the DAQ phase starts from fine-tuned float weights: set float_epochs or checkpoint")
     return cfg
@@ -190,6 +193,9 @@ def tokenize(
 def load_float(path: str, texts: Texts) -> PreTrainedModel:
     """The float network, with a new classifier if the checkpoint has none."""
     names = texts.label_names
+    config = AutoConfig.from_pretrained(path)
+    if config.num_labels != len(names) and any("SequenceClassification" in name for name in config.architectures or ()):
+        raise SystemExit(f"{path} has {config.num_labels} classes, and the data {len(names)}: {', '.join(names[:10])}")
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
     return AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, **labels)
 
@@ -244,7 +250,8 @@ def training_arguments(cfg: Config, phase: str, epochs: float, **others: Any) ->
 
 
 def train_phase(trainer: Trainer, phase: str, report: dict[str, Any], cfg: Config) -> None:
-    """Train to the end of the phase, from the last checkpoint if there is one; the best network goes to output_dir."""
+    """Train to the end of the phase, from the last checkpoint if there is one; the best network goes to output_dir, or, where
+    `load_best_model_at_end` is false, the last."""
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=last_checkpoint(cfg, phase))
     report["results"][f"{phase}_seconds"] = time.perf_counter() - start  # since the run was started or continued
@@ -252,7 +259,9 @@ def train_phase(trainer: Trainer, phase: str, report: dict[str, Any], cfg: Confi
         trainer.evaluate()
     evaluations = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
     report["results"][f"{phase}_last"] = evaluations[-1]["eval_accuracy"]
-    report["results"][phase] = max(entry["eval_accuracy"] for entry in evaluations)
+    kept = [entry for entry in evaluations if entry["step"] == trainer.state.best_global_step]
+    loaded = trainer.args.load_best_model_at_end and kept
+    report["results"][phase] = (kept if loaded else evaluations)[-1]["eval_accuracy"]
     report["history"] += [{"phase": phase, **entry} for entry in trainer.state.log_history]
     trainer.save_model(f"{cfg.output_dir}/{phase}")
     if trainer.is_world_process_zero():

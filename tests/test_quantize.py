@@ -197,6 +197,10 @@ def test_names_of_classes_are_not_guessed_where_the_model_has_its_own(root, capl
     assert "such as 'pos', are not those of the model, which has 2, such as 'POSITIVE': accuracy is not" in caplog.text
     assert labels(["pos", "neg", "neg", "pos"], []) == [1, 0, 0, 1]
     assert labels([0, 1, 1, 0], positive, datasets.ClassLabel(names=["no", "yes"])) == [0, 1, 1, 0]
+    as_text = datasets.ClassLabel(names=["10", "9"])  # in the order of datasets and torchvision
+    assert labels([0, 1, 1, 0], [], as_text) == [0, 1, 1, 0]
+    assert labels([0, 0, 1, 1], [], datasets.ClassLabel(names=["1", "2"])) == [0, 0, 1, 1]
+    assert labels([0, 1, 1, 0], ["9", "10"], as_text) == [1, 0, 0, 1]
     assert labels([[0, 1], [1, 0], [1, 0], [0, 1]], []) is None  # several classes a row
     rows = datasets.Dataset.from_dict({"text": sentences(4), "label": [1, 0, 0, 1]})
     found = [
@@ -454,7 +458,9 @@ def test_the_command_quantizes_images(root, tmp_path):
     assert "agreement with float" in card
     assert str(tmp_path) not in card
     assert str(root) not in card
-    found = json.loads(run("evaluate", out, "--data", root / "digits", "--float", root / "timm", "--json")[0])
+    found, said = run("evaluate", out, "--data", root / "digits", "--float", root / "timm", "--json")
+    assert "8 of digits calibrated this model, and may be among these" in said
+    found = json.loads(found)
     (all_of_them,) = read_examples(model, root / "digits", (1000,))
     with torch.no_grad():
         right = torch.cat([model(batch) for batch in all_of_them.batches]).argmax(1) == all_of_them.labels

@@ -25,6 +25,7 @@ from recipe_runs import (  # noqa: F401  fixtures
     text_float,
     tiny_bert,
 )
+from safetensors.torch import load_file
 
 import hf_daq
 from shared.finish import dataset_name
@@ -70,6 +71,25 @@ def test_a_reconstructed_text_classifier_trains_and_continues(reviews, text_floa
     (tmp_path / "results.json").unlink()
     run_text(*args, "--output_dir", tmp_path, "--resume")
     assert len(calls) == 1  # the weights are in the checkpoint
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_the_accuracy_on_the_card_is_that_of_the_saved_network(best, reviews, text_float, tmp_path, monkeypatch):
+    falling = itertools.count(90, -10)  # float, calibrated, and after each epoch
+    monkeypatch.setattr(text_classification, "accuracy", lambda _: {"accuracy": float(next(falling))})
+    args = ["--dataset", reviews, "--checkpoint", text_float, "--float_epochs", 0, "--epochs", 3, *NO_HEADER]
+    args += ["--training.load_best_model_at_end", str(best).lower(), "--training.save_total_limit", 3]
+    results = run_text(*args, "--output_dir", tmp_path)
+    assert (results["quantized"], results["quantized_last"]) == (70 if best else 50, 50)
+    (result,) = hf_daq.inspect(tmp_path / "quantized").facts.results
+    assert result.value == results["quantized"]
+    checkpoints = sorted((tmp_path / "checkpoints" / "quantized").iterdir(), key=lambda path: int(path.name[11:]))
+    saved, first, last = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "quantized", checkpoints[0], checkpoints[-1])
+    )
+    name = "classifier.weight"
+    assert not torch.equal(first[name], last[name])
+    assert torch.equal(saved[name], (first if best else last)[name])
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +144,18 @@ def test_text_mistakes_end_the_run_with_a_line(reviews, tiny_bert, text_float, t
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.tsv").write_text("good film\t1\n")
     (tmp_path / "data" / "dev.tsv").write_text("bad film\t0\n")
+    (tmp_path / "three").mkdir()
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / "three" / name).write_text("sentence\tlabel\ngood film\t1\nbad film\t0\n")
     for args, message in [
         (model, "pass --dataset, a Hub id or a folder"),
         (data, "pass --model, a folder or Hub id"),
         ([*data, "--float_epochs", 0], "set float_epochs or checkpoint"),
+        ([*data, *model, "--checkpoint", text_float], "--checkpoint takes the place of a float phase"),
+        (
+            ["--dataset", tmp_path / "three", *NO_HEADER, "--float_epochs", 0, "--checkpoint", text_float],
+            "has 2 classes, and the data 3: 0, 1, label",
+        ),
         ([*data, "--float_epochs", 0, "--checkpoint", "nowhere"], "checkpoint nowhere does not exist"),
         (
             [*data, *model, "--training.learning_rat", 1],

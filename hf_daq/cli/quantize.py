@@ -215,12 +215,31 @@ def evaluate_command(
             comparison=comparison,
             saved=_without_folders(model),
         )
+    if seen := _calibrated_with(model, data):
+        note(f"{seen} calibrated this model, and may be among these examples: what quantize printed is of others")
     if as_json:
         show_json({"model": model, **comparison.to_dict()})
         return
     show(comparison)
     if report:
         show(Text(f"wrote {report}"))
+
+
+def _calibrated_with(model: str, data: str) -> str | None:
+    """What the card says of calibration, where it was with this data."""
+    import hf_daq
+
+    if not Path(model).is_dir():
+        return None
+    try:
+        seen = hf_daq.inspect(model).facts.calibration
+    except DaqError:  # a float model, say
+        return None
+    return seen if seen and seen.endswith(f" of {_rows(data)}") else None
+
+
+def _rows(data: str) -> str:
+    return Path(data).name if Path(data).exists() else data
 
 
 def _own(model: Any) -> Any:
@@ -239,7 +258,7 @@ def _facts(result: Any, model: str, data: str, seed: int) -> Any:
     """For the model card. Paths of this machine are given by their last part."""
     import hf_daq
 
-    folder, rows = Path(model), Path(data).name if Path(data).exists() else data
+    folder, rows = Path(model), _rows(data)
     return hf_daq.CardFacts(
         base_model=model if "/" in model and not folder.exists() else None,
         calibration=f"{result.examples} of {rows}",
