@@ -12,8 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import CalibrationError
 from .init import Grid
 from .quantizers import WeightQuantizer
+from .sums import finite
 
 DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 NARROW = 512
@@ -49,6 +51,8 @@ def _factor(matrix: Tensor) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(matrix)
     share = 1e-6
     while bool(failed.any()):
+        if not finite(matrix):
+            raise CalibrationError("products of a layer's inputs have NaN or infinite values")
         largest = matrix.diagonal(dim1=1, dim2=2).abs().amax(1, keepdim=True).clamp_min(1e-20)
         matrix = matrix + (share * largest).expand(-1, matrix.shape[1]).diag_embed()
         factor, failed = torch.linalg.cholesky_ex(matrix)
