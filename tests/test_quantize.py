@@ -523,6 +523,7 @@ def test_exports_of_an_earlier_model_do_not_stay_in_the_folder(root, tmp_path):
     (tmp_path / "README.md").write_text("Mine.")
     assert "README.md stays as it is" in run(*command, 8, "--to", "compressed-tensors")[1]
     assert (tmp_path / "README.md").read_text() == "Mine."
+    assert "perplexity" in run("evaluate", tmp_path, *data[:-2], "--float", root / "llama")[0]
 
 
 def test_models_that_take_other_inputs_cannot_be_compared(root, tmp_path):
@@ -557,7 +558,10 @@ def test_wrong_usage_of_the_command(root, tmp_path):
     for name in ("a.png", "b.png"):
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(unlabelled / name)
     report = ("--report", tmp_path / "report.html")
-    assert "is about a quantized model" in run("evaluate", model, "--data", root / "digits", *report, code=2)[1]
+    assert (
+        "is about a model that hf_daq quantized"
+        in run("evaluate", model, "--data", root / "digits", *report, code=2)[1]
+    )
     assert "--float MODEL compares it" in run("evaluate", model, "--data", unlabelled, code=1)[1]
     file = ("quantize", model, *data)
     assert "is not a decoder" in run(*file, "--weight-bits", 4, "--to", "gguf", code=1)[1]

@@ -18,7 +18,7 @@ from ..files.atomic import PROBE_NAME
 from ..files.header import CARD_NAME, CONFIG_NAME, read_description
 from ..files.hub import is_repository
 from ..files.inspect import inspect
-from ..integrations.build import downloaded, is_quantized, pretrained
+from ..integrations.build import compressed, downloaded, is_quantized, pretrained
 from ..model.roles import is_transformers_model
 
 _NOT_COPIED = ("*.safetensors*", "*.onnx", "*.gguf", "*.bin", "*.pt", "*.pth", "*.pkl", "trainer_state.json", ".*")
@@ -42,9 +42,12 @@ def open_model(folder: Path, then: str) -> nn.Module:
 
 
 def open_any(name: str, revision: str | None) -> nn.Module:
-    """A checkpoint of ours, or a float model with its weights: a folder, a repository, or the name of a timm model."""
+    """A checkpoint of ours, or a float model with its weights: a folder, a repository, or the name of a timm model; or a folder in
+    the format of compressed-tensors."""
     folder = Path(name)
     if (folder / CONFIG_NAME).is_file():
+        if (found := compressed(folder)) is not None:
+            return found
         return open_model(folder, "...") if is_quantized(read_description(folder)) else pretrained(name, revision)
     if is_repository(name) and is_quantized(read_description(downloaded(name, revision))):
         return from_pretrained(name, revision=revision)

@@ -181,7 +181,7 @@ def evaluate_command(
 
         network = open_any(model, revision)
         if report and not daq_layers(network):
-            raise typer.BadParameter(f"--report is about a quantized model, and {model} is none")
+            raise typer.BadParameter(f"--report is about a model that hf_daq quantized, and {model} is none")
         of_float: Any = pretrained(reference) if reference else _own(network)
         (found,) = read_examples(
             network,

@@ -72,6 +72,19 @@ def pretrained(name: str, revision: str | None = None) -> nn.Module:
     if "model_type" not in description:
         source = f"local-dir:{directory}" if is_folder else f"hf-hub:{name}" + (f"@{revision}" if revision else "")
         return _loaded(name, lambda: timm.create_model(source, pretrained=True))
+    return _of_transformers(name, description, revision)
+
+
+def compressed(directory: Path) -> nn.Module | None:
+    """What `export_compressed_tensors` wrote to a folder, as transformers opens it; None if it is something else."""
+    description = read_description(directory)
+    config = description.get("quantization_config")
+    if not isinstance(config, dict) or config.get("quant_method") != "compressed-tensors":
+        return None
+    return _of_transformers(str(directory), description, None)
+
+
+def _of_transformers(name: str, description: Mapping[str, Any], revision: str | None) -> nn.Module:
     if kernel := foreign_kernel(description):
         raise CheckpointError(f"{name} asks for a kernel of a repository ({kernel}), whose code is not run")
     options = {"use_safetensors": True, "trust_remote_code": False} | ({"revision": revision} if revision else {})
