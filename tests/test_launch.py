@@ -111,7 +111,11 @@ def test_a_sharded_language_model(tmp_path):
     one, other = (json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("sharded", "two"))
     for key in ("float", "calibrated", "quantized"):
         assert one[key] == pytest.approx(other[key], abs=2e-3)
-    close(weights(tmp_path / "sharded"), weights(tmp_path / "two"), 5e-3)
+    found, expected = weights(tmp_path / "sharded"), weights(tmp_path / "two")
+    assert found.keys() == expected.keys()
+    for name in expected:  # the bounds of a row may be those of the next candidate
+        away = (found[name].double() - expected[name].double()).norm()
+        assert away <= 5e-3 * expected[name].double().norm() + 1e-4, name
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "sharded" / "quantized").daq_config.weight_bits == 4
 
 
