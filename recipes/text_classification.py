@@ -259,9 +259,9 @@ def train_phase(trainer: Trainer, phase: str, report: dict[str, Any], cfg: Confi
         trainer.evaluate()
     evaluations = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
     report["results"][f"{phase}_last"] = evaluations[-1]["eval_accuracy"]
-    kept = [entry for entry in evaluations if entry["step"] == trainer.state.best_global_step]
-    loaded = trainer.args.load_best_model_at_end and kept
-    report["results"][phase] = (kept if loaded else evaluations)[-1]["eval_accuracy"]
+    best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+    saved = [entry for entry in evaluations if entry["step"] == best] or evaluations
+    report["results"][phase] = saved[-1]["eval_accuracy"]
     report["history"] += [{"phase": phase, **entry} for entry in trainer.state.log_history]
     trainer.save_model(f"{cfg.output_dir}/{phase}")
     if trainer.is_world_process_zero():

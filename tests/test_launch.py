@@ -113,9 +113,11 @@ def test_a_sharded_language_model(tmp_path):
         assert one[key] == pytest.approx(other[key], abs=2e-3)
     found, expected = weights(tmp_path / "sharded"), weights(tmp_path / "two")
     assert found.keys() == expected.keys()
-    for name in expected:  # the bounds of a row may be those of the next candidate
+    bounds = {name for name in expected if ".w_quant." in name}
+    close(*({name: value for name, value in of.items() if name not in bounds} for of in (found, expected)), 5e-3)
+    for name in bounds:  # those of a row may be the next candidate
         away = (found[name].double() - expected[name].double()).norm()
-        assert away <= 5e-3 * expected[name].double().norm() + 1e-4, name
+        assert away <= 5e-3 * expected[name].double().norm(), name
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "sharded" / "quantized").daq_config.weight_bits == 4
 
 

@@ -165,7 +165,7 @@ def test_reconstruct_brings_the_outputs_nearer_to_float():
     images, others = torch.randn(2, 256, 3, 15)
     before = (model(others) - plain(others)).norm()
     hf_daq.reconstruct(model, [inputs(), images])
-    assert (model(others) - plain(others)).norm() < 0.85 * before
+    assert (model(others) - plain(others)).norm() < 0.8 * before
 
 
 def test_a_state_dict_with_the_older_names_is_read():

@@ -78,8 +78,7 @@ def pretrained(name: str, revision: str | None = None) -> nn.Module:
 def compressed(directory: Path) -> nn.Module | None:
     """What `export_compressed_tensors` wrote to a folder, as transformers opens it; None if it is something else."""
     description = read_description(directory)
-    config = description.get("quantization_config")
-    if not isinstance(config, dict) or config.get("quant_method") != "compressed-tensors":
+    if _quant_method(description) != "compressed-tensors":
         return None
     return _of_transformers(str(directory), description, None)
 
@@ -118,11 +117,15 @@ def is_quantized(description: Mapping[str, Any]) -> bool:
     return describes_timm_model(description) or description.get("quantization_config") is not None
 
 
+def _quant_method(description: Mapping[str, Any]) -> Any:
+    config = description.get("quantization_config")
+    return config.get("quant_method") if isinstance(config, dict) else "daq"
+
+
 def _from_folder(directory: Path, name: str) -> nn.Module:
     description = read_description(directory)
     if is_quantized(description):
-        method = description.get("quantization_config")
-        method = method.get("quant_method") if isinstance(method, dict) else "daq"
+        method = _quant_method(description)
         hint = f"; `hf-daq inspect {name}` shows what is in it" if method == "daq" else ""
         raise CheckpointError(f"{name} is quantized already ({method}); a plan is for a float model{hint}")
     if "model_type" in description:

@@ -50,9 +50,8 @@ def _numbered(given: list[Any], known: dict[str, int], names: list[str] | None, 
         if len(numbers) == len(known) and all(text in numbers for text in texts):
             return [numbers[text] for text in texts]
     chosen = any(map(_is_chosen, known))
-    if names is not None and len(names) == classes and not chosen:
-        return [names.index(value) for value in given]  # also where the names are numbers: 0, 1, 10, 11, 2
-    if all(str(value).isdecimal() and int(value) < classes for value in given):
+    in_order = names is not None and len(names) == classes and not chosen  # as datasets numbers even 0, 1, 10, 11, 2
+    if not in_order and all(str(value).isdecimal() and int(value) < classes for value in given):
         return [int(value) for value in given]
     if names is None and chosen and not all(map(_IN_ORDER.fullmatch, map(str, given))):
         return None  # the model's names are others
